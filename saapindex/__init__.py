@@ -1,0 +1,78 @@
+"""saapindex: a vector-search index for LLM attention.
+
+Attention at inference time is a vector search in which queries and keys are distributed differently and
+RoPE rotates every key by its position. saapindex partitions keys in the metric of the queries, routes
+queries by a model of their own, and scores the keys of the lists they visit exactly.
+
+>>> import saapindex as sx
+>>> sx.IndexSAAP(64, 256, rope=sx.Rope(theta=100_000.0, dim=64))
+IndexSAAP(d=64, nlist=256, rotated, mean, not trained, ntotal=0)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from saapindex.errors import (
+        FileFormatError,
+        InvalidInputError,
+        MissingDependencyError,
+        NotTrainedError,
+        SaapIndexError,
+        SaapIndexWarning,
+    )
+    from saapindex.index import METRIC_INNER_PRODUCT, METRIC_L2, IndexSAAP, read_index, write_index
+    from saapindex.params import PRESETS, IndexParameters, SearchParameters
+    from saapindex.rope import Rope
+
+_HOMES = {
+    "FileFormatError": "saapindex.errors",
+    "IndexParameters": "saapindex.params",
+    "IndexSAAP": "saapindex.index",
+    "InvalidInputError": "saapindex.errors",
+    "METRIC_INNER_PRODUCT": "saapindex.index",
+    "METRIC_L2": "saapindex.index",
+    "MissingDependencyError": "saapindex.errors",
+    "NotTrainedError": "saapindex.errors",
+    "PRESETS": "saapindex.params",
+    "Rope": "saapindex.rope",
+    "SaapIndexError": "saapindex.errors",
+    "SaapIndexWarning": "saapindex.errors",
+    "SearchParameters": "saapindex.params",
+    "read_index": "saapindex.index",
+    "write_index": "saapindex.index",
+}
+
+__all__ = [
+    "METRIC_INNER_PRODUCT",
+    "METRIC_L2",
+    "PRESETS",
+    "FileFormatError",
+    "IndexParameters",
+    "IndexSAAP",
+    "InvalidInputError",
+    "MissingDependencyError",
+    "NotTrainedError",
+    "Rope",
+    "SaapIndexError",
+    "SaapIndexWarning",
+    "SearchParameters",
+    "read_index",
+    "write_index",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saapindex' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

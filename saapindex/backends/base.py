@@ -1,0 +1,160 @@
+"""The operations that every backend offers, and their shapes.
+
+Shapes: `n` keys, `q` queries, `d` dimensions, `nlist` lists, `p` probed lists a query, `k` results a
+query. The reference computes in the precision of its inputs; the other backends in float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Floats", "Ints", "Lists", "Ops"]
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+
+
+class Lists(NamedTuple):
+    """Inverted lists as the kernels see them: list `j` is rows ``offsets[j] : offsets[j] + sizes[j]``.
+
+    Attributes
+    ----------
+    vectors
+        (capacity, d); rows outside every list are undefined.
+    ids
+        (capacity,) int64.
+    offsets, sizes
+        (nlist,) int64.
+    """
+
+    vectors: Floats
+    ids: Ints
+    offsets: Ints
+    sizes: Ints
+
+
+class Ops(ABC):
+    """One backend. Every method is a pure function of its arguments."""
+
+    name: str
+
+    @abstractmethod
+    def rotate(
+        self, x: Floats, positions: Ints, frequencies: Floats, scale: Floats, interleaved: bool
+    ) -> Floats:
+        """Rotate pair `i` of each row by the angle ``position * frequencies[i]``, times ``scale[i]``.
+
+        Parameters
+        ----------
+        x
+            (n, d); ``2 * len(frequencies) <= d`` and the dimensions beyond are copied.
+        positions
+            (n,) int64; may be negative.
+        frequencies
+            (pairs,) float64, radians per position. A negative frequency undoes a rotation; a zero
+            one leaves its pair where it is.
+        scale
+            (pairs,) float64, factor on each rotated pair (1 for plain RoPE).
+        interleaved
+            Whether pair `i` is dimensions ``(2i, 2i + 1)``; otherwise ``(i, i + pairs)``.
+
+        Returns
+        -------
+        ndarray
+            (n, d), new, in the dtype of `x`. Angles are formed in float64.
+        """
+
+    @abstractmethod
+    def assign(self, x: Floats, centroids: Floats, bias: Floats) -> tuple[Ints, Floats]:
+        """Find for each row the centroid of the largest ``x . c_j + bias[j]``.
+
+        With ``bias = -|c|^2 / 2`` that is the nearest centroid; with zero, the largest inner
+        product. Of equal scores the lowest `j` wins.
+
+        Parameters
+        ----------
+        x
+            (n, d).
+        centroids, bias
+            (nlist, d) and (nlist,); at least one.
+
+        Returns
+        -------
+        labels : (n,) int64
+        scores : (n,)
+        """
+
+    @abstractmethod
+    def accumulate(self, x: Floats, labels: Ints, nlist: int) -> tuple[Floats, Ints]:
+        """Sum the rows of each label.
+
+        Returns
+        -------
+        sums : (nlist, d) float64
+        counts : (nlist,) int64
+        """
+
+    @abstractmethod
+    def top_lists(self, scores: Floats, bias: Floats, p: int) -> tuple[Ints, Floats]:
+        """Take the `p` best lists of each query by ``scores[:, j] + bias[j]``, best first.
+
+        Of equal scores the lowest list comes first.
+
+        Parameters
+        ----------
+        scores
+            (q, nlist).
+        bias
+            (nlist,); minus infinity for a list that must not be visited.
+        p
+            1 to nlist.
+
+        Returns
+        -------
+        lists : (q, p) int64, -1 where no more list may be visited
+        scores : (q, p), minus infinity there
+        """
+
+    @abstractmethod
+    def scan(
+        self, queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool
+    ) -> tuple[Floats, Ints]:
+        """Score every key of the probed lists and keep the `k` best of each query.
+
+        Parameters
+        ----------
+        queries
+            (q, d).
+        lists
+            The inverted lists.
+        probes
+            (q, p) int64, lists to visit in this order; -1 is passed over.
+        limits
+            (q,) int64, keys to read at most for each query; the list that crosses it is read in part.
+        k
+            At least 1.
+        l2
+            Squared Euclidean distance, smallest first, instead of the inner product, largest first.
+
+        Returns
+        -------
+        scores : (q, k), best first; minus infinity (infinity for L2) where there are fewer keys
+        ids : (q, k) int64; -1 there. Of equal scores the lowest id comes first.
+        """
+
+    @abstractmethod
+    def range_scan(
+        self, queries: Floats, lists: Lists, probes: Ints, limits: Ints, radius: float, l2: bool
+    ) -> tuple[Ints, Floats, Ints]:
+        """Collect every key of the probed lists that is better than `radius` (strictly).
+
+        Returns
+        -------
+        lims : (q + 1,) int64, results of query `i` are ``lims[i] : lims[i + 1]``
+        scores : (lims[-1],), in the order of the scan
+        ids : (lims[-1],) int64
+        """

@@ -1,0 +1,23 @@
+"""The operations in numba: compiled once and cached, on all cores, in float32."""
+
+from __future__ import annotations
+
+from saapindex.backends.base import Ops
+from saapindex.backends.cpu.assign import accumulate, assign
+from saapindex.backends.cpu.rope import rotate
+from saapindex.backends.cpu.route import top_lists
+from saapindex.backends.cpu.scan import range_scan, scan
+
+__all__ = ["CpuOps"]
+
+
+class CpuOps(Ops):
+    """Numba, float32, all cores."""
+
+    name = "cpu"
+    rotate = staticmethod(rotate)
+    assign = staticmethod(assign)
+    accumulate = staticmethod(accumulate)
+    top_lists = staticmethod(top_lists)
+    scan = staticmethod(scan)
+    range_scan = staticmethod(range_scan)

@@ -1,0 +1,134 @@
+"""Exact scores of the keys in the probed lists: one thread a query, one pass over the keys."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from saapindex.backends.base import Floats, Ints, Lists
+from saapindex.backends.cpu.heap import replace_root, sort_heap
+
+# Sums may be reordered (that is what makes them SIMD); infinities and NaN keep their meaning.
+FASTMATH = {"reassoc", "contract", "nsz"}
+# Starting the threads costs more than a few queries.
+FEW = 4
+
+
+@njit(cache=True, nogil=True, fastmath=FASTMATH)
+def _score(query, vectors, row, l2):  # type: ignore[no-untyped-def]
+    """Inner product, or minus the squared distance: larger is better."""
+    total = np.float32(0)
+    if l2:
+        for i in range(query.shape[0]):
+            difference = query[i] - vectors[row, i]
+            total -= difference * difference
+    else:
+        for i in range(query.shape[0]):
+            total += query[i] * vectors[row, i]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, l2):  # type: ignore[no-untyped-def]
+    k = best.shape[0]
+    best[:] = -np.inf
+    found[:] = -1
+    for list_ in probes:
+        if list_ < 0:
+            continue
+        start = offsets[list_]
+        take = min(sizes[list_], limit)
+        limit -= take
+        for row in range(start, start + take):
+            score = _score(query, vectors, row, l2)
+            if score > best[0] or (score == best[0] and ids[row] < found[0]):
+                replace_root(best, found, k, score, ids[row])
+    sort_heap(best, found)
+    if l2:
+        for i in range(k):
+            best[i] = -best[i]
+
+
+@njit(cache=True, nogil=True)
+def _scan_few(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
+    for i in range(queries.shape[0]):
+        _scan_query(
+            queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2
+        )
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _scan_many(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
+    for i in prange(queries.shape[0]):
+        _scan_query(
+            queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2
+        )
+
+
+def scan(
+    queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool
+) -> tuple[Floats, Ints]:
+    """See `Ops.scan`."""
+    best = np.empty((len(queries), k), np.float32)
+    found = np.empty((len(queries), k), np.int64)
+    run = _scan_few if len(queries) < FEW else _scan_many
+    run(queries, *lists, probes, limits, best, found, l2)
+    return best, found
+
+
+@njit(cache=True, nogil=True)
+def _range_query(query, vectors, ids, offsets, sizes, probes, limit, radius, l2, scores, found):  # type: ignore[no-untyped-def]
+    """Write what is better than `radius`, as far as there is room; return how much there is."""
+    hits = 0
+    for list_ in probes:
+        if list_ < 0:
+            continue
+        start = offsets[list_]
+        take = min(sizes[list_], limit)
+        limit -= take
+        for row in range(start, start + take):
+            score = _score(query, vectors, row, l2)
+            if score > radius:
+                if hits < scores.shape[0]:
+                    scores[hits] = -score if l2 else score
+                    found[hits] = ids[row]
+                hits += 1
+    return hits
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _range_many(  # type: ignore[no-untyped-def]
+    queries, vectors, ids, offsets, sizes, probes, limits, radius, l2, lims, scores, found
+):
+    """Fill each query's room ``lims[i] : lims[i + 1]``; return how many results each one has."""
+    hits = np.empty(queries.shape[0], np.int64)
+    for i in prange(queries.shape[0]):
+        room = slice(lims[i], lims[i + 1])
+        hits[i] = _range_query(
+            queries[i],
+            vectors,
+            ids,
+            offsets,
+            sizes,
+            probes[i],
+            limits[i],
+            radius,
+            l2,
+            scores[room],
+            found[room],
+        )
+    return hits
+
+
+def range_scan(
+    queries: Floats, lists: Lists, probes: Ints, limits: Ints, radius: float, l2: bool
+) -> tuple[Ints, Floats, Ints]:
+    """See `Ops.range_scan`: once to count, once to write."""
+    lims = np.zeros(len(queries) + 1, np.int64)
+    threshold = np.float32(-radius if l2 else radius)
+    nothing = np.empty(0, np.float32), np.empty(0, np.int64)
+    hits = _range_many(queries, *lists, probes, limits, threshold, l2, lims, *nothing)
+    np.cumsum(hits, out=lims[1:])
+    scores, found = np.empty(lims[-1], np.float32), np.empty(lims[-1], np.int64)
+    _range_many(queries, *lists, probes, limits, threshold, l2, lims, scores, found)
+    return lims, scores, found

@@ -1,0 +1,130 @@
+"""Files: safetensors with a versioned JSON header, written whole or not at all.
+
+The header lives in the safetensors metadata under the key ``saapindex`` and holds the format's
+name, its version, a checksum of every tensor and of itself, and whatever the caller adds. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex.errors import FileFormatError, InvalidInputError
+
+__all__ = ["read_file", "write_file"]
+
+_KEY = "saapindex"
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> str:
+    """Checksum of names, dtypes, shapes, bytes and header."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}:{tensor.dtype.str}:{tensor.shape}".encode())
+        digest.update(tensor.data if tensor.size else b"")
+    return digest.hexdigest()
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, NDArray[Any]],
+    header: Mapping[str, Any],
+    *,
+    format: str,
+    version: int,
+) -> None:
+    """Write `tensors` and `header` to `path` through a temporary file beside it.
+
+    The data is flushed to the disk before the file takes its name, so a crash or a full disk
+    leaves either the old file or the new one.
+
+    Raises
+    ------
+    InvalidInputError
+        If the folder does not exist.
+    OSError
+        If the disk is full or the folder cannot be written.
+    """
+    from safetensors.numpy import save
+
+    if not path.parent.is_dir():
+        raise InvalidInputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    body = {"format": format, "version": version, **header}
+    data = save(
+        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+        metadata={_KEY: json.dumps({**body, "checksum": _digest(tensors, body)})},
+    )
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_file(
+    path: Path, *, format: str, version: int
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read a file that `write_file` wrote; return its tensors and its header.
+
+    Raises
+    ------
+    FileFormatError
+        If it is truncated, not of `format`, of a version newer than `version`, or altered.
+    OSError
+        If it cannot be read at all.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_dir():
+        raise FileFormatError(f"{path} is a folder, expected a {format} file")
+    with open(path, "rb"):  # a missing file or a missing right is the system's own error
+        pass
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise FileFormatError(f"{path} is a safetensors file of something else, not of {format}")
+            header = json.loads(metadata[_KEY])
+            if not isinstance(header, dict) or header.get("format") != format:
+                found = header.get("format") if isinstance(header, dict) else header
+                raise FileFormatError(f"{path} holds a {found!r}, expected a {format!r}")
+            if not isinstance(header.get("version"), int) or header["version"] > version:
+                raise FileFormatError(
+                    f"{path} has version {header.get('version')} of {format}, this release reads up "
+                    f"to {version}: upgrade saapindex"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileFormatError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise FileFormatError(f"{path} is truncated or no safetensors file: {error}") from error
+    checksum = header.pop("checksum", None)
+    if checksum != _digest(tensors, header):
+        raise FileFormatError(f"{path} was altered after it was written: its checksum does not match")
+    return tensors, header

@@ -1,0 +1,374 @@
+"""`IndexSAAP`: an inverted file whose keys and queries are partitioned by different models."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex import arrays
+from saapindex.arrays import ArrayLike
+from saapindex.errors import InvalidInputError, TrainingWarning
+from saapindex.index.probing import Probes, choose_lists
+from saapindex.index.state import Routing, State
+from saapindex.index.store import KeyStore
+from saapindex.params import SearchParameters, check_integer
+from saapindex.partition import train_partition
+from saapindex.partition.routers import make_router
+
+__all__ = ["IndexSAAP"]
+
+# Scores of queries against lists held at once: 16 MiB, whatever the number of queries.
+_BLOCK = 1 << 22
+# A training set of fewer queries than this many a dimension makes a poor metric.
+_QUERIES_PER_DIMENSION = 4
+
+
+class IndexSAAP(KeyStore):
+    """Inverted file for searches where queries are distributed differently from keys.
+
+    Keys go to the list of the nearest centroid in the query-aware metric; a router says which lists a
+    query visits; their keys are scored exactly. The contracts are Faiss's: float32 `D` and int64 `I` of
+    shape (n, k), best first, ids from `ntotal` up, -1 where there are fewer than k results.
+
+    Parameters
+    ----------
+    d
+        Dimension of keys and queries.
+    nlist
+        Number of lists.
+    metric_type
+        `METRIC_INNER_PRODUCT`, or `METRIC_L2` (then partition and routing are Euclidean).
+    params
+        `IndexParameters`, or the name of a preset: ``"best"``, ``"paper"``, ``"faiss-ivf"``.
+    rope
+        The rotary embedding that keys and queries carry; None for a plain asymmetric index.
+    nprobe
+        Lists that a search visits by default.
+    backend
+        ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy).
+    verbose
+        Show progress while training.
+
+    Raises
+    ------
+    InvalidInputError
+        On parameters out of their range.
+
+    References
+    ----------
+    Mazaré et al., *Inference-time sparse attention with asymmetric indexing*, arXiv 2502.08246.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> keys = rng.standard_normal((2000, 16), dtype=np.float32)
+    >>> queries = rng.standard_normal((500, 16), dtype=np.float32)
+    >>> index = IndexSAAP(16, 32)
+    >>> index.train(keys, xq_train=queries)
+    >>> index.add(keys)
+    >>> D, I = index.search(queries[:3], 5, params=SearchParameters(nprobe=8))
+    >>> I.shape, index.ntotal
+    ((3, 5), 2000)
+    """
+
+    # Training
+
+    def train(
+        self,
+        x: ArrayLike,
+        *,
+        xq_train: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        positions_xq: ArrayLike | None = None,
+    ) -> None:
+        """Train the partition on keys `x` in the metric of the queries `xq_train`.
+
+        Parameters
+        ----------
+        x
+            Keys, (n, d), ``n >= nlist``; rotated at their positions where the index has a `Rope`.
+        xq_train
+            Queries, (q, d). Without them the metric is Euclidean and a warning is given.
+        positions
+            int, (n,): positions of the keys, by default 0 to n - 1.
+        positions_xq
+            int, (q,): positions of the queries, by default n.
+
+        Raises
+        ------
+        InvalidInputError
+            On bad arrays, on fewer keys than lists, and if the index holds keys.
+        """
+        if self.ntotal:
+            raise InvalidInputError(
+                f"the index holds {self.ntotal} keys in the old partition: call reset() before training"
+            )
+        keys = arrays.vectors(x, "x", self.d)
+        if len(keys) < self.nlist:
+            raise InvalidInputError(f"{len(keys)} training keys for {self.nlist} lists, expected at least as many")
+        key_positions = self._positions(positions, "positions", len(keys), np.arange(len(keys)))
+        queries, query_positions = None, None
+        if xq_train is not None:
+            queries = arrays.vectors(xq_train, "xq_train", self.d)
+            end = np.full(len(queries), len(keys), np.int64)
+            query_positions = self._positions(positions_xq, "positions_xq", len(queries), end)
+        if self.params.query_aware:
+            _warn_of_few_queries(0 if queries is None else len(queries), self.d)
+            if queries is not None and not len(queries):
+                queries = query_positions = None
+        self._adopt(
+            train_partition(
+                keys,
+                key_positions,
+                queries,
+                query_positions,
+                self.nlist,
+                self.params,
+                rope=self.rope,
+                ops=self.ops,
+                show=self.verbose,
+            ),
+            make_router(self.params.router, self.scale),
+            State.empty(self.nlist, self.d),
+        )
+
+    def adapt(self, niter: int = 4) -> None:
+        """Move the centroids to the keys that the index holds, by a few Lloyd steps.
+
+        The offline partition is the start; the context's own keys make it fit. Costs a pass over the
+        keys for each step and one to refill the lists.
+
+        Raises
+        ------
+        InvalidInputError
+            If there are no keys, or a learned router belongs to the partition as it is.
+        """
+        check_integer("niter", niter, 1)
+        if self.router.tensors():
+            raise InvalidInputError(f"the {self.router.name!r} router was learned for this partition, so it cannot move")
+        if not self.ntotal:
+            raise InvalidInputError("the index holds no keys to adapt to: call add first")
+        lists = self._state.lists
+        rows = np.sort(lists.rows())
+        x, ids, positions = lists.vectors[rows], lists.ids[rows], lists.positions[rows]
+        seen = self.partition.view.apply(x, positions, self.ops)
+        partition = self.partition.adapt(seen, niter, np.random.default_rng(self.params.seed), self.ops)
+        state = State.empty(self.nlist, self.d).append(x, ids, positions, partition, self.ops)
+        self._adopt(partition, self.router, state)
+
+    # Searching
+
+    def search(
+        self,
+        x: ArrayLike,
+        k: int,
+        *,
+        params: SearchParameters | None = None,
+        D: ArrayLike | None = None,
+        I: ArrayLike | None = None,  # noqa: E741  Faiss's name
+        positions: ArrayLike | None = None,
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Find the `k` best keys of each query among the lists it visits.
+
+        Parameters
+        ----------
+        x
+            Queries, (n, d); NumPy or a CPU torch tensor, which also says what comes back.
+        k
+            At least 1; more than the keys that are read leaves the rest -1.
+        params
+            What may be read, by default `nprobe` lists.
+        D, I
+            Buffers to write to, float32 and int64 of shape (n, k).
+        positions
+            int, (n,), by default the end of the context for every query.
+
+        Returns
+        -------
+        D : float32 (n, k)
+            Inner products, largest first (distances, smallest first); minus infinity (infinity) where
+            there are fewer.
+        I : int64 (n, k)
+            Ids; -1 where there are fewer.
+        """
+        check_integer("k", k, 1)
+        state, routing = self._ready()
+        queries, places = self._queries(x, positions)
+        best = arrays.check_out(D, "D", (len(queries), k), np.float32)
+        found = arrays.check_out(I, "I", (len(queries), k), np.int64)
+        params = self._checked(params)
+        lists = state.lists.view
+        for rows in self._blocks(len(queries)):
+            probes = self._probe(queries[rows], places[rows], routing, params)
+            best[rows], found[rows] = self.ops.scan(queries[rows], lists, *probes, int(k), self._l2)
+        return (
+            arrays.give_back(best, x) if D is None else D,
+            arrays.give_back(found, x) if I is None else I,
+        )
+
+    def search_preassigned(
+        self,
+        x: ArrayLike,
+        k: int,
+        Iq: ArrayLike,
+        Dq: ArrayLike | None = None,
+        *,
+        params: SearchParameters | None = None,
+        D: ArrayLike | None = None,
+        I: ArrayLike | None = None,  # noqa: E741  Faiss's name
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Find the `k` best keys of each query in the lists `Iq`, (n, p), -1 for none.
+
+        `Dq`, Faiss's distances to centroids, is not needed and not read. Of `params` only a budget counts.
+        See `search` for the rest.
+        """
+        check_integer("k", k, 1)
+        state, _ = self._ready()
+        queries = arrays.vectors(x, "x", self.d)
+        probes = self._given(Iq, len(queries), params)
+        best = arrays.check_out(D, "D", (len(queries), k), np.float32)
+        found = arrays.check_out(I, "I", (len(queries), k), np.int64)
+        best[:], found[:] = self.ops.scan(queries, state.lists.view, *probes, int(k), self._l2)
+        return (
+            arrays.give_back(best, x) if D is None else D,
+            arrays.give_back(found, x) if I is None else I,
+        )
+
+    def range_search(
+        self,
+        x: ArrayLike,
+        thresh: float,
+        *,
+        params: SearchParameters | None = None,
+        positions: ArrayLike | None = None,
+    ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+        """Find every key that scores above `thresh` (lies nearer, for L2) in the lists that are visited.
+
+        Returns
+        -------
+        lims : int64 (n + 1,)
+            The results of query `i` are ``lims[i] : lims[i + 1]`` of the other two.
+        D : float32
+            Scores, in no order.
+        I : int64
+            Ids.
+        """
+        if not np.isfinite(thresh):
+            raise InvalidInputError(f"thresh is {thresh}, expected a finite number")
+        state, routing = self._ready()
+        queries, places = self._queries(x, positions)
+        params = self._checked(params)
+        lims, scores, ids = [np.zeros(1, np.int64)], [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+        for rows in self._blocks(len(queries)):
+            probes = self._probe(queries[rows], places[rows], routing, params)
+            ends, best, found = self.ops.range_scan(
+                queries[rows], state.lists.view, *probes, float(thresh), self._l2
+            )
+            lims.append(lims[-1][-1] + ends[1:])
+            scores.append(best)
+            ids.append(found)
+        parts = (np.concatenate(part) for part in (lims, scores, ids))
+        lims_out, scores_out, ids_out = (arrays.give_back(part, x) for part in parts)
+        return lims_out, scores_out, ids_out
+
+    def assign(self, x: ArrayLike, k: int = 1, labels: ArrayLike | None = None) -> ArrayLike:
+        """Return the ids of the `k` best keys of each query, int64 (n, k), as `search` finds them."""
+        return self.search(x, k, I=labels)[1]
+
+    def route(
+        self,
+        x: ArrayLike,
+        *,
+        params: SearchParameters | None = None,
+        positions: ArrayLike | None = None,
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Return what a search would read, without reading it.
+
+        Returns
+        -------
+        Iq : int64 (n, p)
+            Lists to visit, best first; -1 where there are no more. Fit for `search_preassigned`.
+        keys : int64 (n,)
+            Keys that are read in them.
+        """
+        state, routing = self._ready()
+        queries, places = self._queries(x, positions)
+        params = self._checked(params)
+        blocks = [
+            self._probe(queries[rows], places[rows], routing, params)
+            for rows in self._blocks(len(queries))
+        ]
+        width = max((block.lists.shape[1] for block in blocks), default=0)
+        lists = np.full((len(queries), width), -1, np.int64)
+        keys = np.zeros(len(queries), np.int64)
+        for rows, block in zip(self._blocks(len(queries)), blocks, strict=True):
+            lists[rows, : block.lists.shape[1]] = block.lists
+            keys[rows] = block.keys_read(state.lists.sizes)
+        return arrays.give_back(lists, x), arrays.give_back(keys, x)
+
+    def _ready(self) -> tuple[State, Routing]:
+        self.router  # noqa: B018  raises if the index is not trained
+        state, routing = self._state, self._routing
+        assert routing is not None
+        return state, routing
+
+    def _queries(
+        self, x: ArrayLike, positions: ArrayLike | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        queries = arrays.vectors(x, "x", self.d)
+        end = np.full(len(queries), self._state.next_id, np.int64)
+        places = self._positions(positions, "positions", len(queries), end)
+        self.partition.check_positions(places)
+        return queries, places
+
+    def _checked(self, params: SearchParameters | None) -> SearchParameters:
+        params = params or SearchParameters()
+        if self._l2 and (params.top_p is not None or params.rank == "mass"):
+            raise InvalidInputError("top_p and rank='mass' need an inner product, but metric_type is METRIC_L2")
+        return params
+
+    def _blocks(self, n: int) -> list[slice]:
+        step = max(1, _BLOCK // self.nlist)
+        return [slice(start, start + step) for start in range(0, n, step)]
+
+    def _probe(
+        self,
+        queries: NDArray[np.float32],
+        positions: NDArray[np.int64],
+        routing: Routing,
+        params: SearchParameters,
+    ) -> Probes:
+        seen = self.partition.view.apply(queries, positions, self.ops)
+        scores = routing.router.features(seen) @ routing.table.T
+        ranked = routing.by_mass if (params.rank or self.params.rank) == "mass" else routing.by_key
+        return choose_lists(
+            scores, ranked, routing, self.nprobe, params, self.ops
+        )
+
+    def _given(self, lists: ArrayLike, n: int, params: SearchParameters | None) -> Probes:
+        found = arrays.as_numpy(lists, "Iq")
+        found = arrays.integers(found, "Iq", (n, found.shape[-1] if found.ndim else 0), minimum=-1)
+        if found.size and int(found.max()) >= self.nlist:
+            raise InvalidInputError(f"Iq holds list {int(found.max())}, expected lists below {self.nlist}")
+        budget = (params or SearchParameters()).keys(self.ntotal)
+        return Probes(found, np.full(n, budget, np.int64))
+
+
+def _warn_of_few_queries(count: int, d: int) -> None:
+    if not count:
+        warnings.warn(
+            "no training queries: the partition is plain k-means, which puts keys together that no query "
+            "tells apart and costs recall at the same keys read; pass xq_train=queries",
+            TrainingWarning,
+            stacklevel=3,
+        )
+    elif count < _QUERIES_PER_DIMENSION * d:
+        warnings.warn(
+            f"{count} training queries for {d} dimensions make a noisy metric; "
+            f"pass {_QUERIES_PER_DIMENSION * d} or more",
+            TrainingWarning,
+            stacklevel=3,
+        )

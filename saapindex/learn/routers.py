@@ -1,0 +1,225 @@
+"""Training of learned routers: attention mass per list, predicted from the query. Needs torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex import arrays
+from saapindex.arrays import ArrayLike
+from saapindex.errors import InvalidInputError, MissingDependencyError
+from saapindex.index import IndexSAAP
+from saapindex.params import RankBy
+from saapindex.partition import LinearRouter, MLPRouter
+from saapindex.progress import track
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["attention_mass", "train_router"]
+
+# Queries whose logits over all keys are held at once.
+_CHUNK = 512
+
+
+def attention_mass(
+    queries: NDArray[np.float32],
+    query_positions: NDArray[np.int64],
+    keys: NDArray[np.float32],
+    key_positions: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    nlist: int,
+    *,
+    scale: float,
+    window: int,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the share of the long-range attention of each query that falls on each list.
+
+    Parameters
+    ----------
+    queries, query_positions
+        (q, d) and (q,), rotated.
+    keys, key_positions, labels
+        (n, d), (n,) and (n,): the keys and their lists.
+    nlist
+        Number of lists.
+    scale
+        Of the logits.
+    window
+        Only keys further back than this many positions count.
+
+    Returns
+    -------
+    mass : float32 (q, nlist)
+        Rows sum to 1, or to 0 where a query sees no such key.
+    sizes : int64 (q, nlist)
+        Keys of each list that the query sees.
+
+    Examples
+    --------
+    >>> q, k = np.ones((1, 2), np.float32), np.ones((4, 2), np.float32)
+    >>> mass, sizes = attention_mass(
+    ...     q, np.array([9]), k, np.arange(4), np.array([0, 0, 0, 1]), 2, scale=1.0, window=3)
+    >>> mass.tolist(), sizes.tolist()
+    ([[0.75, 0.25]], [[3, 1]])
+    """
+    order = np.argsort(labels, kind="stable")
+    keys, key_positions, labels = keys[order], key_positions[order], labels[order]
+    member = np.zeros((len(labels), nlist), np.float32)
+    member[np.arange(len(labels)), labels] = 1
+    mass = np.empty((len(queries), nlist), np.float32)
+    sizes = np.empty((len(queries), nlist), np.int64)
+    for start in range(0, len(queries), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        seen = key_positions < query_positions[rows, None] - window
+        logits = np.where(seen, (queries[rows] @ keys.T) * np.float32(scale), -np.inf)
+        top = logits.max(axis=1, keepdims=True, initial=-np.inf)
+        weights = np.exp(logits - np.where(np.isfinite(top), top, 0))
+        mass[rows] = weights @ member
+        mass[rows] /= np.maximum(mass[rows].sum(axis=1, keepdims=True), np.float32(1e-30))
+        sizes[rows] = seen.astype(np.float32) @ member
+    return mass, sizes
+
+
+def train_router(
+    index: IndexSAAP,
+    keys: ArrayLike,
+    queries: ArrayLike,
+    *,
+    positions: ArrayLike | None = None,
+    positions_xq: ArrayLike | None = None,
+    kind: Literal["linear", "mlp"] | None = None,
+    predicts: RankBy | None = None,
+    window: int = 2047,
+    hidden: int = 256,
+    epochs: int = 40,
+    patience: int = 5,
+    seed: int = 1234,
+    show: bool | None = None,
+) -> float:
+    """Train a router on the attention of `queries` over `keys`, and put it into `index`.
+
+    The loss is the cross-entropy between the mass that each list receives and the softmax over lists
+    of what the router predicts. The last tenth of the positions is held out and stops the training; the best
+    weights on it are kept.
+
+    Parameters
+    ----------
+    index
+        With a trained partition.
+    keys, queries
+        (n, d) and (q, d), rotated where the index has a `Rope`.
+    positions, positions_xq
+        int, (n,) and (q,); by default 0 to n - 1, and n + `window`, where every key is in sight.
+    kind
+        ``"linear"`` or ``"mlp"``; by default what ``index.params.router`` says.
+    predicts
+        ``"mass"`` of a list, as in the paper, or per ``"key"`` (conditioned on the sizes of the lists, so
+        that contexts which fill the lists differently can share a router); by default what the index ranks by.
+    window
+        Keys no further back than this are not looked for.
+    hidden
+        Width of the hidden layer of ``"mlp"``.
+    epochs, patience
+        Passes at most, and passes without improvement after which training stops.
+    seed
+        Of the initial weights and of the order.
+    show
+        Show progress; by default ``index.verbose``.
+
+    Returns
+    -------
+    float
+        The loss on the held-out queries, in nats.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without torch.
+    InvalidInputError
+        On bad arrays, or if no query sees a key beyond the window.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError("torch", "training a router", "learn") from error
+    kind = kind or ("mlp" if index.params.router == "mlp" else "linear")
+    predicts = predicts or index.params.rank
+    x, q = arrays.vectors(keys, "keys", index.d), arrays.vectors(queries, "queries", index.d)
+    at = np.arange(len(x)) if positions is None else arrays.integers(positions, "positions", (len(x),))
+    end = np.full(len(q), len(x) + window, np.int64)
+    at_q = end if positions_xq is None else arrays.integers(positions_xq, "positions_xq", (len(q),))
+    partition, ops = index.partition, index.ops
+    labels = partition.assign(partition.view.apply(x, at, ops), ops)
+    mass, sizes = attention_mass(
+        q, at_q, x, at, labels, index.nlist, scale=index.scale, window=window
+    )
+    useful = mass.sum(axis=1) > 0.5
+    if useful.sum() < 2:
+        raise InvalidInputError(f"no query sees keys more than {window} positions back, so there is nothing to learn")
+    features = partition.view.apply(q, at_q, ops)[useful]
+    bias = np.log(sizes[useful].clip(1)) if predicts == "key" else np.zeros_like(mass[useful])
+    bias = np.where(sizes[useful] > 0, bias, -1e4).astype(np.float32)
+    held_out = at_q[useful] > np.quantile(at_q[useful], 0.9)
+    if not held_out.any():
+        held_out = np.arange(len(held_out)) % 10 == 9
+
+    torch.manual_seed(seed)
+    spread = float(features.std()) or 1.0
+    model = torch.nn.Sequential()
+    if kind == "mlp":
+        model.extend([torch.nn.Linear(index.d, hidden), torch.nn.ReLU()])
+    model.append(torch.nn.Linear(hidden if kind == "mlp" else index.d, index.nlist))
+    data = [torch.from_numpy(part) for part in (features / np.float32(spread), mass[useful], bias)]
+    shown = index.verbose if show is None else show
+    loss = _fit(model, data, torch.from_numpy(held_out), epochs, patience, seed, shown)
+
+    weights = [parameter.detach().numpy() for parameter in model.parameters()]
+    weights[0] = weights[0] / np.float32(spread)
+    index.router = (
+        LinearRouter(*weights, predicts=predicts)
+        if kind == "linear"
+        else MLPRouter(*weights, predicts=predicts)
+    )
+    return loss
+
+
+def _fit(
+    model: torch.nn.Module,
+    data: list[torch.Tensor],
+    held_out: torch.Tensor,
+    epochs: int,
+    patience: int,
+    seed: int,
+    show: bool,
+) -> float:
+    """Train `model` with AdamW; leave in it the weights that were best on the held-out rows."""
+    import torch
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        features, mass, bias = (part[rows] for part in data)
+        predicted = torch.log_softmax(model(features) + bias, dim=1)
+        return -(mass * predicted).sum(dim=1).mean()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(seed)
+    train_rows, test_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    best, best_weights, waited = float("inf"), model.state_dict(), 0
+    for _ in track(range(epochs), "training the router", show=show):
+        order = train_rows[torch.randperm(len(train_rows), generator=generator)]
+        for batch in order.split(256):
+            optimizer.zero_grad()
+            loss_of(batch).backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = float(loss_of(test_rows))
+        waited += 1
+        if loss < best:
+            best, waited = loss, 0
+            best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        if waited >= patience:
+            break
+    model.load_state_dict(best_weights)
+    return best
