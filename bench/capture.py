@@ -25,7 +25,9 @@ import numpy as np
 import typer
 from rich import print
 
-from saapindex.learn import Trace, write_trace
+from saapindex import write_index
+from saapindex.demo import paper_index
+from saapindex.learn import Trace, read_trace, write_trace
 from saapindex.learn.capture import capture, load_model
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -65,9 +67,7 @@ def described(trace: Trace, folder: Path, **more: Any) -> Trace:
 
 
 @app.command()
-def demo(
-    model_file: Model, train: Texts, test: Texts, out: Path = DATA, seed: int = 0
-) -> None:
+def demo(model_file: Model, train: Texts, test: Texts, out: Path = DATA, seed: int = 0) -> None:
     """Capture the trace that ships with the package: one KV head, a training and a test sequence.
 
     Every key of a sequence lies more than a window of 2047 before every test query.
@@ -91,9 +91,15 @@ def demo(
 
 
 @app.command()
-def search(
-    model_file: Model, train: Texts, test: Texts, out: Path = Path("traces"), seed: int = 0
-) -> None:
+def paper(out: Path = DATA) -> None:
+    """Train the paper's setting on the trace that ships, and write the weights that ship."""
+    path = out / "paper.safetensors"
+    write_index(paper_index(read_trace(out / "train.safetensors"), show=True), path)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+@app.command()
+def search(model_file: Model, train: Texts, test: Texts, out: Path = Path("traces"), seed: int = 0) -> None:
     """Capture 32k-token traces of four layers for ``bench/run.py search``."""
     rng = np.random.default_rng(seed)
     out.mkdir(parents=True, exist_ok=True)

@@ -126,9 +126,7 @@ def integers(
     return array
 
 
-def check_out(
-    out: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: DTypeLike
-) -> NDArray[Any]:
+def check_out(out: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Return the buffer to write to: the caller's, checked, or a new one.
 
     Raises

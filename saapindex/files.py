@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from saapindex.errors import FileFormatError, InvalidInputError
 
-__all__ = ["read_file", "write_file"]
+__all__ = ["read_file", "read_header", "write_file"]
 
 _KEY = "saapindex"
 
@@ -87,9 +87,22 @@ def write_file(
             os.close(folder)
 
 
-def read_file(
-    path: Path, *, format: str, version: int
-) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the dtypes and shapes of the tensors of any saapindex file, and its header.
+
+    Raises
+    ------
+    FileFormatError
+        If it is truncated or no file of this library.
+    OSError
+        If it cannot be read at all.
+    """
+    with _opened(path) as (file, header):
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}, header
+
+
+def read_file(path: Path, *, format: str, version: int) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read a file that `write_file` wrote; return its tensors and its header.
 
     Raises
@@ -99,32 +112,40 @@ def read_file(
     OSError
         If it cannot be read at all.
     """
+    with _opened(path) as (file, header):
+        if header.get("format") != format:
+            raise FileFormatError(f"{path} holds a {header.get('format')!r}, expected a {format!r}")
+        if not isinstance(header.get("version"), int) or header["version"] > version:
+            raise FileFormatError(
+                f"{path} has version {header.get('version')} of {format}, this release reads up "
+                f"to {version}: upgrade saapindex"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    checksum = header.pop("checksum", None)
+    if checksum != _digest(tensors, header):
+        raise FileFormatError(f"{path} was altered after it was written: its checksum does not match")
+    return tensors, header
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a file of this library; whatever is wrong with its content is a `FileFormatError`."""
     from safetensors import SafetensorError, safe_open
 
     if path.is_dir():
-        raise FileFormatError(f"{path} is a folder, expected a {format} file")
+        raise FileFormatError(f"{path} is a folder, expected a saapindex file")
     with open(path, "rb"):  # a missing file or a missing right is the system's own error
         pass
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if _KEY not in metadata:
-                raise FileFormatError(f"{path} is a safetensors file of something else, not of {format}")
+                raise FileFormatError(f"{path} is a safetensors file of something else")
             header = json.loads(metadata[_KEY])
-            if not isinstance(header, dict) or header.get("format") != format:
-                found = header.get("format") if isinstance(header, dict) else header
-                raise FileFormatError(f"{path} holds a {found!r}, expected a {format!r}")
-            if not isinstance(header.get("version"), int) or header["version"] > version:
-                raise FileFormatError(
-                    f"{path} has version {header.get('version')} of {format}, this release reads up "
-                    f"to {version}: upgrade saapindex"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not isinstance(header, dict):
+                raise FileFormatError(f"{path} has a header that is no object")
+            yield file, header
     except FileFormatError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise FileFormatError(f"{path} is truncated or no safetensors file: {error}") from error
-    checksum = header.pop("checksum", None)
-    if checksum != _digest(tensors, header):
-        raise FileFormatError(f"{path} was altered after it was written: its checksum does not match")
-    return tensors, header

@@ -35,7 +35,7 @@ def check_integer(name: str, value: object, minimum: int) -> None:
     """Refuse `value` unless it is an integer of at least `minimum`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InvalidInputError(f"{name} is {value!r}, expected an integer of at least {minimum}")
-    if int(value) < minimum:  # type: ignore[call-overload]
+    if int(value) < minimum:
         raise InvalidInputError(f"{name} is {value}, expected at least {minimum}")
 
 

@@ -89,7 +89,7 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def accumulate(self, x: Floats, labels: Ints, nlist: int) -> tuple[Floats, Ints]:
+    def accumulate(self, x: Floats, labels: Ints, nlist: int) -> tuple[NDArray[np.float64], Ints]:
         """Sum the rows of each label.
 
         Returns

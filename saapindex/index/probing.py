@@ -31,7 +31,8 @@ class Probes(NamedTuple):
     def keys_read(self, sizes: Ints) -> Ints:
         """Return how many keys each query reads from lists of these sizes, (q,)."""
         visited = np.where(self.lists >= 0, sizes[self.lists], 0).sum(axis=1)
-        return np.minimum(visited, self.limits)
+        read: Ints = np.minimum(visited, self.limits)
+        return read
 
 
 def choose_lists(
@@ -69,9 +70,7 @@ def choose_lists(
     return Probes(lists, np.full(len(scores), ntotal, np.int64))
 
 
-def _by_budget(
-    scores: Floats, bias: NDArray[np.float32], sizes: Ints, budget: int, ops: Ops
-) -> Probes:
+def _by_budget(scores: Floats, bias: NDArray[np.float32], sizes: Ints, budget: int, ops: Ops) -> Probes:
     """As many lists as hold `budget` keys for every query."""
     nlist, ntotal = len(sizes), int(sizes.sum())
     budget = min(budget, ntotal)
@@ -101,6 +100,4 @@ def _by_mass(
     total = masses.sum(axis=1, keepdims=True)
     lists = np.where(before < top_p * total, lists, -1)
     width = max(1, int((lists >= 0).sum(axis=1).max(initial=0)))
-    return Probes(
-        np.ascontiguousarray(lists[:, :width]), np.full(len(scores), ntotal, np.int64)
-    )
+    return Probes(np.ascontiguousarray(lists[:, :width]), np.full(len(scores), ntotal, np.int64))

@@ -108,7 +108,9 @@ class IndexSAAP(KeyStore):
             )
         keys = arrays.vectors(x, "x", self.d)
         if len(keys) < self.nlist:
-            raise InvalidInputError(f"{len(keys)} training keys for {self.nlist} lists, expected at least as many")
+            raise InvalidInputError(
+                f"{len(keys)} training keys for {self.nlist} lists, expected at least as many"
+            )
         key_positions = self._positions(positions, "positions", len(keys), np.arange(len(keys)))
         queries, query_positions = None, None
         if xq_train is not None:
@@ -148,7 +150,9 @@ class IndexSAAP(KeyStore):
         """
         check_integer("niter", niter, 1)
         if self.router.tensors():
-            raise InvalidInputError(f"the {self.router.name!r} router was learned for this partition, so it cannot move")
+            raise InvalidInputError(
+                f"the {self.router.name!r} router was learned for this partition, so it cannot move"
+            )
         if not self.ntotal:
             raise InvalidInputError("the index holds no keys to adapt to: call add first")
         lists = self._state.lists
@@ -298,8 +302,7 @@ class IndexSAAP(KeyStore):
         queries, places = self._queries(x, positions)
         params = self._checked(params)
         blocks = [
-            self._probe(queries[rows], places[rows], routing, params)
-            for rows in self._blocks(len(queries))
+            self._probe(queries[rows], places[rows], routing, params) for rows in self._blocks(len(queries))
         ]
         width = max((block.lists.shape[1] for block in blocks), default=0)
         lists = np.full((len(queries), width), -1, np.int64)
@@ -327,7 +330,9 @@ class IndexSAAP(KeyStore):
     def _checked(self, params: SearchParameters | None) -> SearchParameters:
         params = params or SearchParameters()
         if self._l2 and (params.top_p is not None or params.rank == "mass"):
-            raise InvalidInputError("top_p and rank='mass' need an inner product, but metric_type is METRIC_L2")
+            raise InvalidInputError(
+                "top_p and rank='mass' need an inner product, but metric_type is METRIC_L2"
+            )
         return params
 
     def _blocks(self, n: int) -> list[slice]:
@@ -344,9 +349,7 @@ class IndexSAAP(KeyStore):
         seen = self.partition.view.apply(queries, positions, self.ops)
         scores = routing.router.features(seen) @ routing.table.T
         ranked = routing.by_mass if (params.rank or self.params.rank) == "mass" else routing.by_key
-        return choose_lists(
-            scores, ranked, routing, self.nprobe, params, self.ops
-        )
+        return choose_lists(scores, ranked, routing, self.nprobe, params, self.ops)
 
     def _given(self, lists: ArrayLike, n: int, params: SearchParameters | None) -> Probes:
         found = arrays.as_numpy(lists, "Iq")

@@ -122,9 +122,7 @@ def _build(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any], backe
         partition = Partition(view, centroids, metric, params.spherical, header["max_position"])
     if header["router"] is not None:
         weights = {
-            name.removeprefix(_ROUTER): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_ROUTER)
+            name.removeprefix(_ROUTER): tensor for name, tensor in tensors.items() if name.startswith(_ROUTER)
         }
         router = router_from_tensors(**header["router"], scale=index.scale, tensors=weights)
     index._adopt(partition, router, _state(tensors, header, index))

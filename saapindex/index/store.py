@@ -133,7 +133,7 @@ class KeyStore:
         self._router, self.params = router, self.params.replace(router=router.name)
         self._publish(self._state)
 
-    def _adopt(self, partition: Partition, router: Router | None, state: State) -> None:
+    def _adopt(self, partition: Partition | None, router: Router | None, state: State) -> None:
         self._partition, self._router = partition, router
         self._publish(state)
 
@@ -228,7 +228,8 @@ class KeyStore:
         known = lists.contains(ids)
         if not known.all():
             raise InvalidInputError(f"id {ids[~known][0]} is not in the index")
-        return lists.vectors[lists.find(ids)]
+        found: NDArray[np.float32] = lists.vectors[lists.find(ids)]
+        return found
 
     def _positions(
         self, given: ArrayLike | None, name: str, n: int, default: NDArray[np.int64]

@@ -107,13 +107,15 @@ def capture(
     if not set(layers) <= set(range(count)):
         raise InvalidInputError(f"layers are {list(layers)}, expected some of 0 to {count - 1}")
     if len(query_positions) and not 0 <= query_positions.min() <= query_positions.max() < len(tokens):
-        raise InvalidInputError(f"query positions reach {query_positions.max()}, expected below {len(tokens)}")
+        raise InvalidInputError(
+            f"query positions reach {query_positions.max()}, expected below {len(tokens)}"
+        )
     kept = torch.from_numpy(query_positions)
     traces: dict[int, Trace] = {}
     rope = Rope.from_config(model.config)
 
     def array(tensor: torch.Tensor) -> NDArray[np.float16]:
-        return tensor[0].to(torch.float16).cpu().numpy().copy()  # type: ignore[no-any-return]
+        return tensor[0].to(torch.float16).cpu().numpy().copy()
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         if module.layer_idx in layers:

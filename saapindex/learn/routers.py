@@ -117,7 +117,8 @@ def train_router(
         ``"linear"`` or ``"mlp"``; by default what ``index.params.router`` says.
     predicts
         ``"mass"`` of a list, as in the paper, or per ``"key"`` (conditioned on the sizes of the lists, so
-        that contexts which fill the lists differently can share a router); by default what the index ranks by.
+        that contexts which fill the lists differently can share a router); by default what the index
+        ranks by.
     window
         Keys no further back than this are not looked for.
     hidden
@@ -153,12 +154,12 @@ def train_router(
     at_q = end if positions_xq is None else arrays.integers(positions_xq, "positions_xq", (len(q),))
     partition, ops = index.partition, index.ops
     labels = partition.assign(partition.view.apply(x, at, ops), ops)
-    mass, sizes = attention_mass(
-        q, at_q, x, at, labels, index.nlist, scale=index.scale, window=window
-    )
+    mass, sizes = attention_mass(q, at_q, x, at, labels, index.nlist, scale=index.scale, window=window)
     useful = mass.sum(axis=1) > 0.5
     if useful.sum() < 2:
-        raise InvalidInputError(f"no query sees keys more than {window} positions back, so there is nothing to learn")
+        raise InvalidInputError(
+            f"no query sees keys more than {window} positions back, so there is nothing to learn"
+        )
     features = partition.view.apply(q, at_q, ops)[useful]
     bias = np.log(sizes[useful].clip(1)) if predicts == "key" else np.zeros_like(mass[useful])
     bias = np.where(sizes[useful] > 0, bias, -1e4).astype(np.float32)
@@ -178,11 +179,11 @@ def train_router(
 
     weights = [parameter.detach().numpy() for parameter in model.parameters()]
     weights[0] = weights[0] / np.float32(spread)
-    index.router = (
-        LinearRouter(*weights, predicts=predicts)
-        if kind == "linear"
-        else MLPRouter(*weights, predicts=predicts)
-    )
+    if kind == "mlp":
+        hidden_weight, hidden_offset, *weights = weights
+        index.router = MLPRouter(hidden_weight, hidden_offset, weights[0], weights[1], predicts)
+    else:
+        index.router = LinearRouter(weights[0], weights[1], predicts)
     return loss
 
 
@@ -209,9 +210,9 @@ def _fit(
     best, best_weights, waited = float("inf"), model.state_dict(), 0
     for _ in track(range(epochs), "training the router", show=show):
         order = train_rows[torch.randperm(len(train_rows), generator=generator)]
-        for batch in order.split(256):
+        for batch in torch.split(order, 256):
             optimizer.zero_grad()
-            loss_of(batch).backward()
+            torch.autograd.backward(loss_of(batch))
             optimizer.step()
         with torch.no_grad():
             loss = float(loss_of(test_rows))

@@ -138,6 +138,6 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         raise FileFormatError(f"{path}: not a whole trace, tensors missing: {', '.join(missing)}")
     rope = None if header.get("rope") is None else Rope.from_dict(header["rope"])
     try:
-        return Trace(*(tensors[name] for name in _TENSORS), rope=rope, info=header.get("info", {}))
+        return Trace(**{name: tensors[name] for name in _TENSORS}, rope=rope, info=header.get("info", {}))
     except (InvalidInputError, ValueError) as error:
         raise FileFormatError(f"{path}: not a whole trace: {error}") from error

@@ -67,8 +67,8 @@ class InvertedLists:
         >>> InvertedLists.empty(4, 8).ntotal
         0
         """
-        rows = np.zeros(0, np.int64)
-        return cls(np.zeros((0, d), np.float32), rows, rows, *np.zeros((3, nlist), np.int64), 0)
+        rows, zeros = np.zeros(0, np.int64), np.zeros(nlist, np.int64)
+        return cls(np.zeros((0, d), np.float32), rows, rows, zeros, zeros, zeros, 0)
 
     @property
     def ntotal(self) -> int:
@@ -114,9 +114,7 @@ class InvertedLists:
         known, rows = self._by_id
         return rows[np.searchsorted(known, ids)]
 
-    def append(
-        self, x: NDArray[np.float32], ids: Ints, positions: Ints, labels: Ints
-    ) -> InvertedLists:
+    def append(self, x: NDArray[np.float32], ids: Ints, positions: Ints, labels: Ints) -> InvertedLists:
         """Return the lists with row `i` of `x` at the end of list ``labels[i]``."""
         order, counts = _group(labels, len(self.sizes))
         grown = self._with_room(self.sizes + counts)

@@ -37,7 +37,7 @@ def query_metric(queries: Floats, *, shrinkage: float = 1e-3) -> NDArray[np.floa
     d = len(metric)
     trace = metric.trace()
     metric = metric * (d / trace) if trace > 0 else np.eye(d)
-    return (1 - shrinkage) * metric + shrinkage * np.eye(d)  # type: ignore[no-any-return]
+    return (1 - shrinkage) * metric + shrinkage * np.eye(d)
 
 
 def assignment_form(
@@ -107,9 +107,9 @@ def kmeans(
         labels, scores = ops.assign(x, *assignment_form(centroids, metric, spherical))
         sums, counts = ops.accumulate(x, labels, nlist)
         filled = counts > 0
-        centroids = np.where(
-            filled[:, None], sums / np.maximum(counts, 1)[:, None], centroids
-        ).astype(np.float32)
+        centroids = np.where(filled[:, None], sums / np.maximum(counts, 1)[:, None], centroids).astype(
+            np.float32
+        )
         if not filled.all():
             error = np.maximum(norms - 2 * scores, 0) if not spherical else np.sqrt(norms) - scores
             centroids[~filled] = x[_draw(error, int((~filled).sum()), rng)]
@@ -120,7 +120,8 @@ def kmeans(
 
 def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
     norms = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, norms, where=norms > 0, out=np.zeros_like(x))
+    unit: NDArray[np.float32] = np.divide(x, norms, where=norms > 0, out=np.zeros_like(x))
+    return unit
 
 
 def _draw(weights: Floats, count: int, rng: np.random.Generator) -> Ints:
@@ -131,9 +132,7 @@ def _draw(weights: Floats, count: int, rng: np.random.Generator) -> Ints:
     return rng.choice(len(weights), count, p=chances)
 
 
-def _plus_plus(
-    x: Floats, forms: Floats, norms: Floats, nlist: int, rng: np.random.Generator
-) -> list[int]:
+def _plus_plus(x: Floats, forms: Floats, norms: Floats, nlist: int, rng: np.random.Generator) -> list[int]:
     chosen = [int(rng.integers(len(x)))]
     error = np.full(len(x), np.inf)
     for _ in range(nlist - 1):

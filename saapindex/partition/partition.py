@@ -69,9 +69,7 @@ class Partition:
                 stacklevel=4,
             )
 
-    def adapt(
-        self, x: NDArray[np.float32], niter: int, rng: np.random.Generator, ops: Ops
-    ) -> Partition:
+    def adapt(self, x: NDArray[np.float32], niter: int, rng: np.random.Generator, ops: Ops) -> Partition:
         """Return the partition after a few Lloyd steps on `x`, which is already in the view."""
         centroids = kmeans(
             x,

@@ -1,8 +1,8 @@
 """Routers: how much attention mass a query will find in each list.
 
-Every router is linear in some features of the query, ``scores = features(q) . table_j + offset_j``, in natural
-logarithms. What it predicts is the mass per key of list `j` (up to a constant of the query), or, for a
-learned router that was not conditioned on the sizes of the lists, the mass of the whole list.
+Every router is linear in some features of the query, ``scores = features(q) . table_j + offset_j``, in
+natural logarithms. What it predicts is the mass per key of list `j` (up to a constant of the query), or, for
+a learned router that was not conditioned on the sizes of the lists, the mass of the whole list.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ class MLPRouter(LinearRouter):
 
     def features(self, queries: Array) -> Array:
         """Return the hidden layer's output, (q, h)."""
-        return np.maximum(queries @ self.hidden.T + self.hidden_offset, 0)
+        hidden: Array = np.maximum(queries @ self.hidden.T + self.hidden_offset, 0)
+        return hidden
 
     def tensors(self) -> Mapping[str, Array]:
         """Return the learned weights by name."""

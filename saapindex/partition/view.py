@@ -53,7 +53,8 @@ class View:
         if self.rope is None or self.kind == "rotated":
             return x
         cutoff = self.cutoff if self.kind == "windowed" else None
-        return self.rope.unrotate(x, positions, cutoff=cutoff, ops=ops)
+        seen: NDArray[np.float32] = self.rope.unrotate(x, positions, cutoff=cutoff, ops=ops)
+        return seen
 
     def scatter(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit, prange
+from numpy.typing import NDArray
 
 from saapindex.backends.base import Floats, Ints
 
@@ -45,7 +46,7 @@ def _accumulate(x, labels, sums, counts):  # type: ignore[no-untyped-def]
             sums[label, j] += x[i, j]
 
 
-def accumulate(x: Floats, labels: Ints, nlist: int) -> tuple[Floats, Ints]:
+def accumulate(x: Floats, labels: Ints, nlist: int) -> tuple[NDArray[np.float64], Ints]:
     """See `Ops.accumulate`."""
     sums, counts = np.zeros((nlist, x.shape[1])), np.zeros(nlist, np.int64)
     _accumulate(x, labels, sums, counts)

@@ -52,22 +52,16 @@ def _scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found,
 @njit(cache=True, nogil=True)
 def _scan_few(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
     for i in range(queries.shape[0]):
-        _scan_query(
-            queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2
-        )
+        _scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
 
 
 @njit(cache=True, nogil=True, parallel=True)
 def _scan_many(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
     for i in prange(queries.shape[0]):
-        _scan_query(
-            queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2
-        )
+        _scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
 
 
-def scan(
-    queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool
-) -> tuple[Floats, Ints]:
+def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool) -> tuple[Floats, Ints]:
     """See `Ops.scan`."""
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saapindex.backends.base import Floats, Ints
 
@@ -14,7 +15,7 @@ def assign(x: Floats, centroids: Floats, bias: Floats) -> tuple[Ints, Floats]:
     return labels, np.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
 
 
-def accumulate(x: Floats, labels: Ints, nlist: int) -> tuple[Floats, Ints]:
+def accumulate(x: Floats, labels: Ints, nlist: int) -> tuple[NDArray[np.float64], Ints]:
     """See `Ops.accumulate`."""
     sums = np.zeros((nlist, x.shape[1]))
     np.add.at(sums, labels, x)

@@ -16,9 +16,7 @@ def _visit(query: Floats, lists: Lists, probes: Ints, limit: int, l2: bool) -> t
     return scores, lists.ids[read]
 
 
-def scan(
-    queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool
-) -> tuple[Floats, Ints]:
+def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool) -> tuple[Floats, Ints]:
     """See `Ops.scan`."""
     best = np.full((len(queries), k), np.inf if l2 else -np.inf, queries.dtype)
     ids = np.full((len(queries), k), -1, np.int64)
@@ -33,9 +31,7 @@ def range_scan(
     queries: Floats, lists: Lists, probes: Ints, limits: Ints, radius: float, l2: bool
 ) -> tuple[Ints, Floats, Ints]:
     """See `Ops.range_scan`."""
-    visits = [
-        _visit(query, lists, probes[i], limits[i], l2) for i, query in enumerate(queries)
-    ]
+    visits = [_visit(query, lists, probes[i], limits[i], l2) for i, query in enumerate(queries)]
     hits = [scores < radius if l2 else scores > radius for scores, _ in visits]
     lims = np.cumsum([0, *(hit.sum() for hit in hits)], dtype=np.int64)
     scores = [scores[hit] for (scores, _), hit in zip(visits, hits, strict=True)]

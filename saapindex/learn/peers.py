@@ -1,0 +1,120 @@
+"""Methods to compare, behind one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex.errors import MissingDependencyError
+from saapindex.index import IndexSAAP
+from saapindex.params import SearchParameters
+from saapindex.rope import Rope
+
+__all__ = ["FaissIVF", "Peer", "Saap"]
+
+Vectors = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+class Peer(ABC):
+    """A method that partitions keys into lists and visits some of them for each query."""
+
+    nlist: int
+    labels: Ints
+    """The list of each key, in the order they were added."""
+
+    @abstractmethod
+    def add(self, keys: Vectors, positions: Ints) -> None:
+        """Fill the trained method with `keys`, (n, d)."""
+
+    @abstractmethod
+    def search(self, queries: Vectors, positions: Ints, k: int, nprobe: int) -> tuple[Ints, Ints]:
+        """Return the ids found, (q, k), and the lists visited, (q, p), -1 for none."""
+
+
+class Saap(Peer):
+    """An `IndexSAAP`, trained."""
+
+    def __init__(self, index: IndexSAAP) -> None:
+        self.index, self.nlist = index, index.nlist
+
+    def add(self, keys: Vectors, positions: Ints) -> None:
+        """Fill the index."""
+        self.index.reset()
+        self.index.add(keys, positions=positions)
+        seen = self.index.partition.view.apply(keys, positions, self.index.ops)
+        self.labels = self.index.partition.assign(seen, self.index.ops)
+
+    def search(self, queries: Vectors, positions: Ints, k: int, nprobe: int) -> tuple[Ints, Ints]:
+        """Search, and route once more to tell the lists."""
+        params = SearchParameters(nprobe=nprobe)
+        _, ids = self.index.search(queries, k, params=params, positions=positions)
+        lists, _ = self.index.route(queries, params=params, positions=positions)
+        return ids, lists
+
+
+class FaissIVF(Peer):
+    """The real Faiss `IndexIVFFlat` with inner product.
+
+    On un-rotated keys, Faiss partitions and routes in un-rotated space, while the lists hold the keys as they
+    are, so that scores are true inner products.
+
+    Parameters
+    ----------
+    keys, positions
+        Training keys, (n, d), and their positions, (n,).
+    nlist
+        Number of lists.
+    rope
+        Given, keys and queries are un-rotated before they are assigned.
+    quantizer
+        ``"ip"``: spherical k-means and inner products, Faiss's default for this metric; ``"l2"``: plain
+        k-means, keys go to the nearest centroid and queries to the centroids of the largest inner product.
+    """
+
+    def __init__(
+        self,
+        keys: Vectors,
+        positions: Ints,
+        nlist: int,
+        *,
+        rope: Rope | None = None,
+        quantizer: Literal["ip", "l2"] = "ip",
+    ) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise MissingDependencyError("faiss-cpu", "the comparison with Faiss", "demo") from error
+        self.nlist, self.rope = nlist, rope
+        d = keys.shape[1]
+        spherical = quantizer == "ip"
+        coarse = faiss.IndexFlatIP(d) if spherical else faiss.IndexFlatL2(d)
+        self.index: Any = faiss.IndexIVFFlat(coarse, d, nlist, faiss.METRIC_INNER_PRODUCT)
+        self.index.cp.min_points_per_centroid = 1  # says nothing about small training sets
+        self.index.cp.spherical = spherical
+        self.index.train(self._seen(keys, positions))
+        self._router: Any = faiss.IndexFlatIP(d)
+        self._router.add(coarse.reconstruct_n(0, nlist))
+
+    def _seen(self, x: Vectors, positions: Ints) -> Vectors:
+        return x if self.rope is None else self.rope.unrotate(x, positions)
+
+    def add(self, keys: Vectors, positions: Ints) -> None:
+        """Fill the index, with the keys as they are, in the lists of what Faiss sees."""
+        import faiss
+
+        self.index.reset()
+        self.labels = self.index.quantizer.search(self._seen(keys, positions), 1)[1][:, 0]
+        self.index.add_core(
+            len(keys), faiss.swig_ptr(keys), None, faiss.swig_ptr(np.ascontiguousarray(self.labels))
+        )
+
+    def search(self, queries: Vectors, positions: Ints, k: int, nprobe: int) -> tuple[Ints, Ints]:
+        """Search with Faiss, in the lists that Faiss chooses."""
+        scores, lists = self._router.search(self._seen(queries, positions), nprobe)
+        self.index.nprobe = nprobe
+        _, ids = self.index.search_preassigned(queries, k, lists, scores)
+        return ids, lists

@@ -1,0 +1,118 @@
+"""The backends as a whole: one interface, pure functions, every output element written."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+
+import numpy as np
+import pytest
+
+from saapindex.backends import get_ops
+from saapindex.backends.base import Lists, Ops
+from saapindex.errors import InvalidInputError
+
+OPERATIONS = sorted(Ops.__abstractmethods__)
+
+
+def arguments(n=63, d=17, nlist=9, p=5, k=4):
+    """Arguments for every operation, by its name."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n, d), dtype=np.float32)
+    centroids = rng.standard_normal((nlist, d), dtype=np.float32)
+    labels = rng.integers(nlist, size=n)
+    sizes = np.bincount(labels, minlength=nlist)
+    lists = Lists(x, rng.permutation(n), np.cumsum(sizes) - sizes, sizes)
+    queries = rng.standard_normal((7, d), dtype=np.float32)
+    probes = np.argsort(rng.random((7, nlist)), axis=1)[:, :p].copy()
+    limits = rng.integers(n, size=7)
+    bias = rng.standard_normal(nlist, dtype=np.float32)
+    return {
+        "accumulate": (x, labels, nlist),
+        "assign": (x, centroids, bias),
+        "range_scan": (queries, lists, probes, limits, 0.5, False),
+        "rotate": (x, np.arange(n), 0.1 ** np.arange(4.0), np.ones(4), False),
+        "scan": (queries, lists, probes, limits, k, False),
+        "top_lists": (rng.standard_normal((7, nlist), dtype=np.float32), bias, p),
+    }
+
+
+def arrays_of(values):
+    """Every array in (nested) tuples."""
+    if isinstance(values, np.ndarray):
+        return [values]
+    return [array for value in values for array in arrays_of(value)] if isinstance(values, tuple) else []
+
+
+def test_every_operation_has_arguments_here():
+    assert sorted(arguments()) == OPERATIONS
+
+
+def test_backends_are_made_once_and_know_their_name(backend):
+    assert get_ops(backend) is get_ops(backend)
+    assert get_ops(backend).name == backend
+
+
+@pytest.mark.parametrize("name", ["cuda", "", None, 3])
+def test_unknown_backend_is_refused(name):
+    with pytest.raises(InvalidInputError, match="expected 'reference' or 'cpu'"):
+        get_ops(name)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_signatures_agree(backend, operation):
+    declared = list(inspect.signature(getattr(Ops, operation)).parameters.values())[1:]
+    found = inspect.signature(getattr(get_ops(backend), operation))
+    assert list(found.parameters.values()) == declared
+    assert found.return_annotation == inspect.signature(getattr(Ops, operation)).return_annotation
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_are_pure(backend, operation):
+    inputs = arguments()[operation]
+    before = [array.copy() for array in arrays_of(inputs)]
+    outputs = arrays_of(getattr(get_ops(backend), operation)(*inputs))
+    for array, copy in zip(arrays_of(inputs), before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+    assert not any(np.shares_memory(out, array) for out in outputs for array in arrays_of(inputs))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_dtypes_and_shapes_agree(operation):
+    inputs = arguments()[operation]
+    outputs = [arrays_of(getattr(get_ops(name), operation)(*inputs)) for name in ("reference", "cpu")]
+    for reference, other in zip(*outputs, strict=True):
+        assert (other.dtype, other.shape) == (reference.dtype, reference.shape)
+        assert other.flags.c_contiguous
+
+
+@pytest.mark.parametrize("operation", sorted({*OPERATIONS} - {"accumulate"}))
+def test_reference_computes_in_the_precision_of_its_inputs(operation):
+    def widened(value):
+        if isinstance(value, Lists):
+            return value._replace(vectors=value.vectors.astype(np.float64))
+        return value.astype(np.float64) if getattr(value, "dtype", None) == np.float32 else value
+
+    inputs = [widened(value) for value in arguments()[operation]]
+    outputs = arrays_of(getattr(get_ops("reference"), operation)(*inputs))
+    assert all(out.dtype in (np.float64, np.int64) for out in outputs)
+
+
+@pytest.mark.parametrize("operation", ["assign", "range_scan", "scan", "top_lists"])
+@pytest.mark.parametrize("size", [{}, {"n": 0}, {"p": 1, "k": 1}, {"nlist": 1, "p": 1}, {"k": 99}])
+def test_every_output_element_is_written(monkeypatch, operation, size):
+    inputs = arguments(**size)[operation]
+    run = getattr(get_ops("cpu"), operation)
+    expected = arrays_of(run(*inputs))
+
+    def poisoned(shape, dtype=np.float64):
+        return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -99, dtype)
+
+    numpy = types.SimpleNamespace(**{**vars(np), "empty": poisoned})
+    for module in ("assign", "route", "scan"):
+        monkeypatch.setattr(importlib.import_module(f"saapindex.backends.cpu.{module}"), "np", numpy)
+    for out, known in zip(arrays_of(run(*inputs)), expected, strict=True):
+        np.testing.assert_array_equal(out, known)
+        assert not np.isnan(out).any()
+        assert not (out == -99).any()
