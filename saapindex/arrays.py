@@ -7,6 +7,7 @@ they are, without a copy.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +22,7 @@ ArrayLike: TypeAlias = Any
 
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
 
+_LARGEST = int(np.iinfo(np.int64).max)
 _WIDTHS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -43,14 +45,12 @@ def as_numpy(value: ArrayLike, name: str) -> NDArray[Any]:
     """
     if isinstance(value, np.ndarray):
         return value
-    if _is_torch(value):
-        if value.device.type != "cpu":
-            raise InvalidInputError(f"{name} is on {value.device}, expected a CPU tensor: {name}.cpu()")
-        value = value.detach()
-        if str(value.dtype) == "torch.bfloat16":
-            value = value.float()
-        return value.numpy()  # type: ignore[no-any-return]
+    if _is_torch(value) and value.device.type != "cpu":
+        raise InvalidInputError(f"{name} is on {value.device}, expected a CPU tensor: {name}.cpu()")
     try:
+        if _is_torch(value):
+            value = value.detach()
+            return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()  # type: ignore[no-any-return]
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
         return np.asarray(value)
@@ -90,12 +90,13 @@ def vectors(value: ArrayLike, name: str, d: int, *, finite: bool = True) -> NDAr
         )
     if array.ndim != 2 or array.shape[1] != d:
         raise InvalidInputError(f"{name} has shape {array.shape}, expected (n, {d})")
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array, dtype=np.float32)
-    # The sum tells in one pass without a temporary; huge finite values can overflow it, so ask again.
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspicious = finite and not np.isfinite(array.sum())
-    if suspicious and not np.isfinite(array).all():
+    if array.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    array = np.ascontiguousarray(array, dtype=np.float32)
+    # The squared norm tells in one pass without a temporary; huge finite values overflow it, so ask again.
+    flat = array.reshape(-1)
+    if finite and not math.isfinite(flat.dot(flat)) and not np.isfinite(array).all():
         raise InvalidInputError(f"{name} holds NaN or infinity, expected finite values")
     return array
 
@@ -120,8 +121,10 @@ def integers(
         raise InvalidInputError(f"{name} has dtype {array.dtype}, expected integers")
     if array.shape != shape:
         raise InvalidInputError(f"{name} has shape {array.shape}, expected {shape}")
+    if array.dtype.kind == "u" and int(array.max(initial=0)) > _LARGEST:
+        raise InvalidInputError(f"{name} holds {int(array.max())}, expected at most {_LARGEST}")
     array = np.ascontiguousarray(array, dtype=np.int64)
-    if minimum is not None and array.size and int(array.min()) < minimum:
+    if minimum is not None and (array < minimum).any():
         raise InvalidInputError(f"{name} holds {int(array.min())}, expected at least {minimum}")
     return array
 
@@ -136,11 +139,12 @@ def check_out(out: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: D
     """
     if out is None:
         return np.empty(shape, dtype)
+    kind = str(getattr(out, "dtype", f"a {type(out).__name__}")).removeprefix("torch.")
+    if kind != np.dtype(dtype).name:  # before as_numpy, which would copy lists and bfloat16
+        raise InvalidInputError(f"{name} is {kind}, expected a buffer of {np.dtype(dtype)}")
     array = as_numpy(out, name)
-    if array.shape != shape or array.dtype != dtype:
-        raise InvalidInputError(
-            f"{name} is {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} of {shape}"
-        )
+    if array.shape != shape:
+        raise InvalidInputError(f"{name} has shape {array.shape}, expected {shape}")
     if not (array.flags.writeable and array.flags.c_contiguous):
         raise InvalidInputError(f"{name} is read-only or not C-contiguous, expected a writable buffer")
     return array

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -33,10 +35,18 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_integer(name: str, value: object, minimum: int) -> None:
     """Refuse `value` unless it is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
         raise InvalidInputError(f"{name} is {value!r}, expected an integer of at least {minimum}")
-    if int(value) < minimum:
+    if number < minimum:
         raise InvalidInputError(f"{name} is {value}, expected at least {minimum}")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +112,8 @@ class IndexParameters:
         check_integer("seed", self.seed, 0)
         if self.max_position is not None:
             check_integer("max_position", self.max_position, 1)
-        if not self.cutoff > 0:
-            raise InvalidInputError(f"cutoff is {self.cutoff}, expected a wavelength above 0")
+        if not (isinstance(self.cutoff, numbers.Real) and self.cutoff > 0):
+            raise InvalidInputError(f"cutoff is {self.cutoff!r}, expected a wavelength above 0")
 
     def replace(self, **changes: Any) -> IndexParameters:
         """Return a copy with some fields changed."""
@@ -143,13 +153,12 @@ class SearchParameters:
             raise InvalidInputError(f"{' and '.join(given)} are given together, expected one of them")
         if self.nprobe is not None:
             check_integer("nprobe", self.nprobe, 1)
-        if isinstance(self.budget, float):
-            if not 0 < self.budget <= 1:
-                raise InvalidInputError(f"budget is {self.budget}, expected a share in (0, 1] or a count")
-        elif self.budget is not None:
+        if isinstance(self.budget, numbers.Integral):
             check_integer("budget", self.budget, 1)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InvalidInputError(f"top_p is {self.top_p}, expected a share in (0, 1]")
+        elif self.budget is not None and not _is_share(self.budget):
+            raise InvalidInputError(f"budget is {self.budget!r}, expected a share in (0, 1] or a count")
+        if self.top_p is not None and not _is_share(self.top_p):
+            raise InvalidInputError(f"top_p is {self.top_p!r}, expected a share in (0, 1]")
         if self.rank is not None:
             _choice("rank", self.rank, ("key", "mass"))
 
@@ -157,8 +166,8 @@ class SearchParameters:
         """Return the budget as a count of keys, at least 1."""
         if self.budget is None:
             return ntotal
-        share = isinstance(self.budget, float)
-        return max(1, round(self.budget * ntotal) if share else int(self.budget))
+        counted = isinstance(self.budget, numbers.Integral)
+        return int(self.budget) if counted else max(1, round(float(self.budget) * ntotal))
 
 
 PRESETS: Mapping[str, IndexParameters] = MappingProxyType(

@@ -12,10 +12,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Floats", "Ints", "Lists", "Ops"]
+__all__ = ["LANES", "Floats", "Ints", "Lists", "Ops", "to_blocks"]
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
+
+
+LANES = 16
+"""Keys of a block, which lie side by side: row `r` is ``vectors[r // LANES, :, r % LANES]``."""
+
+
+def to_blocks(x: Floats) -> Floats:
+    """Arrange rows in blocks: (n, d) to (blocks, d, LANES), zero where there are no more rows.
+
+    Examples
+    --------
+    >>> to_blocks(np.ones((17, 3))).shape
+    (2, 3, 16)
+    """
+    padded = np.zeros((-(-len(x) // LANES) * LANES, x.shape[1]), x.dtype)
+    padded[: len(x)] = x
+    return np.ascontiguousarray(padded.reshape(-1, LANES, x.shape[1]).transpose(0, 2, 1))
 
 
 class Lists(NamedTuple):
@@ -24,17 +41,22 @@ class Lists(NamedTuple):
     Attributes
     ----------
     vectors
-        (capacity, d); rows outside every list are undefined.
+        float32 or float16, (blocks, d, LANES); rows outside every list are undefined.
     ids
-        (capacity,) int64.
+        (blocks * LANES,) int64.
     offsets, sizes
-        (nlist,) int64.
+        (nlist,) int64; every offset is a multiple of `LANES`.
     """
 
     vectors: Floats
     ids: Ints
     offsets: Ints
     sizes: Ints
+
+    def rows(self, rows: Ints) -> Floats:
+        """Return the keys at `rows`, (n, d)."""
+        keys: Floats = self.vectors[rows // LANES, :, rows % LANES]
+        return keys
 
 
 class Ops(ABC):
@@ -99,15 +121,17 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def top_lists(self, scores: Floats, bias: Floats, p: int) -> tuple[Ints, Floats]:
-        """Take the `p` best lists of each query by ``scores[:, j] + bias[j]``, best first.
+    def route(self, features: Floats, table: Floats, bias: Floats, p: int) -> tuple[Ints, Floats]:
+        """Take the `p` best lists of each query by ``features . table_j + bias[j]``, best first.
 
         Of equal scores the lowest list comes first.
 
         Parameters
         ----------
-        scores
-            (q, nlist).
+        features
+            (q, h).
+        table
+            (blocks, h, LANES): one row a list, in blocks as `to_blocks` makes them.
         bias
             (nlist,); minus infinity for a list that must not be visited.
         p

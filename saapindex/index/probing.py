@@ -1,7 +1,8 @@
-"""From scores to the lists that each query visits: by number, by a budget of keys, or by predicted mass."""
+"""The lists that each query visits: by number, by a budget of keys, or by predicted mass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +10,9 @@ from numpy.typing import NDArray
 
 from saapindex.backends.base import Floats, Ints, Ops
 from saapindex.index.state import Routing
-from saapindex.params import SearchParameters
+from saapindex.params import RankBy, SearchParameters
 
-__all__ = ["Probes", "choose_lists"]
+__all__ = ["Probes", "choose_lists", "same_limit"]
 
 
 class Probes(NamedTuple):
@@ -35,10 +36,17 @@ class Probes(NamedTuple):
         return read
 
 
+def same_limit(queries: int, keys: int) -> Ints:
+    """Return the same limit for every query."""
+    limits = np.empty(queries, np.int64)  # np.full takes longer than the search of a list
+    limits.fill(keys)
+    return limits
+
+
 def choose_lists(
-    scores: Floats,
-    bias: NDArray[np.float32],
+    queries: NDArray[np.float32],
     routing: Routing,
+    rank: RankBy,
     nprobe: int,
     params: SearchParameters,
     ops: Ops,
@@ -47,12 +55,12 @@ def choose_lists(
 
     Parameters
     ----------
-    scores
-        (q, nlist), what the router says of each list.
-    bias
-        (nlist,), added to rank the lists.
+    queries
+        (q, d), in the view of the partition.
     routing
-        The sizes of the lists, and what makes scores the logarithm of a mass.
+        The router, with the sizes of the lists.
+    rank
+        What lists are ranked by, if `params` does not say otherwise.
     nprobe
         Lists to visit if `params` does not say otherwise.
     params
@@ -61,43 +69,45 @@ def choose_lists(
         The backend.
     """
     sizes = routing.sizes
-    nlist, ntotal = len(sizes), int(sizes.sum())
-    if params.top_p is not None:
-        return _by_mass(scores, bias, routing.by_mass, ntotal, params.top_p, ops)
+    nlist, ntotal = len(sizes), routing.ntotal
+    bias = routing.by_mass if (params.rank or rank) == "mass" else routing.by_key
+    features = routing.router.features(queries)
+
     if params.budget is not None:
-        return _by_budget(scores, bias, sizes, params.keys(ntotal), ops)
-    lists, _ = ops.top_lists(scores, bias, min(params.nprobe or nprobe, nlist))
-    return Probes(lists, np.full(len(scores), ntotal, np.int64))
+
+        def best(p: int) -> Ints:
+            return ops.route(features, routing.table, bias, p)[0]
+
+        return _by_budget(best, sizes, params.keys(ntotal), len(queries))
+    if params.top_p is None:
+        lists, _ = ops.route(features, routing.table, bias, min(params.nprobe or nprobe, nlist))
+    else:
+        lists, scores = ops.route(features, routing.table, bias, nlist)
+        with np.errstate(invalid="ignore"):  # lists that are empty
+            to_mass = np.nan_to_num(routing.by_mass - bias, nan=-np.inf)
+        lists = _by_mass(lists, scores + np.where(lists >= 0, to_mass[lists], 0), params.top_p)
+    return Probes(lists, same_limit(len(queries), ntotal))
 
 
-def _by_budget(scores: Floats, bias: NDArray[np.float32], sizes: Ints, budget: int, ops: Ops) -> Probes:
+def _by_budget(best: Callable[[int], Ints], sizes: Ints, budget: int, queries: int) -> Probes:
     """As many lists as hold `budget` keys for every query."""
     nlist, ntotal = len(sizes), int(sizes.sum())
-    budget = min(budget, ntotal)
-    p = min(nlist, 8 + 2 * -(-budget * nlist // max(ntotal, 1)))
+    limits = same_limit(queries, min(budget, ntotal))
+    p = min(nlist, 8 + 2 * -(-min(budget, ntotal) * nlist // max(ntotal, 1)))
     while True:
-        lists, _ = ops.top_lists(scores, bias, p)
-        probes = Probes(lists, np.full(len(scores), budget, np.int64))
-        if p == nlist or (probes.keys_read(sizes) >= budget).all():
+        probes = Probes(best(p), limits)
+        if p == nlist or (probes.keys_read(sizes) >= limits).all():
             return probes
         p = min(nlist, 2 * p)
 
 
-def _by_mass(
-    scores: Floats,
-    bias: NDArray[np.float32],
-    mass_bias: NDArray[np.float32],
-    ntotal: int,
-    top_p: float,
-    ops: Ops,
-) -> Probes:
+def _by_mass(lists: Ints, logs: Floats, top_p: float) -> Ints:
     """The first lists in rank order that hold `top_p` of the predicted mass."""
-    lists, _ = ops.top_lists(scores, bias, scores.shape[1])
-    logs = np.where(lists >= 0, np.take_along_axis(scores + mass_bias, np.maximum(lists, 0), 1), -np.inf)
     top = logs.max(axis=1, keepdims=True, initial=-np.inf)
     masses = np.exp(logs - np.where(np.isfinite(top), top, 0), dtype=np.float64)
     before = np.cumsum(masses, axis=1) - masses
-    total = masses.sum(axis=1, keepdims=True)
-    lists = np.where(before < top_p * total, lists, -1)
+    # Masses too small to count in the sum are wanted all the same if the whole is.
+    wanted = (before < top_p * masses.sum(axis=1, keepdims=True)) | (top_p == 1)
+    lists = np.where(wanted, lists, -1)
     width = max(1, int((lists >= 0).sum(axis=1).max(initial=0)))
-    return Probes(np.ascontiguousarray(lists[:, :width]), np.full(len(scores), ntotal, np.int64))
+    return np.ascontiguousarray(lists[:, :width])

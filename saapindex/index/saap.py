@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.errors import InvalidInputError, TrainingWarning
-from saapindex.index.probing import Probes, choose_lists
+from saapindex.index.probing import Probes, choose_lists, same_limit
 from saapindex.index.state import Routing, State
 from saapindex.index.store import KeyStore
 from saapindex.params import SearchParameters, check_integer
@@ -19,8 +21,10 @@ from saapindex.partition.routers import make_router
 
 __all__ = ["IndexSAAP"]
 
-# Scores of queries against lists held at once: 16 MiB, whatever the number of queries.
+# Queries times lists at once, which bounds the memory that routes take.
 _BLOCK = 1 << 22
+_DEFAULT = SearchParameters()
+_NONE = np.zeros(0, np.int64)
 # A training set of fewer queries than this many a dimension makes a poor metric.
 _QUERIES_PER_DIMENSION = 4
 
@@ -46,6 +50,9 @@ class IndexSAAP(KeyStore):
         The rotary embedding that keys and queries carry; None for a plain asymmetric index.
     nprobe
         Lists that a search visits by default.
+    dtype
+        Precision that keys are kept in: ``"float32"``, or ``"float16"``, which loses nothing where keys come
+        in it and is faster to read. Scores are float32.
     backend
         ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy).
     verbose
@@ -117,10 +124,10 @@ class IndexSAAP(KeyStore):
             queries = arrays.vectors(xq_train, "xq_train", self.d)
             end = np.full(len(queries), len(keys), np.int64)
             query_positions = self._positions(positions_xq, "positions_xq", len(queries), end)
+            if not len(queries):
+                queries = query_positions = None
         if self.params.query_aware:
             _warn_of_few_queries(0 if queries is None else len(queries), self.d)
-            if queries is not None and not len(queries):
-                queries = query_positions = None
         self._adopt(
             train_partition(
                 keys,
@@ -134,7 +141,7 @@ class IndexSAAP(KeyStore):
                 show=self.verbose,
             ),
             make_router(self.params.router, self.scale),
-            State.empty(self.nlist, self.d),
+            self._nothing(),
         )
 
     def adapt(self, niter: int = 4) -> None:
@@ -157,10 +164,10 @@ class IndexSAAP(KeyStore):
             raise InvalidInputError("the index holds no keys to adapt to: call add first")
         lists = self._state.lists
         rows = np.sort(lists.rows())
-        x, ids, positions = lists.vectors[rows], lists.ids[rows], lists.positions[rows]
+        x, ids, positions = lists.keys(rows), lists.ids[rows], lists.positions[rows]
         seen = self.partition.view.apply(x, positions, self.ops)
         partition = self.partition.adapt(seen, niter, np.random.default_rng(self.params.seed), self.ops)
-        state = State.empty(self.nlist, self.d).append(x, ids, positions, partition, self.ops)
+        state = self._nothing().append(x, ids, positions, partition, self.ops)
         self._adopt(partition, self.router, state)
 
     # Searching
@@ -200,18 +207,13 @@ class IndexSAAP(KeyStore):
         """
         check_integer("k", k, 1)
         state, routing = self._ready()
-        queries, places = self._queries(x, positions)
-        best = arrays.check_out(D, "D", (len(queries), k), np.float32)
-        found = arrays.check_out(I, "I", (len(queries), k), np.int64)
+        queries, seen = self._queries(x, positions)
         params = self._checked(params)
-        lists = state.lists.view
-        for rows in self._blocks(len(queries)):
-            probes = self._probe(queries[rows], places[rows], routing, params)
-            best[rows], found[rows] = self.ops.scan(queries[rows], lists, *probes, int(k), self._l2)
-        return (
-            arrays.give_back(best, x) if D is None else D,
-            arrays.give_back(found, x) if I is None else I,
-        )
+
+        def probe(rows: slice) -> Probes:
+            return self._probe(seen[rows], routing, params)
+
+        return self._scan(x, queries, state, probe, int(k), D, I)
 
     def search_preassigned(
         self,
@@ -233,13 +235,11 @@ class IndexSAAP(KeyStore):
         state, _ = self._ready()
         queries = arrays.vectors(x, "x", self.d)
         probes = self._given(Iq, len(queries), params)
-        best = arrays.check_out(D, "D", (len(queries), k), np.float32)
-        found = arrays.check_out(I, "I", (len(queries), k), np.int64)
-        best[:], found[:] = self.ops.scan(queries, state.lists.view, *probes, int(k), self._l2)
-        return (
-            arrays.give_back(best, x) if D is None else D,
-            arrays.give_back(found, x) if I is None else I,
-        )
+
+        def probe(rows: slice) -> Probes:
+            return Probes(probes.lists[rows], probes.limits[rows])
+
+        return self._scan(x, queries, state, probe, int(k), D, I)
 
     def range_search(
         self,
@@ -260,14 +260,14 @@ class IndexSAAP(KeyStore):
         I : int64
             Ids.
         """
-        if not np.isfinite(thresh):
-            raise InvalidInputError(f"thresh is {thresh}, expected a finite number")
+        if not (isinstance(thresh, numbers.Real) and abs(thresh) <= np.finfo(np.float32).max):
+            raise InvalidInputError(f"thresh is {thresh!r}, expected a finite float32 number")
         state, routing = self._ready()
-        queries, places = self._queries(x, positions)
+        queries, seen = self._queries(x, positions)
         params = self._checked(params)
         lims, scores, ids = [np.zeros(1, np.int64)], [np.empty(0, np.float32)], [np.empty(0, np.int64)]
         for rows in self._blocks(len(queries)):
-            probes = self._probe(queries[rows], places[rows], routing, params)
+            probes = self._probe(seen[rows], routing, params)
             ends, best, found = self.ops.range_scan(
                 queries[rows], state.lists.view, *probes, float(thresh), self._l2
             )
@@ -299,11 +299,9 @@ class IndexSAAP(KeyStore):
             Keys that are read in them.
         """
         state, routing = self._ready()
-        queries, places = self._queries(x, positions)
+        queries, seen = self._queries(x, positions)
         params = self._checked(params)
-        blocks = [
-            self._probe(queries[rows], places[rows], routing, params) for rows in self._blocks(len(queries))
-        ]
+        blocks = [self._probe(seen[rows], routing, params) for rows in self._blocks(len(queries))]
         width = max((block.lists.shape[1] for block in blocks), default=0)
         lists = np.full((len(queries), width), -1, np.int64)
         keys = np.zeros(len(queries), np.int64)
@@ -311,6 +309,33 @@ class IndexSAAP(KeyStore):
             lists[rows, : block.lists.shape[1]] = block.lists
             keys[rows] = block.keys_read(state.lists.sizes)
         return arrays.give_back(lists, x), arrays.give_back(keys, x)
+
+    def _scan(
+        self,
+        x: ArrayLike,
+        queries: NDArray[np.float32],
+        state: State,
+        probe: Callable[[slice], Probes],
+        k: int,
+        D: ArrayLike | None,
+        I: ArrayLike | None,  # noqa: E741  Faiss's name
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Scan block by block, into the caller's buffers if there are any."""
+        best = None if D is None else arrays.check_out(D, "D", (len(queries), k), np.float32)
+        found = None if I is None else arrays.check_out(I, "I", (len(queries), k), np.int64)
+        parts = [
+            self.ops.scan(queries[rows], state.lists.view, *probe(rows), k, self._l2)
+            for rows in self._blocks(len(queries))
+        ]
+        scores, ids = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        if best is not None:
+            best[:] = scores
+        if found is not None:
+            found[:] = ids
+        return (
+            arrays.give_back(scores, x) if D is None else D,
+            arrays.give_back(ids, x) if I is None else I,
+        )
 
     def _ready(self) -> tuple[State, Routing]:
         self.router  # noqa: B018  raises if the index is not trained
@@ -320,15 +345,26 @@ class IndexSAAP(KeyStore):
 
     def _queries(
         self, x: ArrayLike, positions: ArrayLike | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the queries, and the partition's view of them."""
         queries = arrays.vectors(x, "x", self.d)
-        end = np.full(len(queries), self._state.next_id, np.int64)
-        places = self._positions(positions, "positions", len(queries), end)
-        self.partition.check_positions(places)
-        return queries, places
+        if positions is None:
+            self.partition.check_position(self._state.next_id)
+        else:
+            places = self._positions(positions, "positions", len(queries), _NONE)
+            self.partition.check_position(int(places.max(initial=0)))
+        view = self.partition.view
+        if not view.needs_positions:
+            return queries, queries
+        if positions is None:
+            places = np.full(len(queries), self._state.next_id, np.int64)
+        return queries, view.apply(queries, places, self.ops)
 
     def _checked(self, params: SearchParameters | None) -> SearchParameters:
-        params = params or SearchParameters()
+        if params is None:
+            return _DEFAULT
+        if not isinstance(params, SearchParameters):
+            raise InvalidInputError(f"params is a {type(params).__name__}, expected SearchParameters")
         if self._l2 and (params.top_p is not None or params.rank == "mass"):
             raise InvalidInputError(
                 "top_p and rank='mass' need an inner product, but metric_type is METRIC_L2"
@@ -336,28 +372,22 @@ class IndexSAAP(KeyStore):
         return params
 
     def _blocks(self, n: int) -> list[slice]:
+        """Cut `n` queries into blocks; at least one, which may be empty."""
         step = max(1, _BLOCK // self.nlist)
-        return [slice(start, start + step) for start in range(0, n, step)]
+        return [slice(start, start + step) for start in range(0, max(n, 1), step)]
 
-    def _probe(
-        self,
-        queries: NDArray[np.float32],
-        positions: NDArray[np.int64],
-        routing: Routing,
-        params: SearchParameters,
-    ) -> Probes:
-        seen = self.partition.view.apply(queries, positions, self.ops)
-        scores = routing.router.features(seen) @ routing.table.T
-        ranked = routing.by_mass if (params.rank or self.params.rank) == "mass" else routing.by_key
-        return choose_lists(scores, ranked, routing, self.nprobe, params, self.ops)
+    def _probe(self, seen: NDArray[np.float32], routing: Routing, params: SearchParameters) -> Probes:
+        return choose_lists(seen, routing, self.params.rank, self.nprobe, params, self.ops)
 
     def _given(self, lists: ArrayLike, n: int, params: SearchParameters | None) -> Probes:
         found = arrays.as_numpy(lists, "Iq")
-        found = arrays.integers(found, "Iq", (n, found.shape[-1] if found.ndim else 0), minimum=-1)
-        if found.size and int(found.max()) >= self.nlist:
-            raise InvalidInputError(f"Iq holds list {int(found.max())}, expected lists below {self.nlist}")
-        budget = (params or SearchParameters()).keys(self.ntotal)
-        return Probes(found, np.full(n, budget, np.int64))
+        found = arrays.integers(found, "Iq", (n, found.shape[-1] if found.ndim else 0))
+        # As unsigned numbers, everything below -1 is large: one look finds both ends.
+        if found.size and np.maximum.reduce((found + 1).view(np.uint64), axis=None) > self.nlist:
+            raise InvalidInputError(
+                f"Iq holds lists from {found.min()} to {found.max()}, expected -1 to {self.nlist - 1}"
+            )
+        return Probes(found, same_limit(n, self._checked(params).keys(self.ntotal)))
 
 
 def _warn_of_few_queries(count: int, d: int) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from saapindex.backends.base import Ints, Ops
+from saapindex.backends.base import Floats, Ints, Ops, to_blocks
 from saapindex.lists import InvertedLists
 from saapindex.params import RankBy
 from saapindex.partition import Partition, Router
@@ -35,9 +35,9 @@ class State:
     next_id: int
 
     @classmethod
-    def empty(cls, nlist: int, d: int) -> State:
-        """Return the state of an index without keys."""
-        return cls(InvertedLists.empty(nlist, d), np.zeros((nlist, d)), 0)
+    def empty(cls, nlist: int, d: int, dtype: DTypeLike) -> State:
+        """Return the state of an index without keys, to hold keys of `dtype`."""
+        return cls(InvertedLists.empty(nlist, d, dtype), np.zeros((nlist, d)), 0)
 
     def append(
         self,
@@ -59,7 +59,7 @@ class State:
         """Return the state with only the keys, in the order of ``lists.rows()``, where `mask` is true."""
         lists = self.lists.keep(mask)
         rows = lists.rows()
-        seen = partition.view.apply(lists.vectors[rows], lists.positions[rows], ops)
+        seen = partition.view.apply(lists.keys(rows), lists.positions[rows], ops)
         sums, _ = ops.accumulate(seen, lists.labels(), partition.nlist)
         next_id = int(lists.ids[rows].max(initial=-1)) + 1
         return State(lists, sums, max(next_id, lists.ntotal))
@@ -74,17 +74,30 @@ class Routing:
     router
         Gives the features of queries.
     table
-        float32, (nlist, h).
+        float32, (blocks, h, LANES): one row a list, in blocks.
+    shift
+        float32, (nlist,): added to every score.
     sizes
         int64, (nlist,).
-    l2
-        Whether lists are ranked by distance.
     """
 
     router: Router
-    table: NDArray[np.float32]
+    table: Floats
+    shift: NDArray[np.float32]
     sizes: Ints
-    l2: bool
+
+    @classmethod
+    def of(cls, router: Router, partition: Partition, state: State, l2: bool) -> Routing:
+        """Make `router` ready for `state`, ranking lists by distance if `l2`."""
+        rows, sizes = router.table(partition, state.sums, state.lists.sizes), state.lists.sizes
+        # |q - c|^2 = |q|^2 - 2 (q . c - |c|^2 / 2)
+        shift = -np.einsum("ij,ij->i", rows, rows) / 2 if l2 else np.zeros(len(rows), np.float32)
+        return cls(router, to_blocks(rows), shift, sizes)
+
+    @cached_property
+    def ntotal(self) -> int:
+        """Keys in all lists."""
+        return int(self.sizes.sum())
 
     @cached_property
     def by_key(self) -> NDArray[np.float32]:
@@ -97,7 +110,4 @@ class Routing:
         return self._bias("mass")
 
     def _bias(self, rank: RankBy) -> NDArray[np.float32]:
-        bias = self.router.bias(self.sizes, rank)
-        if self.l2:  # |q - c|^2 = |q|^2 - 2 (q . c - |c|^2 / 2)
-            bias = bias - np.einsum("ij,ij->i", self.table, self.table) / 2
-        return bias
+        return self.router.bias(self.sizes, rank) + self.shift

@@ -7,7 +7,7 @@ tensor                      shape                meaning
 ``metric``                  (d, d) float64       of a query-aware one
 ``router.*``                                     weights of a learned router
 ``sizes``, ``sums``         (nlist,), (nlist, d) keys in each list, and their sum in the view
-``vectors``                 (ntotal, d) float32  keys, list by list
+``vectors``                 (ntotal, d)          keys, list by list, in the dtype of the index
 ``ids``, ``positions``      (ntotal,) int64      of the keys
 =========================== ==================== =======================================
 """
@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from saapindex.errors import FileFormatError, InvalidInputError
+from saapindex.backends import get_ops
+from saapindex.errors import FileFormatError, SaapIndexError
 from saapindex.files import read_file, write_file
 from saapindex.index.saap import IndexSAAP
 from saapindex.index.state import State
@@ -56,7 +57,7 @@ def write_index(index: IndexSAAP, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, NDArray[Any]] = {
         "sizes": state.lists.sizes,
         "sums": state.sums,
-        "vectors": state.lists.vectors[rows],
+        "vectors": state.lists.view.rows(rows),
         "ids": state.lists.ids[rows],
         "positions": state.lists.positions[rows],
     }
@@ -65,6 +66,7 @@ def write_index(index: IndexSAAP, path: str | os.PathLike[str]) -> None:
         "nlist": index.nlist,
         "metric_type": index.metric_type,
         "nprobe": int(index.nprobe),
+        "dtype": index.dtype.name,
         "next_id": state.next_id,
         "params": dataclasses.asdict(index.params),
         "rope": None if index.rope is None else index.rope.to_dict(),
@@ -93,10 +95,11 @@ def read_index(path: str | os.PathLike[str], *, backend: str = "cpu") -> IndexSA
     OSError
         If it cannot be read at all.
     """
+    get_ops(backend)  # an unknown backend is no fault of the file
     tensors, header = read_file(Path(path), format=FORMAT, version=VERSION)
     try:
         return _build(tensors, header, backend)
-    except (KeyError, TypeError, AttributeError, InvalidInputError, FileFormatError) as error:
+    except (SaapIndexError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileFormatError(f"{path} is no whole index: {error}") from error
 
 
@@ -110,6 +113,7 @@ def _build(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any], backe
         params=params,
         rope=rope,
         nprobe=header["nprobe"],
+        dtype=header["dtype"],
         backend=backend,
     )
     index.params = params
@@ -125,23 +129,22 @@ def _build(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any], backe
             name.removeprefix(_ROUTER): tensor for name, tensor in tensors.items() if name.startswith(_ROUTER)
         }
         router = router_from_tensors(**header["router"], scale=index.scale, tensors=weights)
-    index._adopt(partition, router, _state(tensors, header, index))
+    index._adopt(partition, None, _state(tensors, header, index))
+    if router is not None:
+        index.router = router
     return index
 
 
 def _state(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any], index: IndexSAAP) -> State:
     sizes = _tensor(tensors, "sizes", (index.nlist,), np.int64)
-    if (sizes < 0).any():
-        raise FileFormatError("a list has a negative size")
+    if ((sizes < 0) | (sizes > len(tensors["ids"]))).any():
+        raise FileFormatError("a list has a size below 0 or above the number of keys")
     ntotal = int(sizes.sum())
-    lists = InvertedLists(
-        _tensor(tensors, "vectors", (ntotal, index.d), np.float32),
+    lists = InvertedLists.empty(index.nlist, index.d, index.dtype).append(
+        _tensor(tensors, "vectors", (ntotal, index.d), index.dtype),
         _tensor(tensors, "ids", (ntotal,), np.int64),
         _tensor(tensors, "positions", (ntotal,), np.int64),
-        np.cumsum(sizes) - sizes,
-        sizes,
-        sizes,
-        ntotal,
+        np.repeat(np.arange(index.nlist, dtype=np.int64), sizes),
     )
     return State(lists, _tensor(tensors, "sums", (index.nlist, index.d), np.float64), int(header["next_id"]))
 

@@ -23,6 +23,10 @@ METRIC_INNER_PRODUCT = 0
 """Faiss's number for the inner product."""
 METRIC_L2 = 1
 """Faiss's number for the squared Euclidean distance."""
+# Ids stay below this, so that the next one is an int64 too.
+_IDS_END = 1 << 62
+
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 class KeyStore:
@@ -41,31 +45,41 @@ class KeyStore:
         params: IndexParameters | str = "best",
         rope: Rope | None = None,
         nprobe: int = 1,
+        dtype: str = "float32",
         backend: str = "cpu",
         verbose: bool = False,
     ) -> None:
         check_integer("d", d, 1)
         check_integer("nlist", nlist, 1)
-        check_integer("nprobe", nprobe, 1)
         if metric_type not in (METRIC_INNER_PRODUCT, METRIC_L2):
             raise InvalidInputError(
                 f"metric_type is {metric_type!r}, expected METRIC_INNER_PRODUCT or METRIC_L2"
             )
+        if rope is not None and not isinstance(rope, Rope):
+            raise InvalidInputError(f"rope is a {type(rope).__name__}, expected a Rope or None")
+        if dtype not in ("float16", "float32"):
+            raise InvalidInputError(f"dtype is {dtype!r}, expected 'float32' or 'float16'")
         if rope is not None and rope.dim > d:
             raise InvalidInputError(f"rope rotates {rope.dim} dimensions, expected at most d = {d}")
         params = get_preset(params) if isinstance(params, str) else params
+        if not isinstance(params, IndexParameters):
+            raise InvalidInputError(
+                f"params is a {type(params).__name__}, expected IndexParameters or the name of a preset"
+            )
         self.d = int(d)
         self.nlist = int(nlist)
         self.metric_type = metric_type
         # The query-aware metric is about inner products; a distance is measured as it is.
-        self.params = params.replace(query_aware=False, spherical=False) if self._l2 else params
+        euclidean = params.replace(query_aware=False, spherical=False, rank="key")
+        self.params = euclidean if self._l2 else params
         self.rope = rope
         self.nprobe = nprobe
+        self.dtype = np.dtype(dtype)
         self.ops = get_ops(backend)
         self.verbose = verbose
         self._partition: Partition | None = None
         self._router: Router | None = None
-        self._state = State.empty(self.nlist, self.d)
+        self._state = self._nothing()
         self._routing: Routing | None = None
 
     def __repr__(self) -> str:
@@ -79,10 +93,23 @@ class KeyStore:
     def _l2(self) -> bool:
         return self.metric_type == METRIC_L2
 
+    def _nothing(self) -> State:
+        return State.empty(self.nlist, self.d, self.dtype)
+
     @property
     def scale(self) -> float:
         """Factor that makes an inner product a logit: ``1 / sqrt(d)``."""
         return 1.0 if self._l2 else 1 / math.sqrt(self.d)
+
+    @property
+    def nprobe(self) -> int:
+        """Lists that a search visits by default; more than there are visits all."""
+        return self._nprobe
+
+    @nprobe.setter
+    def nprobe(self, nprobe: int) -> None:
+        check_integer("nprobe", nprobe, 1)
+        self._nprobe = int(nprobe)
 
     @property
     def ntotal(self) -> int:
@@ -125,10 +152,13 @@ class KeyStore:
     @router.setter
     def router(self, router: Router) -> None:
         table = router.table(self.partition, self._state.sums, self._state.lists.sizes)
-        width = router.features(np.zeros((1, self.d), np.float32)).shape[1]
+        try:
+            width = router.features(np.zeros((1, self.d), np.float32)).shape[1]
+        except ValueError as error:
+            raise InvalidInputError(f"router takes no queries of dimension {self.d}: {error}") from error
         if table.shape != (self.nlist, width):
             raise InvalidInputError(
-                f"router scores {table.shape[0]} lists, expected {self.nlist} of this index"
+                f"router has a table of shape {table.shape}, expected {(self.nlist, width)} for this index"
             )
         self._router, self.params = router, self.params.replace(router=router.name)
         self._publish(self._state)
@@ -141,9 +171,7 @@ class KeyStore:
         """Make `state` the one that is searched."""
         routing = None
         if self._router is not None:
-            sizes = state.lists.sizes
-            table = self._router.table(self.partition, state.sums, sizes)
-            routing = Routing(self._router, table, sizes, self._l2)
+            routing = Routing.of(self._router, self.partition, state, self._l2)
         self._state, self._routing = state, routing
 
     # Adding and removing
@@ -170,6 +198,8 @@ class KeyStore:
     def add_with_ids(self, x: ArrayLike, ids: ArrayLike, *, positions: ArrayLike | None = None) -> None:
         """Add keys `x`, (n, d), under `ids`, int (n,), not negative and not yet in the index.
 
+        `positions` are by default the ids, as for `add`.
+
         Raises
         ------
         InvalidInputError, NotTrainedError
@@ -181,13 +211,20 @@ class KeyStore:
         self.router  # noqa: B018  raises if the index is not trained
         state = self._state
         keys = arrays.vectors(x, "x", self.d)
-        fresh = np.arange(state.next_id, state.next_id + len(keys), dtype=np.int64)
-        places = self._positions(positions, "positions", len(keys), fresh)
-        if ids is not None:
+        if ids is None:
+            fresh = np.arange(state.next_id, state.next_id + len(keys), dtype=np.int64)
+        else:
             fresh = arrays.integers(ids, "ids", (len(keys),), minimum=0)
             _refuse_duplicates(fresh, state.lists.contains(fresh))
+        if fresh.size and int(fresh.max()) >= _IDS_END:
+            raise InvalidInputError(f"ids reach {fresh.max()}, expected less than {_IDS_END}")
+        places = self._positions(positions, "positions", len(keys), fresh)
+        if self.dtype == np.float16 and np.abs(keys).max(initial=0) > _LARGEST_HALF:
+            raise InvalidInputError(
+                f"x holds {np.abs(keys).max():g}, expected at most {_LARGEST_HALF:g} in an index of float16"
+            )
         if len(keys):
-            self.partition.check_positions(places)
+            self.partition.check_position(int(places.max()))
             self._publish(state.append(keys, fresh, places, self.partition, self.ops))
 
     def remove_ids(self, ids: ArrayLike) -> int:
@@ -203,15 +240,22 @@ class KeyStore:
 
     def reset(self) -> None:
         """Remove every key; the index stays trained."""
-        self._publish(State.empty(self.nlist, self.d))
+        self._publish(self._nothing())
 
     def reconstruct(self, key: int) -> NDArray[np.float32]:
         """Return the key with id `key`, float32 (d,)."""
-        return self.reconstruct_batch([key])[0]
+        found: NDArray[np.float32] = self.reconstruct_batch([key])[0]
+        return found
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1) -> NDArray[np.float32]:
         """Return the keys with ids `n0` to ``n0 + ni - 1``, float32 (ni, d); -1 for all from `n0` on."""
-        ni = self._state.next_id - n0 if ni == -1 else ni
+        check_integer("n0", n0, 0)
+        check_integer("ni", ni, -1)
+        ni = max(self._state.next_id - n0, 0) if ni == -1 else ni
+        if ni > self.ntotal:
+            raise InvalidInputError(
+                f"{ni} ids from {n0} up are asked for, but the index holds {self.ntotal} keys"
+            )
         return self.reconstruct_batch(np.arange(n0, n0 + ni, dtype=np.int64))
 
     def reconstruct_batch(self, keys: ArrayLike) -> NDArray[np.float32]:
@@ -228,8 +272,7 @@ class KeyStore:
         known = lists.contains(ids)
         if not known.all():
             raise InvalidInputError(f"id {ids[~known][0]} is not in the index")
-        found: NDArray[np.float32] = lists.vectors[lists.find(ids)]
-        return found
+        return lists.keys(lists.find(ids))
 
     def _positions(
         self, given: ArrayLike | None, name: str, n: int, default: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""Ragged inverted lists in one pool: each list is one run of rows, with room to grow.
+"""Ragged inverted lists in one pool: each list is one run of whole blocks, with room to grow.
 
 The lists are a value: every change returns new lists and leaves the old ones as they were, so a change that
 fails halfway is lost without a trace, and a reader keeps what it holds. Appending writes only to rows
@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from saapindex.backends.base import Ints, Lists
+from saapindex.backends.base import LANES, Ints, Lists
 
 __all__ = ["InvertedLists", "ranges"]
-
-# Rows that a list gets at least when it moves.
-MIN_ROOM = 8
 
 
 def ranges(starts: Ints, lengths: Ints) -> Ints:
@@ -41,16 +39,17 @@ class InvertedLists:
     Attributes
     ----------
     vectors
-        float32, (pool, d).
+        float32 or float16, (blocks, d, LANES): row `r` is lane ``r % LANES`` of block ``r // LANES``.
     ids, positions
-        int64, (pool,).
+        int64, (rows,).
     offsets, sizes, room
-        int64, (nlist,): list `j` is rows ``offsets[j] : offsets[j] + sizes[j]`` and may grow to ``room[j]``.
+        int64, (nlist,): list `j` is rows ``offsets[j] : offsets[j] + sizes[j]`` and may grow to ``room[j]``;
+        offsets and room are whole blocks.
     used
         Rows of the pool that are given out.
     """
 
-    vectors: NDArray[np.float32]
+    vectors: NDArray[np.floating[Any]]
     ids: Ints
     positions: Ints
     offsets: Ints
@@ -59,8 +58,8 @@ class InvertedLists:
     used: int
 
     @classmethod
-    def empty(cls, nlist: int, d: int) -> InvertedLists:
-        """Return lists without keys.
+    def empty(cls, nlist: int, d: int, dtype: DTypeLike = np.float32) -> InvertedLists:
+        """Return lists without keys, to hold keys of `dtype`.
 
         Examples
         --------
@@ -68,9 +67,9 @@ class InvertedLists:
         0
         """
         rows, zeros = np.zeros(0, np.int64), np.zeros(nlist, np.int64)
-        return cls(np.zeros((0, d), np.float32), rows, rows, zeros, zeros, zeros, 0)
+        return cls(np.zeros((0, d, LANES), dtype), rows, rows, zeros, zeros, zeros, 0)
 
-    @property
+    @cached_property
     def ntotal(self) -> int:
         """Keys in all lists."""
         return int(self.sizes.sum())
@@ -81,7 +80,7 @@ class InvertedLists:
         arrays = (self.vectors, self.ids, self.positions, self.offsets, self.sizes, self.room)
         return sum(array.nbytes for array in arrays)
 
-    @property
+    @cached_property
     def view(self) -> Lists:
         """The lists as kernels see them."""
         return Lists(self.vectors, self.ids, self.offsets, self.sizes)
@@ -119,7 +118,7 @@ class InvertedLists:
         order, counts = _group(labels, len(self.sizes))
         grown = self._with_room(self.sizes + counts)
         target = ranges(grown.offsets + grown.sizes, counts)
-        grown.vectors[target] = x[order]
+        grown.vectors[target // LANES, :, target % LANES] = x[order]
         grown.ids[target] = ids[order]
         grown.positions[target] = positions[order]
         return InvertedLists(
@@ -135,9 +134,12 @@ class InvertedLists:
     def keep(self, mask: NDArray[np.bool_]) -> InvertedLists:
         """Return compact lists of the rows where `mask`, in the order of `rows`, is true."""
         rows, labels = self.rows()[mask], self.labels()[mask]
-        return InvertedLists.empty(len(self.sizes), self.vectors.shape[1]).append(
-            self.vectors[rows], self.ids[rows], self.positions[rows], labels
-        )
+        nothing = InvertedLists.empty(len(self.sizes), self.vectors.shape[1], self.vectors.dtype)
+        return nothing.append(self.keys(rows), self.ids[rows], self.positions[rows], labels)
+
+    def keys(self, rows: Ints) -> NDArray[np.float32]:
+        """Return the keys at `rows`, float32 (n, d)."""
+        return self.view.rows(rows).astype(np.float32, copy=False)
 
     def _with_room(self, needed: Ints) -> InvertedLists:
         """Return the same lists with room for `needed` keys each."""
@@ -145,16 +147,14 @@ class InvertedLists:
         if not short.any():
             return self
         # A list gets just what it needs the first time, and twice of it when it moves.
-        room = np.where(short, np.where(self.sizes > 0, np.maximum(2 * needed, MIN_ROOM), needed), self.room)
+        wanted = np.where(self.sizes > 0, 2 * needed, needed)
+        room = np.where(short, -(-wanted // LANES) * LANES, self.room)
         demand = int(room[short].sum())
         if self.used + demand > len(self.ids):
             return self._moved_to_new_pool(room)
         offsets = self.offsets.copy()
         offsets[short] = self.used + np.cumsum(room[short]) - room[short]
-        source = ranges(self.offsets[short], self.sizes[short])
-        target = ranges(offsets[short], self.sizes[short])
-        for array in (self.vectors, self.ids, self.positions):
-            array[target] = array[source]
+        self._copy_to(self, np.flatnonzero(short), offsets)
         return InvertedLists(
             self.vectors, self.ids, self.positions, offsets, self.sizes, room, self.used + demand
         )
@@ -163,13 +163,22 @@ class InvertedLists:
         used = int(room.sum())
         # Tight when filled at once; half as much again once keys arrive bit by bit.
         pool = used if self.used == 0 else used + used // 2
+        pool = -(-pool // LANES) * LANES
         offsets = np.cumsum(room) - room
-        source, target = self.rows(), ranges(offsets, self.sizes)
-        vectors = np.empty((pool, self.vectors.shape[1]), np.float32)
-        ids, positions = np.empty(pool, np.int64), np.empty(pool, np.int64)
-        vectors[target] = self.vectors[source]
-        ids[target], positions[target] = self.ids[source], self.positions[source]
-        return InvertedLists(vectors, ids, positions, offsets, self.sizes, room, used)
+        vectors = np.zeros((pool // LANES, *self.vectors.shape[1:]), self.vectors.dtype)
+        ids, positions = np.zeros(pool, np.int64), np.zeros(pool, np.int64)
+        moved = InvertedLists(vectors, ids, positions, offsets, self.sizes, room, used)
+        self._copy_to(moved, np.arange(len(room)), offsets)
+        return moved
+
+    def _copy_to(self, other: InvertedLists, lists: Ints, offsets: Ints) -> None:
+        """Copy some lists, as whole blocks, to `offsets` in the pool of `other`."""
+        blocks = -(-self.sizes[lists] // LANES)
+        source = ranges(self.offsets[lists] // LANES, blocks)
+        target = ranges(offsets[lists] // LANES, blocks)
+        other.vectors[target] = self.vectors[source]
+        for array, copy in ((self.ids, other.ids), (self.positions, other.positions)):
+            copy.reshape(-1, LANES)[target] = array.reshape(-1, LANES)[source]
 
 
 def _group(labels: Ints, nlist: int) -> tuple[Ints, Ints]:

@@ -56,12 +56,9 @@ class Partition:
         """Return the list of each row of `x`, which is already in the view."""
         return ops.assign(x, *self._form)[0]
 
-    def check_positions(self, positions: Ints) -> None:
-        """Warn about positions that the partition was not trained for."""
-        if self.max_position is None or not positions.size:
-            return
-        last = int(positions.max())
-        if last >= self.max_position:
+    def check_position(self, last: int) -> None:
+        """Warn if position `last` lies past those that the partition was trained for."""
+        if self.max_position is not None and last >= self.max_position:
             warnings.warn(
                 f"position {last} lies past the range that this codebook was trained for "
                 f"(below {self.max_position}); train with max_position={last + 1} or more",
@@ -119,8 +116,8 @@ def train_partition(
         keys, key_positions = keys[sample], key_positions[sample]
     max_position = None
     if view.keeps_rotation:
-        last = [positions.max() for positions in (key_positions, query_positions) if positions is not None]
-        max_position = params.max_position or int(max(last)) + 1
+        last_query = key_positions.max() + 1 if query_positions is None else query_positions.max()
+        max_position = params.max_position or int(max(key_positions.max(), last_query)) + 1
     moves = params.augment if view.keeps_rotation else 0
     x = _moved(view, keys, key_positions, max_position, moves, rng, ops)
     metric = None

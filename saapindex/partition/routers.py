@@ -52,12 +52,11 @@ class Router(ABC):
 
     def bias(self, counts: NDArray[np.int64], rank: RankBy) -> Array:
         """Return what turns scores into a ranking by `rank`; minus infinity on empty lists."""
-        with np.errstate(divide="ignore"):
-            size = np.log(counts).astype(np.float32)  # -inf where a list is empty
-        bias = np.where(counts > 0, self.offset(len(counts)), -np.inf).astype(np.float32)
+        bias = self.offset(len(counts))
         if rank != self.predicts:
-            bias = np.where(counts > 0, bias + size if rank == "mass" else bias - size, -np.inf)
-        return bias.astype(np.float32)
+            size = np.log(np.maximum(counts, 1)).astype(np.float32)
+            bias = bias + size if rank == "mass" else bias - size
+        return np.where(counts > 0, bias, -np.inf).astype(np.float32)
 
     def tensors(self) -> Mapping[str, Array]:
         """Return the learned weights by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from saapindex.backends.base import Ops
 from saapindex.backends.cpu.assign import accumulate, assign
 from saapindex.backends.cpu.rope import rotate
-from saapindex.backends.cpu.route import top_lists
+from saapindex.backends.cpu.route import route
 from saapindex.backends.cpu.scan import range_scan, scan
 
 __all__ = ["CpuOps"]
@@ -18,6 +18,6 @@ class CpuOps(Ops):
     rotate = staticmethod(rotate)
     assign = staticmethod(assign)
     accumulate = staticmethod(accumulate)
-    top_lists = staticmethod(top_lists)
+    route = staticmethod(route)
     scan = staticmethod(scan)
     range_scan = staticmethod(range_scan)

@@ -1,45 +1,131 @@
-"""Choice of the lists that a query visits."""
+"""Routing: scores of all lists, and the best of them by a histogram, so that only what is kept is sorted.
+
+Scores stay in the cache of the thread that made them: no matrix of queries times lists is ever held.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit, prange
 
-from saapindex.backends.base import Floats, Ints
-from saapindex.backends.cpu.heap import replace_root, sort_heap
+from saapindex.backends.base import LANES, Floats, Ints
+from saapindex.backends.cpu.block import block_products
 
-# Below this many scores the threads cost more than they save.
-FEW = 1 << 14
+# Starting the threads costs more than a few queries.
+FEW = 4
+# Queries that a thread takes at once.
+STEP = 8
+BINS = 256
+# A bin of more than this is sorted by merging, a smaller one by insertion.
+CROWDED = 32
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _ordered(bits):  # type: ignore[no-untyped-def]
+    """Map the bits of a float to an integer of the same order, and back: integer maxima become SIMD."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 @njit(cache=True, nogil=True)
-def _top_query(scores, bias, lists, best):  # type: ignore[no-untyped-def]
-    best[:] = -np.inf
-    lists[:] = -1
-    for list_ in range(scores.shape[0]):
-        # Lists come in rising order, so an equal score never displaces one that is kept.
-        score = scores[list_] + bias[list_]
-        if score > best[0]:
-            replace_root(best, lists, best.shape[0], score, np.int64(list_))
-    sort_heap(best, lists)
+def _range(total, ends):  # type: ignore[no-untyped-def]
+    """Return the lowest score that is not minus infinity, and the highest."""
+    bits, end_bits = total.view(np.int32), ends.view(np.int32)
+    ends[0], ends[1] = -np.inf, np.inf
+    nothing, most = _ordered(end_bits[0]), _ordered(end_bits[1])
+    low, high = most, nothing
+    for j in range(bits.shape[0]):
+        high = max(high, _ordered(bits[j]))
+    for j in range(bits.shape[0]):
+        value = _ordered(bits[j])
+        low = min(low, value if value > nothing else most)
+    end_bits[0], end_bits[1] = _ordered(low), _ordered(high)
+    return ends[0], ends[1]
+
+
+@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+def _bins(total, high, scale, bins):  # type: ignore[no-untyped-def]
+    for j in range(total.shape[0]):
+        place = (high - total[j]) * scale
+        bins[j] = np.int32(place if place < BINS else np.float32(BINS))
 
 
 @njit(cache=True, nogil=True)
-def _top_few(scores, bias, lists, best):  # type: ignore[no-untyped-def]
-    for i in range(scores.shape[0]):
-        _top_query(scores[i], bias, lists[i], best[i])
+def _insert(scores, lists):  # type: ignore[no-untyped-def]
+    """Sort by insertion: larger scores first, among equals the lower list."""
+    for i in range(1, scores.shape[0]):
+        score, list_ = scores[i], lists[i]
+        hole = i
+        while hole > 0 and (
+            scores[hole - 1] < score or (scores[hole - 1] == score and lists[hole - 1] > list_)
+        ):
+            scores[hole], lists[hole] = scores[hole - 1], lists[hole - 1]
+            hole -= 1
+        scores[hole], lists[hole] = score, list_
+
+
+@njit(cache=True, nogil=True)
+def _top(total, lists, best, ends, bins, starts):  # type: ignore[no-untyped-def]
+    p = lists.shape[0]
+    low, high = _range(total, ends)
+    # Bins count down from the highest score; what must not be visited falls behind the last one.
+    scale = np.float32(BINS - 1) / max(high - low, np.float32(1e-30))
+    _bins(total, high, scale, bins)
+    starts[:] = 0
+    for bin_ in bins:
+        starts[bin_ + 1] += 1
+    last, taken, crowd = 0, starts[1], starts[1]
+    while last < BINS - 1 and taken < p:
+        last += 1
+        taken += starts[last + 1]
+        crowd = max(crowd, starts[last + 1])
+    for bin_ in range(1, last + 1):
+        starts[bin_ + 1] += starts[bin_]
+    kept = np.empty(taken, np.float32)
+    names = np.empty(taken, np.int64)
+    for j in range(total.shape[0]):
+        bin_ = bins[j]
+        if bin_ <= last:
+            place = starts[bin_]
+            starts[bin_] += 1
+            kept[place], names[place] = total[j], j
+    if crowd > CROWDED:
+        order = np.argsort(-kept, kind="mergesort")
+        # Within equal scores the lists already rise, since they were placed in rising order.
+        kept, names = kept[order], names[order]
+    else:
+        _insert(kept, names)
+    for i in range(p):
+        best[i] = kept[i] if i < taken else -np.inf
+        lists[i] = names[i] if i < taken else -1
+
+
+@njit(cache=True, nogil=True)
+def _route_some(features, table, bias, lists, best):  # type: ignore[no-untyped-def]
+    nlist = bias.shape[0]
+    scores = np.empty(table.shape[0] * LANES, np.float32)
+    total = scores[:nlist]
+    ends, bins, starts = np.empty(2, np.float32), np.empty(nlist, np.int32), np.empty(BINS + 2, np.int64)
+    for i in range(features.shape[0]):
+        for block in range(table.shape[0]):
+            block_products(features[i], table, block, scores[block * LANES :])
+        for j in range(nlist):
+            total[j] += bias[j]
+        _top(total, lists[i], best[i], ends, bins, starts)
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _top_many(scores, bias, lists, best):  # type: ignore[no-untyped-def]
-    for i in prange(scores.shape[0]):
-        _top_query(scores[i], bias, lists[i], best[i])
+def _route_many(features, table, bias, lists, best, step):  # type: ignore[no-untyped-def]
+    for part in prange((features.shape[0] + step - 1) // step):
+        rows = slice(part * step, min((part + 1) * step, features.shape[0]))
+        _route_some(features[rows], table, bias, lists[rows], best[rows])
 
 
-def top_lists(scores: Floats, bias: Floats, p: int) -> tuple[Ints, Floats]:
-    """See `Ops.top_lists`."""
-    lists = np.empty((len(scores), p), np.int64)
-    best = np.empty((len(scores), p), np.float32)
-    run = _top_few if scores.size < FEW else _top_many
-    run(np.ascontiguousarray(scores), bias, lists, best)
+def route(features: Floats, table: Floats, bias: Floats, p: int) -> tuple[Ints, Floats]:
+    """See `Ops.route`."""
+    lists = np.empty((len(features), p), np.int64)
+    best = np.empty((len(features), p), np.float32)
+    if len(features) < FEW:
+        _route_some(features, table, bias, lists, best)
+    else:
+        _route_many(features, table, bias, lists, best, STEP)
     return lists, best

@@ -5,47 +5,39 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from saapindex.backends.base import Floats, Ints, Lists
+from saapindex.backends.base import LANES, Floats, Ints, Lists
+from saapindex.backends.cpu.block import block_distances, block_products
 from saapindex.backends.cpu.heap import replace_root, sort_heap
 
-# Sums may be reordered (that is what makes them SIMD); infinities and NaN keep their meaning.
-FASTMATH = {"reassoc", "contract", "nsz"}
 # Starting the threads costs more than a few queries.
 FEW = 4
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
-def _score(query, vectors, row, l2):  # type: ignore[no-untyped-def]
-    """Inner product, or minus the squared distance: larger is better."""
-    total = np.float32(0)
-    if l2:
-        for i in range(query.shape[0]):
-            difference = query[i] - vectors[row, i]
-            total -= difference * difference
-    else:
-        for i in range(query.shape[0]):
-            total += query[i] * vectors[row, i]
-    return total
-
-
 @njit(cache=True, nogil=True)
 def _scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, l2):  # type: ignore[no-untyped-def]
-    k = best.shape[0]
     best[:] = -np.inf
     found[:] = -1
+    scores = np.empty(LANES, np.float32)
     for list_ in probes:
         if list_ < 0:
             continue
-        start = offsets[list_]
         take = min(sizes[list_], limit)
         limit -= take
-        for row in range(start, start + take):
-            score = _score(query, vectors, row, l2)
-            if score > best[0] or (score == best[0] and ids[row] < found[0]):
-                replace_root(best, found, k, score, ids[row])
+        for start in range(offsets[list_], offsets[list_] + take, LANES):
+            block = start // LANES
+            if l2:
+                top = block_distances(query, vectors, block, scores)
+            else:
+                top = block_products(query, vectors, block, scores)
+            if top < best[0]:
+                continue
+            for lane in range(min(LANES, offsets[list_] + take - start)):
+                score, id = scores[lane], ids[start + lane]
+                if score > best[0] or (score == best[0] and id < found[0]):
+                    replace_root(best, found, best.shape[0], score, id)
     sort_heap(best, found)
     if l2:
-        for i in range(k):
+        for i in range(best.shape[0]):
             best[i] = -best[i]
 
 
@@ -61,12 +53,18 @@ def _scan_many(queries, vectors, ids, offsets, sizes, probes, limits, best, foun
         _scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
 
 
+def _kernel_view(lists: Lists) -> Lists:
+    """Show float16 as the integers that hold it, since numba knows no float16."""
+    half = lists.vectors.dtype == np.float16
+    return lists._replace(vectors=lists.vectors.view(np.uint16)) if half else lists
+
+
 def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool) -> tuple[Floats, Ints]:
     """See `Ops.scan`."""
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
     run = _scan_few if len(queries) < FEW else _scan_many
-    run(queries, *lists, probes, limits, best, found, l2)
+    run(queries, *_kernel_view(lists), probes, limits, best, found, l2)
     return best, found
 
 
@@ -74,19 +72,25 @@ def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: 
 def _range_query(query, vectors, ids, offsets, sizes, probes, limit, radius, l2, scores, found):  # type: ignore[no-untyped-def]
     """Write what is better than `radius`, as far as there is room; return how much there is."""
     hits = 0
+    block_best = np.empty(LANES, np.float32)
     for list_ in probes:
         if list_ < 0:
             continue
-        start = offsets[list_]
         take = min(sizes[list_], limit)
         limit -= take
-        for row in range(start, start + take):
-            score = _score(query, vectors, row, l2)
-            if score > radius:
-                if hits < scores.shape[0]:
-                    scores[hits] = -score if l2 else score
-                    found[hits] = ids[row]
-                hits += 1
+        for start in range(offsets[list_], offsets[list_] + take, LANES):
+            block = start // LANES
+            if l2:
+                block_distances(query, vectors, block, block_best)
+            else:
+                block_products(query, vectors, block, block_best)
+            for lane in range(min(LANES, offsets[list_] + take - start)):
+                score = block_best[lane]
+                if score > radius:
+                    if hits < scores.shape[0]:
+                        scores[hits] = -score if l2 else score
+                        found[hits] = ids[start + lane]
+                    hits += 1
     return hits
 
 
@@ -121,8 +125,8 @@ def range_scan(
     lims = np.zeros(len(queries) + 1, np.int64)
     threshold = np.float32(-radius if l2 else radius)
     nothing = np.empty(0, np.float32), np.empty(0, np.int64)
-    hits = _range_many(queries, *lists, probes, limits, threshold, l2, lims, *nothing)
+    hits = _range_many(queries, *_kernel_view(lists), probes, limits, threshold, l2, lims, *nothing)
     np.cumsum(hits, out=lims[1:])
     scores, found = np.empty(lims[-1], np.float32), np.empty(lims[-1], np.int64)
-    _range_many(queries, *lists, probes, limits, threshold, l2, lims, scores, found)
+    _range_many(queries, *_kernel_view(lists), probes, limits, threshold, l2, lims, scores, found)
     return lims, scores, found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from saapindex.backends.base import Ops
 from saapindex.backends.reference.assign import accumulate, assign
 from saapindex.backends.reference.rope import rotate
-from saapindex.backends.reference.route import top_lists
+from saapindex.backends.reference.route import route
 from saapindex.backends.reference.scan import range_scan, scan
 
 __all__ = ["ReferenceOps"]
@@ -18,6 +18,6 @@ class ReferenceOps(Ops):
     rotate = staticmethod(rotate)
     assign = staticmethod(assign)
     accumulate = staticmethod(accumulate)
-    top_lists = staticmethod(top_lists)
+    route = staticmethod(route)
     scan = staticmethod(scan)
     range_scan = staticmethod(range_scan)

@@ -11,7 +11,7 @@ def _visit(query: Floats, lists: Lists, probes: Ints, limit: int, l2: bool) -> t
     """Scores and ids of the keys that one query reads, in the order it reads them."""
     rows = [lists.offsets[j] + np.arange(lists.sizes[j]) for j in probes if j >= 0]
     read = np.concatenate([*rows, np.empty(0, np.int64)])[:limit]
-    keys = lists.vectors[read]
+    keys = lists.rows(read)
     scores = ((keys - query) ** 2).sum(axis=1) if l2 else keys @ query
     return scores, lists.ids[read]
 
