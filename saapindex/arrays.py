@@ -96,7 +96,9 @@ def vectors(value: ArrayLike, name: str, d: int, *, finite: bool = True) -> NDAr
     array = np.ascontiguousarray(array, dtype=np.float32)
     # The squared norm tells in one pass without a temporary; huge finite values overflow it, so ask again.
     flat = array.reshape(-1)
-    if finite and not math.isfinite(flat.dot(flat)) and not np.isfinite(array).all():
+    with np.errstate(over="ignore"):
+        suspicious = finite and not math.isfinite(flat.dot(flat))
+    if suspicious and not np.isfinite(array).all():
         raise InvalidInputError(f"{name} holds NaN or infinity, expected finite values")
     return array
 
@@ -129,16 +131,14 @@ def integers(
     return array
 
 
-def check_out(out: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """Return the buffer to write to: the caller's, checked, or a new one.
+def check_out(out: ArrayLike, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Return a view of the caller's buffer, which must fit.
 
     Raises
     ------
     InvalidInputError
         If the caller's buffer has another shape or dtype, or cannot be written.
     """
-    if out is None:
-        return np.empty(shape, dtype)
     kind = str(getattr(out, "dtype", f"a {type(out).__name__}")).removeprefix("torch.")
     if kind != np.dtype(dtype).name:  # before as_numpy, which would copy lists and bfloat16
         raise InvalidInputError(f"{name} is {kind}, expected a buffer of {np.dtype(dtype)}")
@@ -152,7 +152,7 @@ def check_out(out: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: D
 
 def give_back(result: NDArray[Any], model: ArrayLike) -> ArrayLike:
     """Return `result` in the framework of `model`: a torch tensor for a torch tensor, without a copy."""
-    if not _is_torch(model):
+    if isinstance(model, np.ndarray) or not _is_torch(model):
         return result
     import torch
 

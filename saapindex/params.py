@@ -19,6 +19,7 @@ __all__ = [
     "RouterName",
     "SearchParameters",
     "ViewName",
+    "check_choice",
     "check_integer",
     "get_preset",
 ]
@@ -28,7 +29,8 @@ RouterName: TypeAlias = Literal["centroid", "mean", "linear", "mlp"]
 RankBy: TypeAlias = Literal["key", "mass"]
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse `value` unless it is one of `choices`."""
     if value not in choices:
         raise InvalidInputError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
@@ -102,10 +104,10 @@ class IndexParameters:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        _choice("view", self.view, ("rotated", "unrotated", "windowed"))
-        _choice("router", self.router, ("centroid", "mean", "linear", "mlp"))
-        _choice("rank", self.rank, ("key", "mass"))
-        _choice("init", self.init, ("random", "kmeans++"))
+        check_choice("view", self.view, ("rotated", "unrotated", "windowed"))
+        check_choice("router", self.router, ("centroid", "mean", "linear", "mlp"))
+        check_choice("rank", self.rank, ("key", "mass"))
+        check_choice("init", self.init, ("random", "kmeans++"))
         check_integer("niter", self.niter, 0)
         check_integer("max_points_per_centroid", self.max_points_per_centroid, 1)
         check_integer("augment", self.augment, 0)
@@ -160,7 +162,7 @@ class SearchParameters:
         if self.top_p is not None and not _is_share(self.top_p):
             raise InvalidInputError(f"top_p is {self.top_p!r}, expected a share in (0, 1]")
         if self.rank is not None:
-            _choice("rank", self.rank, ("key", "mass"))
+            check_choice("rank", self.rank, ("key", "mass"))
 
     def keys(self, ntotal: int) -> int:
         """Return the budget as a count of keys, at least 1."""
@@ -190,5 +192,5 @@ def get_preset(name: str) -> IndexParameters:
     >>> get_preset("paper").view
     'unrotated'
     """
-    _choice("preset", name, tuple(PRESETS))
+    check_choice("preset", name, tuple(PRESETS))
     return PRESETS[name]

@@ -9,12 +9,18 @@ from hypothesis import settings
 import saapindex as sx
 
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session", params=["reference", "cpu"])
 def backend(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def torch():
+    return pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="session")

@@ -170,6 +170,22 @@ class Ops(ABC):
         ids : (q, k) int64; -1 there. Of equal scores the lowest id comes first.
         """
 
+    def search(
+        self,
+        features: Floats,
+        queries: Floats,
+        table: Floats,
+        bias: Floats,
+        p: int,
+        lists: Lists,
+        k: int,
+        l2: bool,
+    ) -> tuple[Floats, Ints]:
+        """Route to `p` lists and scan them whole: `route`, then `scan`, which see for shapes."""
+        probes, _ = self.route(features, table, bias, p)
+        limits = np.full(len(queries), len(lists.ids), np.int64)
+        return self.scan(queries, lists, probes, limits, k, l2)
+
     @abstractmethod
     def range_scan(
         self, queries: Floats, lists: Lists, probes: Ints, limits: Ints, radius: float, l2: bool

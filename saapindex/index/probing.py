@@ -70,7 +70,7 @@ def choose_lists(
     """
     sizes = routing.sizes
     nlist, ntotal = len(sizes), routing.ntotal
-    bias = routing.by_mass if (params.rank or rank) == "mass" else routing.by_key
+    bias = routing.bias(params.rank or rank)
     features = routing.router.features(queries)
 
     if params.budget is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -209,11 +210,22 @@ class IndexSAAP(KeyStore):
         state, routing = self._ready()
         queries, seen = self._queries(x, positions)
         params = self._checked(params)
-
-        def probe(rows: slice) -> Probes:
-            return self._probe(seen[rows], routing, params)
-
-        return self._scan(x, queries, state, probe, int(k), D, I)
+        out = _buffers(D, I, (len(queries), k))
+        if params.budget is None and params.top_p is None:
+            p = min(params.nprobe or self.nprobe, self.nlist)
+            found = self.ops.search(
+                routing.router.features(seen),
+                queries,
+                routing.table,
+                routing.bias(params.rank or self.params.rank),
+                p,
+                state.lists.view,
+                int(k),
+                self._l2,
+            )
+        else:
+            found = self._scan(queries, state, lambda rows: self._probe(seen[rows], routing, params), int(k))
+        return _deliver(found, out, x, D, I)
 
     def search_preassigned(
         self,
@@ -235,11 +247,11 @@ class IndexSAAP(KeyStore):
         state, _ = self._ready()
         queries = arrays.vectors(x, "x", self.d)
         probes = self._given(Iq, len(queries), params)
-
-        def probe(rows: slice) -> Probes:
-            return Probes(probes.lists[rows], probes.limits[rows])
-
-        return self._scan(x, queries, state, probe, int(k), D, I)
+        out = _buffers(D, I, (len(queries), k))
+        found = self._scan(
+            queries, state, lambda rows: Probes(probes.lists[rows], probes.limits[rows]), int(k)
+        )
+        return _deliver(found, out, x, D, I)
 
     def range_search(
         self,
@@ -260,7 +272,7 @@ class IndexSAAP(KeyStore):
         I : int64
             Ids.
         """
-        if not (isinstance(thresh, numbers.Real) and abs(thresh) <= np.finfo(np.float32).max):
+        if not (isinstance(thresh, numbers.Real) and abs(thresh) <= float(np.finfo(np.float32).max)):
             raise InvalidInputError(f"thresh is {thresh!r}, expected a finite float32 number")
         state, routing = self._ready()
         queries, seen = self._queries(x, positions)
@@ -311,31 +323,15 @@ class IndexSAAP(KeyStore):
         return arrays.give_back(lists, x), arrays.give_back(keys, x)
 
     def _scan(
-        self,
-        x: ArrayLike,
-        queries: NDArray[np.float32],
-        state: State,
-        probe: Callable[[slice], Probes],
-        k: int,
-        D: ArrayLike | None,
-        I: ArrayLike | None,  # noqa: E741  Faiss's name
-    ) -> tuple[ArrayLike, ArrayLike]:
-        """Scan block by block, into the caller's buffers if there are any."""
-        best = None if D is None else arrays.check_out(D, "D", (len(queries), k), np.float32)
-        found = None if I is None else arrays.check_out(I, "I", (len(queries), k), np.int64)
+        self, queries: NDArray[np.float32], state: State, probe: Callable[[slice], Probes], k: int
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Scan what `probe` says of each block of queries."""
         parts = [
             self.ops.scan(queries[rows], state.lists.view, *probe(rows), k, self._l2)
             for rows in self._blocks(len(queries))
         ]
         scores, ids = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-        if best is not None:
-            best[:] = scores
-        if found is not None:
-            found[:] = ids
-        return (
-            arrays.give_back(scores, x) if D is None else D,
-            arrays.give_back(ids, x) if I is None else I,
-        )
+        return scores, ids
 
     def _ready(self) -> tuple[State, Routing]:
         self.router  # noqa: B018  raises if the index is not trained
@@ -388,6 +384,35 @@ class IndexSAAP(KeyStore):
                 f"Iq holds lists from {found.min()} to {found.max()}, expected -1 to {self.nlist - 1}"
             )
         return Probes(found, same_limit(n, self._checked(params).keys(self.ntotal)))
+
+
+def _buffers(
+    D: ArrayLike | None,
+    I: ArrayLike | None,  # noqa: E741  Faiss's name
+    shape: tuple[int, int],
+) -> list[NDArray[Any] | None]:
+    """Check the caller's buffers, before anything is computed."""
+    return [
+        None if D is None else arrays.check_out(D, "D", shape, np.float32),
+        None if I is None else arrays.check_out(I, "I", shape, np.int64),
+    ]
+
+
+def _deliver(
+    found: tuple[NDArray[Any], NDArray[Any]],
+    buffers: list[NDArray[Any] | None],
+    x: ArrayLike,
+    D: ArrayLike | None,
+    I: ArrayLike | None,  # noqa: E741  Faiss's name
+) -> tuple[ArrayLike, ArrayLike]:
+    """Return scores and ids in the caller's buffers, or in the framework of the queries."""
+    for buffer, result in zip(buffers, found, strict=True):
+        if buffer is not None:
+            buffer[:] = result
+    return (
+        arrays.give_back(found[0], x) if D is None else D,
+        arrays.give_back(found[1], x) if I is None else I,
+    )
 
 
 def _warn_of_few_queries(count: int, d: int) -> None:

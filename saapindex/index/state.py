@@ -99,6 +99,10 @@ class Routing:
         """Keys in all lists."""
         return int(self.sizes.sum())
 
+    def bias(self, rank: RankBy) -> NDArray[np.float32]:
+        """What makes scores a ranking by `rank`; minus infinity on empty lists."""
+        return self.by_mass if rank == "mass" else self.by_key
+
     @cached_property
     def by_key(self) -> NDArray[np.float32]:
         """Bias that ranks lists by mass per key."""

@@ -11,7 +11,7 @@ from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.errors import InvalidInputError, MissingDependencyError
 from saapindex.index import IndexSAAP
-from saapindex.params import RankBy
+from saapindex.params import RankBy, check_choice, check_integer
 from saapindex.partition import LinearRouter, MLPRouter
 from saapindex.progress import track
 
@@ -148,10 +148,17 @@ def train_router(
         raise MissingDependencyError("torch", "training a router", "learn") from error
     kind = kind or ("mlp" if index.params.router == "mlp" else "linear")
     predicts = predicts or index.params.rank
+    check_choice("kind", kind, ("linear", "mlp"))
+    check_choice("predicts", predicts, ("key", "mass"))
+    check_integer("window", window, 0)
+    for name, value in (("hidden", hidden), ("epochs", epochs), ("patience", patience)):
+        check_integer(name, value, 1)
     x, q = arrays.vectors(keys, "keys", index.d), arrays.vectors(queries, "queries", index.d)
-    at = np.arange(len(x)) if positions is None else arrays.integers(positions, "positions", (len(x),))
-    end = np.full(len(q), len(x) + window, np.int64)
-    at_q = end if positions_xq is None else arrays.integers(positions_xq, "positions_xq", (len(q),))
+    at, at_q = np.arange(len(x)), np.full(len(q), len(x) + window, np.int64)
+    if positions is not None:
+        at = arrays.integers(positions, "positions", (len(x),), minimum=0)
+    if positions_xq is not None:
+        at_q = arrays.integers(positions_xq, "positions_xq", (len(q),), minimum=0)
     partition, ops = index.partition, index.ops
     labels = partition.assign(partition.view.apply(x, at, ops), ops)
     mass, sizes = attention_mass(q, at_q, x, at, labels, index.nlist, scale=index.scale, window=window)
@@ -165,14 +172,15 @@ def train_router(
     bias = np.where(sizes[useful] > 0, bias, -1e4).astype(np.float32)
     held_out = at_q[useful] > np.quantile(at_q[useful], 0.9)
     if not held_out.any():
-        held_out = np.arange(len(held_out)) % 10 == 9
+        held_out = np.arange(len(held_out)) % 10 == 0
 
-    torch.manual_seed(seed)
     spread = float(features.std()) or 1.0
     model = torch.nn.Sequential()
-    if kind == "mlp":
-        model.extend([torch.nn.Linear(index.d, hidden), torch.nn.ReLU()])
-    model.append(torch.nn.Linear(hidden if kind == "mlp" else index.d, index.nlist))
+    with torch.random.fork_rng(devices=()):  # the caller's random numbers go on as they would
+        torch.manual_seed(seed)
+        if kind == "mlp":
+            model.extend([torch.nn.Linear(index.d, hidden), torch.nn.ReLU()])
+        model.append(torch.nn.Linear(hidden if kind == "mlp" else index.d, index.nlist))
     data = [torch.from_numpy(part) for part in (features / np.float32(spread), mass[useful], bias)]
     shown = index.verbose if show is None else show
     loss = _fit(model, data, torch.from_numpy(held_out), epochs, patience, seed, shown)

@@ -74,6 +74,17 @@ class Trace:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("keys", "values", "queries"):
+            array = getattr(self, name)
+            if array.ndim != 3 or array.dtype.kind != "f":
+                raise InvalidInputError(
+                    f"trace: {name} is {array.dtype} of shape {array.shape}, expected floats, (heads, n, d)"
+                )
+        for name in ("key_positions", "query_positions"):
+            if getattr(self, name).dtype.kind != "i":
+                raise InvalidInputError(f"trace: {name} is {getattr(self, name).dtype}, expected integers")
+        if not isinstance(self.info, Mapping):
+            raise InvalidInputError(f"trace: info is a {type(self.info).__name__}, expected a mapping")
         heads, n, d = self.keys.shape
         expected = {
             "values": (heads, n, d),
@@ -86,7 +97,7 @@ class Trace:
                 raise InvalidInputError(
                     f"trace: {name} has shape {getattr(self, name).shape}, expected {shape}"
                 )
-        if self.queries.shape[0] % heads:
+        if not heads or self.queries.shape[0] % heads:
             raise InvalidInputError(
                 f"trace: {self.queries.shape[0]} query heads cannot share {heads} KV heads evenly"
             )
@@ -136,8 +147,8 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     missing = [name for name in _TENSORS if name not in tensors]
     if missing:
         raise FileFormatError(f"{path}: not a whole trace, tensors missing: {', '.join(missing)}")
-    rope = None if header.get("rope") is None else Rope.from_dict(header["rope"])
     try:
+        rope = None if header.get("rope") is None else Rope.from_dict(header["rope"])
         return Trace(**{name: tensors[name] for name in _TENSORS}, rope=rope, info=header.get("info", {}))
-    except (InvalidInputError, ValueError) as error:
+    except InvalidInputError as error:
         raise FileFormatError(f"{path}: not a whole trace: {error}") from error

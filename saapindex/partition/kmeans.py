@@ -12,6 +12,9 @@ from saapindex.progress import track
 
 __all__ = ["assignment_form", "kmeans", "query_metric"]
 
+# k-means++ draws from a sample of this many rows a centroid, so that it costs about one Lloyd iteration each.
+_POOL = 8
+
 
 def query_metric(queries: Floats, *, shrinkage: float = 1e-3) -> NDArray[np.float64]:
     """Return ``M = E[q q^T]``, scaled to a mean eigenvalue of 1.
@@ -132,11 +135,19 @@ def _draw(weights: Floats, count: int, rng: np.random.Generator) -> Ints:
     return rng.choice(len(weights), count, p=chances)
 
 
-def _plus_plus(x: Floats, forms: Floats, norms: Floats, nlist: int, rng: np.random.Generator) -> list[int]:
-    chosen = [int(rng.integers(len(x)))]
-    error = np.full(len(x), np.inf)
-    for _ in range(nlist - 1):
-        last = chosen[-1]
-        error = np.minimum(error, np.maximum(norms - 2 * (x @ forms[last]) + norms[last], 0))
-        chosen.append(int(_draw(error, 1, rng)[0]))
-    return chosen
+def _plus_plus(x: Floats, forms: Floats, norms: Floats, nlist: int, rng: np.random.Generator) -> Ints:
+    """Rows drawn one after the other by their squared distance to the nearest drawn before."""
+    pool = np.arange(len(x))
+    if len(x) > _POOL * nlist:
+        pool = rng.choice(len(x), _POOL * nlist, replace=False)
+        x, forms, norms = x[pool], forms[pool], norms[pool]
+    chosen = np.empty(nlist, np.int64)
+    chosen[0] = rng.integers(len(x))
+    error = np.full(len(x), np.inf, np.float32)
+    for i, where in enumerate(rng.random(nlist - 1), 1):
+        last = chosen[i - 1]
+        distance = norms - 2 * (x @ forms[last]) + norms[last]
+        np.minimum(error, np.maximum(distance, 0, out=distance), out=error)
+        total = np.cumsum(error, dtype=np.float64)
+        chosen[i] = min(np.searchsorted(total, where * total[-1], side="right"), len(x) - 1)
+    return pool[chosen]

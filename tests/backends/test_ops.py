@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from saapindex.backends import get_ops
-from saapindex.backends.base import Lists, Ops
+from saapindex.backends.base import LANES, Lists, Ops, to_blocks
 from saapindex.errors import InvalidInputError
 
-OPERATIONS = sorted(Ops.__abstractmethods__)
+OPERATIONS = sorted(name for name, value in vars(Ops).items() if inspect.isfunction(value))
 
 
 def arguments(n=63, d=17, nlist=9, p=5, k=4):
@@ -22,11 +22,12 @@ def arguments(n=63, d=17, nlist=9, p=5, k=4):
     x = rng.standard_normal((n, d), dtype=np.float32)
     centroids = rng.standard_normal((nlist, d), dtype=np.float32)
     labels = rng.integers(nlist, size=n)
-    sizes = np.bincount(labels, minlength=nlist)
-    lists = Lists(x, rng.permutation(n), np.cumsum(sizes) - sizes, sizes)
+    sizes = rng.integers(n + 1, size=nlist)
+    offsets = LANES * rng.integers(n // LANES + 1, size=nlist)
+    lists = Lists(to_blocks(np.tile(x, (3, 1))), rng.permutation(3 * n + LANES), offsets, sizes)
     queries = rng.standard_normal((7, d), dtype=np.float32)
     probes = np.argsort(rng.random((7, nlist)), axis=1)[:, :p].copy()
-    limits = rng.integers(n, size=7)
+    limits = rng.integers(n + 1, size=7)
     bias = rng.standard_normal(nlist, dtype=np.float32)
     return {
         "accumulate": (x, labels, nlist),
@@ -34,7 +35,8 @@ def arguments(n=63, d=17, nlist=9, p=5, k=4):
         "range_scan": (queries, lists, probes, limits, 0.5, False),
         "rotate": (x, np.arange(n), 0.1 ** np.arange(4.0), np.ones(4), False),
         "scan": (queries, lists, probes, limits, k, False),
-        "top_lists": (rng.standard_normal((7, nlist), dtype=np.float32), bias, p),
+        "search": (queries, queries, to_blocks(centroids), bias, p, lists, k, False),
+        "route": (queries, to_blocks(centroids), bias, p),
     }
 
 
@@ -99,7 +101,7 @@ def test_reference_computes_in_the_precision_of_its_inputs(operation):
     assert all(out.dtype in (np.float64, np.int64) for out in outputs)
 
 
-@pytest.mark.parametrize("operation", ["assign", "range_scan", "scan", "top_lists"])
+@pytest.mark.parametrize("operation", ["assign", "range_scan", "route", "scan", "search"])
 @pytest.mark.parametrize("size", [{}, {"n": 0}, {"p": 1, "k": 1}, {"nlist": 1, "p": 1}, {"k": 99}])
 def test_every_output_element_is_written(monkeypatch, operation, size):
     inputs = arguments(**size)[operation]
@@ -110,7 +112,7 @@ def test_every_output_element_is_written(monkeypatch, operation, size):
         return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -99, dtype)
 
     numpy = types.SimpleNamespace(**{**vars(np), "empty": poisoned})
-    for module in ("assign", "route", "scan"):
+    for module in ("assign", "route", "scan", "search"):
         monkeypatch.setattr(importlib.import_module(f"saapindex.backends.cpu.{module}"), "np", numpy)
     for out, known in zip(arrays_of(run(*inputs)), expected, strict=True):
         np.testing.assert_array_equal(out, known)

@@ -7,6 +7,7 @@ from saapindex.backends.cpu.assign import accumulate, assign
 from saapindex.backends.cpu.rope import rotate
 from saapindex.backends.cpu.route import route
 from saapindex.backends.cpu.scan import range_scan, scan
+from saapindex.backends.cpu.search import search
 
 __all__ = ["CpuOps"]
 
@@ -21,3 +22,4 @@ class CpuOps(Ops):
     route = staticmethod(route)
     scan = staticmethod(scan)
     range_scan = staticmethod(range_scan)
+    search = staticmethod(search)

@@ -42,8 +42,15 @@ def _range(total, ends):  # type: ignore[no-untyped-def]
     return ends[0], ends[1]
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
-def _bins(total, high, scale, bins):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, fastmath={"nsz"})
+def _bins(total, low, high, bins):  # type: ignore[no-untyped-def]
+    """Count down from the highest score; what must not be visited, or is no number, falls behind."""
+    spread = high - low
+    if not spread < np.inf:  # more than float32 holds, or nothing to visit
+        for j in range(total.shape[0]):
+            bins[j] = 0 if total[j] > -np.inf else BINS
+        return
+    scale = np.float32(BINS - 1) / max(spread, np.float32(1e-30))
     for j in range(total.shape[0]):
         place = (high - total[j]) * scale
         bins[j] = np.int32(place if place < BINS else np.float32(BINS))
@@ -67,9 +74,7 @@ def _insert(scores, lists):  # type: ignore[no-untyped-def]
 def _top(total, lists, best, ends, bins, starts):  # type: ignore[no-untyped-def]
     p = lists.shape[0]
     low, high = _range(total, ends)
-    # Bins count down from the highest score; what must not be visited falls behind the last one.
-    scale = np.float32(BINS - 1) / max(high - low, np.float32(1e-30))
-    _bins(total, high, scale, bins)
+    _bins(total, low, high, bins)
     starts[:] = 0
     for bin_ in bins:
         starts[bin_ + 1] += 1
@@ -100,7 +105,8 @@ def _top(total, lists, best, ends, bins, starts):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def _route_some(features, table, bias, lists, best):  # type: ignore[no-untyped-def]
+def route_some(features, table, bias, lists, best):  # type: ignore[no-untyped-def]
+    """Route a few queries, one after the other."""
     nlist = bias.shape[0]
     scores = np.empty(table.shape[0] * LANES, np.float32)
     total = scores[:nlist]
@@ -117,15 +123,16 @@ def _route_some(features, table, bias, lists, best):  # type: ignore[no-untyped-
 def _route_many(features, table, bias, lists, best, step):  # type: ignore[no-untyped-def]
     for part in prange((features.shape[0] + step - 1) // step):
         rows = slice(part * step, min((part + 1) * step, features.shape[0]))
-        _route_some(features[rows], table, bias, lists[rows], best[rows])
+        route_some(features[rows], table, bias, lists[rows], best[rows])
 
 
 def route(features: Floats, table: Floats, bias: Floats, p: int) -> tuple[Ints, Floats]:
     """See `Ops.route`."""
+    features = np.ascontiguousarray(features, np.float32)
     lists = np.empty((len(features), p), np.int64)
     best = np.empty((len(features), p), np.float32)
     if len(features) < FEW:
-        _route_some(features, table, bias, lists, best)
+        route_some(features, table, bias, lists, best)
     else:
         _route_many(features, table, bias, lists, best, STEP)
     return lists, best

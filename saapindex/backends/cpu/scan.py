@@ -14,7 +14,8 @@ FEW = 4
 
 
 @njit(cache=True, nogil=True)
-def _scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, l2):  # type: ignore[no-untyped-def]
+def scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, l2):  # type: ignore[no-untyped-def]
+    """Visit the lists of one query, and sort what is best into `best` and `found`."""
     best[:] = -np.inf
     found[:] = -1
     scores = np.empty(LANES, np.float32)
@@ -44,16 +45,16 @@ def _scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found,
 @njit(cache=True, nogil=True)
 def _scan_few(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
     for i in range(queries.shape[0]):
-        _scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
+        scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
 
 
 @njit(cache=True, nogil=True, parallel=True)
 def _scan_many(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
     for i in prange(queries.shape[0]):
-        _scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
+        scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
 
 
-def _kernel_view(lists: Lists) -> Lists:
+def kernel_view(lists: Lists) -> Lists:
     """Show float16 as the integers that hold it, since numba knows no float16."""
     half = lists.vectors.dtype == np.float16
     return lists._replace(vectors=lists.vectors.view(np.uint16)) if half else lists
@@ -61,10 +62,11 @@ def _kernel_view(lists: Lists) -> Lists:
 
 def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool) -> tuple[Floats, Ints]:
     """See `Ops.scan`."""
+    queries = np.ascontiguousarray(queries, np.float32)
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
     run = _scan_few if len(queries) < FEW else _scan_many
-    run(queries, *_kernel_view(lists), probes, limits, best, found, l2)
+    run(queries, *kernel_view(lists), probes, limits, best, found, l2)
     return best, found
 
 
@@ -122,11 +124,12 @@ def range_scan(
     queries: Floats, lists: Lists, probes: Ints, limits: Ints, radius: float, l2: bool
 ) -> tuple[Ints, Floats, Ints]:
     """See `Ops.range_scan`: once to count, once to write."""
+    queries = np.ascontiguousarray(queries, np.float32)
     lims = np.zeros(len(queries) + 1, np.int64)
     threshold = np.float32(-radius if l2 else radius)
     nothing = np.empty(0, np.float32), np.empty(0, np.int64)
-    hits = _range_many(queries, *_kernel_view(lists), probes, limits, threshold, l2, lims, *nothing)
+    hits = _range_many(queries, *kernel_view(lists), probes, limits, threshold, l2, lims, *nothing)
     np.cumsum(hits, out=lims[1:])
     scores, found = np.empty(lims[-1], np.float32), np.empty(lims[-1], np.int64)
-    _range_many(queries, *_kernel_view(lists), probes, limits, threshold, l2, lims, scores, found)
+    _range_many(queries, *kernel_view(lists), probes, limits, threshold, l2, lims, scores, found)
     return lims, scores, found

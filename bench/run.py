@@ -1,0 +1,173 @@
+"""Benchmarks. Each command prints a table and writes ``bench/results/<command>.json`` and a picture.
+
+::
+
+    python bench/run.py search --traces traces     # traces from: python bench/capture.py search ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import faiss
+import numba
+import numpy as np
+import search as search_bench
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import saapindex
+from saapindex.learn import read_trace
+
+RESULTS = Path(__file__).parent / "results"
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+console = Console()
+
+
+@app.callback()
+def _root() -> None:
+    """Keep the name of a command even while there is only one."""
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures were taken on."""
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.processor(),
+    )
+    packages = ("numpy", "numba", "faiss-cpu", "safetensors")
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "saapindex": saapindex.__version__,
+        **{package: version(package) for package in packages},
+    }
+
+
+def _cpuinfo() -> Sequence[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@app.command()
+def search(
+    traces: Annotated[Path, typer.Option(help="Where bench/capture.py search wrote.")] = Path("traces"),
+    threads: Annotated[int, typer.Option(help="For every method.")] = 2,
+) -> None:
+    """Search speed beside the real Faiss: the same lists, and equal recall."""
+    faiss.omp_set_num_threads(threads)
+    numba.set_num_threads(threads)
+    demo = search_bench.make_head(
+        "shipped trace",
+        read_trace(search_bench.DATA / "test.safetensors"),
+        [read_trace(search_bench.DATA / "train.safetensors")],
+        0,
+    )
+    heads = list(search_bench.heads(traces))
+    if not heads:
+        raise typer.BadParameter(f"{traces} holds no traces: run bench/capture.py search first")
+    long = heads[len(heads) // 2]
+    same = [
+        search_bench.same_lists(demo, 256, (4, 16, 64)),
+        search_bench.same_lists(long, 1024, (8, 32, 128)),
+    ]
+    console.print(_same_table(same))
+    equal = [search_bench.equal_recall(head) for head in heads]
+    result = {
+        "machine": machine(threads),
+        "same lists": same,
+        "equal recall": equal,
+        "summary": search_bench.summary(equal),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "search.json").write_text(json.dumps(result, indent=1) + "\n")
+    console.print(_equal_table(equal))
+    console.print_json(json.dumps(result["summary"]))
+    _draw(equal, RESULTS / "search.png")
+
+
+def _same_table(same: list[dict[str, Any]]) -> Table:
+    table = Table(title="the same lists: thousand queries per second")
+    for name in ("head", "keys", "nprobe", "read", "batch", "Faiss", "float32", "ratio", "float16", "ratio"):
+        table.add_column(name, justify="left" if name == "head" else "right")
+    for case in same:
+        for row in case["rows"]:
+            for batch in ("batch 1", "batch 1000"):
+                speed = row[batch]
+                cells = [
+                    f"{row['nprobe']}",
+                    f"{row['keys']:.0f}",
+                    batch.split()[1],
+                    f"{speed['faiss'] / 1e3:.1f}",
+                ]
+                for dtype in ("float32", "float16"):
+                    cells += [f"{speed[dtype] / 1e3:.1f}", f"{speed[dtype] / speed['faiss']:.2f}"]
+                table.add_row(case["head"], f"{case['keys']}", *cells)
+        build = case["build seconds"]
+        table.add_section()
+        ratio = build["saapindex"] / build["faiss"]
+        console.print(f"{case['head']}: build {build['saapindex']:.2f} s, {ratio:.2f} times Faiss's")
+    return table
+
+
+def _equal_table(equal: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title=f"recall@10 of {search_bench.TARGET}: best setting of each, geometric mean over heads"
+    )
+    for name in ("method", "queries/s, batch 1000", "queries/s, batch 1", "keys read", "kB read"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for method in search_bench.CONTENDERS:
+        best = []
+        for result in equal:
+            points = [point for point in result["points"] if point["method"] == method]
+            if points:
+                best.append(max(points, key=lambda point: point["batch 1000"]))
+        if len(best) < len(equal):
+            table.add_row(method, f"reached by {len(best)} of {len(equal)} heads")
+            continue
+        means = [
+            np.exp(np.mean(np.log([p[key] for p in best])))
+            for key in ("batch 1000", "batch 1", "keys", "bytes")
+        ]
+        table.add_row(
+            method, f"{means[0]:.0f}", f"{means[1]:.0f}", f"{means[2]:.0f}", f"{means[3] / 1e3:.0f}"
+        )
+    return table
+
+
+def _draw(equal: list[dict[str, Any]], path: Path) -> None:
+    """Draw the best queries per second of each group, head by head."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panel = figure.subplots()
+    groups = ("Faiss, other contexts", "Faiss, these keys", "saapindex,")
+    labels = ("Faiss IVFFlat, trained on other contexts", "Faiss IVFFlat, trained on these keys", "saapindex")
+    for i, (group, label) in enumerate(zip(groups, labels, strict=True)):
+        heights = [
+            max(p["batch 1000"] for p in result["points"] if p["method"].startswith(group)) / 1e3
+            for result in equal
+        ]
+        panel.bar(
+            np.arange(len(equal)) + 0.27 * (i - 1), heights, 0.27, label=label, color=("C7", "C0", "C3")[i]
+        )
+    panel.set_xticks(range(len(equal)), [result["head"].replace(" head ", "\nhead ") for result in equal])
+    panel.set(
+        ylabel="thousand queries per second", title="recall@10 of 0.9, batches of 1000, best setting of each"
+    )
+    panel.legend()
+    panel.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,63 @@
+"""Route and scan in one pass over the queries: one start of the threads, nothing held between the two."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from saapindex.backends.base import Floats, Ints, Lists
+from saapindex.backends.cpu.route import route_some
+from saapindex.backends.cpu.scan import kernel_view, scan_query
+
+# Starting the threads costs more than a few queries.
+FEW = 4
+# Queries that a thread takes at once.
+STEP = 4
+
+
+@njit(cache=True, nogil=True)
+def _search_some(features, queries, table, bias, vectors, ids, offsets, sizes, p, best, found, l2):  # type: ignore[no-untyped-def]
+    probes = np.empty((queries.shape[0], p), np.int64)
+    route_some(features, table, bias, probes, np.empty((queries.shape[0], p), np.float32))
+    limit = ids.shape[0]
+    for i in range(queries.shape[0]):
+        scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limit, best[i], found[i], l2)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _search_many(features, queries, table, bias, vectors, ids, offsets, sizes, p, best, found, l2):  # type: ignore[no-untyped-def]
+    for part in prange((queries.shape[0] + STEP - 1) // STEP):
+        rows = slice(part * STEP, min((part + 1) * STEP, queries.shape[0]))
+        _search_some(
+            features[rows],
+            queries[rows],
+            table,
+            bias,
+            vectors,
+            ids,
+            offsets,
+            sizes,
+            p,
+            best[rows],
+            found[rows],
+            l2,
+        )
+
+
+def search(
+    features: Floats,
+    queries: Floats,
+    table: Floats,
+    bias: Floats,
+    p: int,
+    lists: Lists,
+    k: int,
+    l2: bool,
+) -> tuple[Floats, Ints]:
+    """See `Ops.search`."""
+    features, queries = (np.ascontiguousarray(x, np.float32) for x in (features, queries))
+    best = np.empty((len(queries), k), np.float32)
+    found = np.empty((len(queries), k), np.int64)
+    run = _search_some if len(queries) < FEW else _search_many
+    run(features, queries, table, bias, *kernel_view(lists), p, best, found, l2)
+    return best, found
