@@ -25,7 +25,7 @@ from saapindex.progress import track
 
 DATA = Path(__file__).parent.parent / "saapindex" / "data"
 K, TARGET, WINDOW = 10, 0.9, 2048
-NLISTS = (256, 512, 1024)
+NLISTS = (128, 256, 512, 1024)
 Vectors = NDArray[np.float32]
 Run = Callable[[], Any]
 
@@ -37,6 +37,7 @@ def paired(runs: Mapping[str, Run], repeats: int = 9) -> dict[str, float]:
         run()
     for _ in range(repeats):
         for name, run in runs.items():
+            time.sleep(0.02)  # until the threads of the one before have stopped waiting for work
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)

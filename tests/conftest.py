@@ -62,3 +62,20 @@ def exact():
         return np.take_along_axis(scores, order, axis=1), order
 
     return search
+
+
+@pytest.fixture
+def unchanged(make_index, blobs):
+    """A filled index with a rope, which must be the same afterwards."""
+    params = sx.IndexParameters(max_position=10_000, niter=1)
+    index = make_index(rope=sx.Rope(dim=16), params=params)
+    queries = blobs(5, 16)
+
+    def snapshot():
+        answer = index.search(queries, 9, params=sx.SearchParameters(nprobe=8))
+        state = index.ntotal, index.params, index.nprobe, index.list_sizes.tolist()
+        return *state, *(part.tolist() for part in answer)
+
+    before = snapshot()
+    yield index
+    assert snapshot() == before

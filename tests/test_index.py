@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,18 @@ def test_blocks_of_queries_do_not_show(monkeypatch, index, queries):
 def test_more_probes_than_lists_visit_all(index, queries, exact, blobs):
     _, ids = index.search(queries, 5, params=sx.SearchParameters(nprobe=10**6))
     np.testing.assert_array_equal(ids, exact(queries, blobs(400, 16), 5)[1])
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_copies_go_their_own_ways(make_index, blobs, queries, duplicate):
+    index, keys = make_index(), blobs(9, 16, seed=4)
+    before = index.search(queries, 5, params=FULL)
+    twins = duplicate(index), duplicate(index)
+    for twin, key in zip(twins, keys, strict=False):
+        twin.add(key[None])
+    same(index.search(queries, 5, params=FULL), before)
+    assert [twin.ntotal for twin in (index, *twins)] == [400, 401, 401]
+    np.testing.assert_array_equal([twin.reconstruct(400) for twin in twins], keys[:2])
 
 
 def test_nprobe_is_a_default(make_index, queries):

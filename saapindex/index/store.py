@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +90,9 @@ class KeyStore:
             f"IndexSAAP(d={self.d}, nlist={self.nlist}, {self.params.view}, {self.params.router}, "
             f"{trained}, ntotal={self.ntotal})"
         )
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # two indexes must not write to one pool
 
     @property
     def _l2(self) -> bool:

@@ -10,11 +10,8 @@ from numba import njit, prange
 
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.block import block_products
+from saapindex.backends.cpu.scan import FEW, STEP
 
-# Starting the threads costs more than a few queries.
-FEW = 4
-# Queries that a thread takes at once.
-STEP = 8
 BINS = 256
 # A bin of more than this is sorted by merging, a smaller one by insertion.
 CROWDED = 32
@@ -113,16 +110,16 @@ def route_some(features, table, bias, lists, best):  # type: ignore[no-untyped-d
     ends, bins, starts = np.empty(2, np.float32), np.empty(nlist, np.int32), np.empty(BINS + 2, np.int64)
     for i in range(features.shape[0]):
         for block in range(table.shape[0]):
-            block_products(features[i], table, block, scores[block * LANES :])
+            block_products(features[i], table, block, np.float32(0), scores[block * LANES :])
         for j in range(nlist):
             total[j] += bias[j]
         _top(total, lists[i], best[i], ends, bins, starts)
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _route_many(features, table, bias, lists, best, step):  # type: ignore[no-untyped-def]
-    for part in prange((features.shape[0] + step - 1) // step):
-        rows = slice(part * step, min((part + 1) * step, features.shape[0]))
+def _route_many(features, table, bias, lists, best):  # type: ignore[no-untyped-def]
+    for part in prange((features.shape[0] + STEP - 1) // STEP):
+        rows = slice(part * STEP, min((part + 1) * STEP, features.shape[0]))
         route_some(features[rows], table, bias, lists[rows], best[rows])
 
 
@@ -134,5 +131,5 @@ def route(features: Floats, table: Floats, bias: Floats, p: int) -> tuple[Ints, 
     if len(features) < FEW:
         route_some(features, table, bias, lists, best)
     else:
-        _route_many(features, table, bias, lists, best, STEP)
+        _route_many(features, table, bias, lists, best)
     return lists, best

@@ -11,10 +11,12 @@ from saapindex.backends.cpu.heap import replace_root, sort_heap
 
 # Starting the threads costs more than a few queries.
 FEW = 4
+# Queries that a thread takes at once.
+STEP = 16
 
 
 @njit(cache=True, nogil=True)
-def scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, l2):  # type: ignore[no-untyped-def]
+def _scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, l2):  # type: ignore[no-untyped-def]
     """Visit the lists of one query, and sort what is best into `best` and `found`."""
     best[:] = -np.inf
     found[:] = -1
@@ -27,10 +29,10 @@ def scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, 
         for start in range(offsets[list_], offsets[list_] + take, LANES):
             block = start // LANES
             if l2:
-                top = block_distances(query, vectors, block, scores)
+                reached = block_distances(query, vectors, block, best[0], scores)
             else:
-                top = block_products(query, vectors, block, scores)
-            if top < best[0]:
+                reached = block_products(query, vectors, block, best[0], scores)
+            if not reached:
                 continue
             for lane in range(min(LANES, offsets[list_] + take - start)):
                 score, id = scores[lane], ids[start + lane]
@@ -43,15 +45,37 @@ def scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, 
 
 
 @njit(cache=True, nogil=True)
-def _scan_few(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
-    for i in range(queries.shape[0]):
-        scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
+def scan_some(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
+    """Scan for a few queries, one after the other."""
+    # With the metric a constant, each branch is compiled to its own loop.
+    if l2:
+        for i in range(queries.shape[0]):
+            _scan_query(
+                queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], True
+            )
+    else:
+        for i in range(queries.shape[0]):
+            _scan_query(
+                queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], False
+            )
 
 
 @njit(cache=True, nogil=True, parallel=True)
 def _scan_many(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
-    for i in prange(queries.shape[0]):
-        scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], l2)
+    for part in prange((queries.shape[0] + STEP - 1) // STEP):
+        rows = slice(part * STEP, min((part + 1) * STEP, queries.shape[0]))
+        scan_some(
+            queries[rows],
+            vectors,
+            ids,
+            offsets,
+            sizes,
+            probes[rows],
+            limits[rows],
+            best[rows],
+            found[rows],
+            l2,
+        )
 
 
 def kernel_view(lists: Lists) -> Lists:
@@ -65,7 +89,7 @@ def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: 
     queries = np.ascontiguousarray(queries, np.float32)
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
-    run = _scan_few if len(queries) < FEW else _scan_many
+    run = scan_some if len(queries) < FEW else _scan_many
     run(queries, *kernel_view(lists), probes, limits, best, found, l2)
     return best, found
 
@@ -74,7 +98,7 @@ def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: 
 def _range_query(query, vectors, ids, offsets, sizes, probes, limit, radius, l2, scores, found):  # type: ignore[no-untyped-def]
     """Write what is better than `radius`, as far as there is room; return how much there is."""
     hits = 0
-    block_best = np.empty(LANES, np.float32)
+    block_scores = np.empty(LANES, np.float32)
     for list_ in probes:
         if list_ < 0:
             continue
@@ -83,11 +107,13 @@ def _range_query(query, vectors, ids, offsets, sizes, probes, limit, radius, l2,
         for start in range(offsets[list_], offsets[list_] + take, LANES):
             block = start // LANES
             if l2:
-                block_distances(query, vectors, block, block_best)
+                reached = block_distances(query, vectors, block, radius, block_scores)
             else:
-                block_products(query, vectors, block, block_best)
+                reached = block_products(query, vectors, block, radius, block_scores)
+            if not reached:
+                continue
             for lane in range(min(LANES, offsets[list_] + take - start)):
-                score = block_best[lane]
+                score = block_scores[lane]
                 if score > radius:
                     if hits < scores.shape[0]:
                         scores[hits] = -score if l2 else score

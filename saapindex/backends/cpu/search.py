@@ -7,21 +7,15 @@ from numba import njit, prange
 
 from saapindex.backends.base import Floats, Ints, Lists
 from saapindex.backends.cpu.route import route_some
-from saapindex.backends.cpu.scan import kernel_view, scan_query
-
-# Starting the threads costs more than a few queries.
-FEW = 4
-# Queries that a thread takes at once.
-STEP = 4
+from saapindex.backends.cpu.scan import FEW, STEP, kernel_view, scan_some
 
 
 @njit(cache=True, nogil=True)
 def _search_some(features, queries, table, bias, vectors, ids, offsets, sizes, p, best, found, l2):  # type: ignore[no-untyped-def]
     probes = np.empty((queries.shape[0], p), np.int64)
     route_some(features, table, bias, probes, np.empty((queries.shape[0], p), np.float32))
-    limit = ids.shape[0]
-    for i in range(queries.shape[0]):
-        scan_query(queries[i], vectors, ids, offsets, sizes, probes[i], limit, best[i], found[i], l2)
+    limits = np.full(queries.shape[0], ids.shape[0])
+    scan_some(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2)
 
 
 @njit(cache=True, nogil=True, parallel=True)
