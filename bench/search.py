@@ -169,15 +169,14 @@ def _faiss(head: Head, nlist: int, keys: Vectors, quantizer: Any) -> Any:
     sizes = np.bincount(peer.labels, minlength=nlist)
 
     def at(nprobe: int) -> tuple[Callable[[Vectors], Any], Callable[[Vectors], Any]]:
-        def search(queries: Vectors) -> Any:
-            return peer.search(queries, _NO_POSITIONS, K, nprobe)[0]
-
-        return search, lambda queries: sizes[peer.search(queries, _NO_POSITIONS, K, nprobe)[1]].sum(axis=1)
+        params: Any = faiss.SearchParametersIVF()
+        params.nprobe = nprobe
+        return (
+            lambda queries: peer.index.search(queries, K, params=params)[1],
+            lambda queries: sizes[peer.index.quantizer.search(queries, nprobe)[1]].sum(axis=1),
+        )
 
     return at
-
-
-_NO_POSITIONS = np.zeros(0, np.int64)
 
 
 def _ours(head: Head, nlist: int, *, offline: bool, adapt: bool, dtype: str) -> Any:

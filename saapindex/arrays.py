@@ -94,6 +94,8 @@ def vectors(value: ArrayLike, name: str, d: int, *, finite: bool = True) -> NDAr
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
     array = np.ascontiguousarray(array, dtype=np.float32)
+    if not array.flags.writeable:  # numba would compile everything a second time for it
+        array = array.copy()
     # The squared norm tells in one pass without a temporary; huge finite values overflow it, so ask again.
     flat = array.reshape(-1)
     with np.errstate(over="ignore"):

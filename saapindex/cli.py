@@ -68,10 +68,10 @@ def info(file: Annotated[Path, typer.Argument(help="An index or a trace.")]) -> 
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; an error of the library ends it with one clear line."""
+    """Run the command line; an error of the library or of the system ends it with one clear line."""
     try:
         return app(args=arguments, prog_name="saapindex")
-    except SaapIndexError as error:
+    except (SaapIndexError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(1)
 

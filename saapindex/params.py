@@ -66,7 +66,8 @@ class IndexParameters:
     query_aware
         Measure distances by ``M = E[q q^T]``, so that k-means minimises the error of ``q . x``.
     spherical
-        Unit centroids and assignment by inner product, as Faiss does for inner products.
+        Unit centroids and assignment by inner product, as Faiss does for inner products; excludes
+        `query_aware`.
     router
         ``"centroid"``, ``"mean"`` (of the keys now in the list), ``"linear"`` or ``"mlp"``.
     rank
@@ -116,6 +117,11 @@ class IndexParameters:
             check_integer("max_position", self.max_position, 1)
         if not (isinstance(self.cutoff, numbers.Real) and self.cutoff > 0):
             raise InvalidInputError(f"cutoff is {self.cutoff!r}, expected a wavelength above 0")
+        if self.spherical and self.query_aware:
+            raise InvalidInputError(
+                "spherical and query_aware are given together, expected one of them: spherical centroids "
+                "have a metric of their own"
+            )
 
     def replace(self, **changes: Any) -> IndexParameters:
         """Return a copy with some fields changed."""

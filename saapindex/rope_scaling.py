@@ -29,7 +29,6 @@ __all__ = [
     "base_frequencies",
     "check_keys",
     "number",
-    "scaling_from_config",
     "whole_number",
 ]
 
@@ -508,98 +507,3 @@ def _numbers(values: object, name: str) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple, np.ndarray)):
         raise InvalidInputError(f"{name} is a {type(values).__name__}, expected a list of numbers")
     return tuple(number(value, f"{name}[{i}]") for i, value in enumerate(values))
-
-
-def scaling_from_config(
-    parameters: Mapping[str, Any], *, original: int | None, max_position: int | None, context: int | None
-) -> Scaling | None:
-    """Read the scaling out of the ``rope_parameters`` (or ``rope_scaling``) of a model.
-
-    Parameters
-    ----------
-    parameters
-        As ``transformers`` has them.
-    original
-        The model's own ``original_max_position_embeddings``, which goes before that of `parameters`.
-    max_position
-        The model's ``max_position_embeddings``.
-    context
-        Length that is served, default `max_position`.
-
-    Raises
-    ------
-    InvalidInputError
-        If the type of scaling is unknown or a parameter is missing or wrong.
-
-    Examples
-    --------
-    >>> parameters = {"rope_type": "linear", "factor": 2.0}
-    >>> scaling_from_config(parameters, original=None, max_position=4096, context=None)
-    LinearScaling(factor=2.0)
-    """
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if parameters.get("short_factor") is not None:
-        kind = "longrope"  # old configs of Phi-3 call it "su" or "yarn"
-
-    def need(name: str, value: Any = None) -> Any:
-        found = parameters.get(name) if value is None else value
-        if found is None:
-            raise InvalidInputError(f"the config lacks {name!r}, expected with rope_type {kind!r}")
-        return found
-
-    def original_max_position() -> Any:
-        if original is not None:
-            return original
-        own = parameters.get("original_max_position_embeddings")
-        return need("max_position_embeddings", max_position) if own is None else own
-
-    def ratio() -> Any:
-        if parameters.get("factor") is not None:
-            return parameters["factor"]
-        longest = whole_number(need("max_position_embeddings", max_position), "max_position", minimum=1)
-        return longest / whole_number(original_max_position(), "original_max_position", minimum=1)
-
-    if kind in ("default", "mrope"):
-        return None
-    if kind == "linear":
-        return LinearScaling(factor=need("factor"))
-    if kind == "dynamic" and not parameters.get("alpha"):  # Hunyuan means something else by alpha
-        longest = need("max_position_embeddings", max_position)
-        return DynamicNTKScaling(
-            factor=need("factor"),
-            original_max_position=longest,
-            context=longest if context is None else context,
-        )
-    if kind == "yarn":
-        optional = {
-            name: parameters[name]
-            for name in ("mscale", "mscale_all_dim", "attention_factor", "truncate")
-            if parameters.get(name) is not None
-        }
-        return YarnScaling(
-            factor=ratio(),
-            original_max_position=original_max_position(),
-            beta_fast=parameters.get("beta_fast") or 32.0,
-            beta_slow=parameters.get("beta_slow") or 1.0,
-            **optional,
-        )
-    if kind == "llama3":
-        return Llama3Scaling(
-            factor=need("factor"),
-            low_freq_factor=need("low_freq_factor"),
-            high_freq_factor=need("high_freq_factor"),
-            original_max_position=original_max_position(),
-        )
-    if kind == "longrope":
-        return LongRopeScaling(
-            short_factor=need("short_factor"),
-            long_factor=need("long_factor"),
-            original_max_position=original_max_position(),
-            context=need("max_position_embeddings", max_position) if context is None else context,
-            factor=ratio(),
-            attention_factor=parameters.get("attention_factor"),
-        )
-    raise InvalidInputError(
-        f"rope_type is {kind!r}, expected default, mrope, linear, dynamic (without alpha), yarn, llama3 "
-        "or longrope"
-    )

@@ -151,3 +151,18 @@ def test_construction(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
         sx.IndexSAAP(**{"d": 16, "nlist": 8, **settings})
     assert isinstance(caught.value, sx.InvalidInputError)
+
+
+def test_learned_routers_need_an_inner_product(make_index):
+    message = r"router predicts attention mass, so it needs METRIC_INNER_PRODUCT"
+    with pytest.raises(sx.InvalidInputError, match=message):
+        sx.IndexSAAP(4, 2, sx.METRIC_L2, params=sx.IndexParameters(router="linear"))
+    index = make_index(metric_type=sx.METRIC_L2)
+    with pytest.raises(sx.InvalidInputError, match=message):
+        index.router = LinearRouter(np.zeros((8, 16), np.float32), np.zeros(8, np.float32))
+    assert index.router.name == "mean"
+
+
+def test_two_metrics_exclude_each_other():
+    with pytest.raises(sx.InvalidInputError, match="spherical and query_aware are given together"):
+        sx.IndexParameters(spherical=True)

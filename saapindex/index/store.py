@@ -68,6 +68,10 @@ class KeyStore:
             raise InvalidInputError(
                 f"params is a {type(params).__name__}, expected IndexParameters or the name of a preset"
             )
+        if metric_type == METRIC_L2 and params.router in ("linear", "mlp"):
+            raise InvalidInputError(
+                f"the {params.router!r} router predicts attention mass, so it needs METRIC_INNER_PRODUCT"
+            )
         self.d = int(d)
         self.nlist = int(nlist)
         self.metric_type = metric_type
@@ -156,6 +160,10 @@ class KeyStore:
 
     @router.setter
     def router(self, router: Router) -> None:
+        if self._l2 and router.tensors():
+            raise InvalidInputError(
+                f"the {router.name!r} router predicts attention mass, so it needs METRIC_INNER_PRODUCT"
+            )
         table = router.table(self.partition, self._state.sums, self._state.lists.sizes)
         try:
             width = router.features(np.zeros((1, self.d), np.float32)).shape[1]

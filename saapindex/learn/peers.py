@@ -91,13 +91,16 @@ class FaissIVF(Peer):
         self.nlist, self.rope = nlist, rope
         d = keys.shape[1]
         spherical = quantizer == "ip"
-        coarse = faiss.IndexFlatIP(d) if spherical else faiss.IndexFlatL2(d)
+        clustering = faiss.Clustering(d, nlist)
+        clustering.spherical, clustering.niter = spherical, 10  # as IndexIVF has it
+        clustering.min_points_per_centroid = 1  # says nothing about small training sets
+        assigner: Any = faiss.IndexFlatIP(d) if spherical else faiss.IndexFlatL2(d)
+        clustering.train(np.ascontiguousarray(self._seen(keys, positions)), assigner)
+        coarse = faiss.IndexFlatIP(d)
+        coarse.add(assigner.reconstruct_n(0, nlist))
+        self._assigner, self._coarse = assigner, coarse
         self.index: Any = faiss.IndexIVFFlat(coarse, d, nlist, faiss.METRIC_INNER_PRODUCT)
-        self.index.cp.min_points_per_centroid = 1  # says nothing about small training sets
-        self.index.cp.spherical = spherical
-        self.index.train(self._seen(keys, positions))
-        self._router: Any = faiss.IndexFlatIP(d)
-        self._router.add(coarse.reconstruct_n(0, nlist))
+        self.index.is_trained = True
 
     def _seen(self, x: Vectors, positions: Ints) -> Vectors:
         return x if self.rope is None else self.rope.unrotate(x, positions)
@@ -107,14 +110,14 @@ class FaissIVF(Peer):
         import faiss
 
         self.index.reset()
-        self.labels = self.index.quantizer.search(self._seen(keys, positions), 1)[1][:, 0]
+        self.labels = self._assigner.search(self._seen(keys, positions), 1)[1][:, 0]
         self.index.add_core(
             len(keys), faiss.swig_ptr(keys), None, faiss.swig_ptr(np.ascontiguousarray(self.labels))
         )
 
     def search(self, queries: Vectors, positions: Ints, k: int, nprobe: int) -> tuple[Ints, Ints]:
         """Search with Faiss, in the lists that Faiss chooses."""
-        scores, lists = self._router.search(self._seen(queries, positions), nprobe)
+        scores, lists = self._coarse.search(self._seen(queries, positions), nprobe)
         self.index.nprobe = nprobe
         _, ids = self.index.search_preassigned(queries, k, lists, scores)
         return ids, lists

@@ -1,0 +1,270 @@
+"""Searching an index: by router, in given lists, within a radius."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex import arrays
+from saapindex.arrays import ArrayLike
+from saapindex.errors import InvalidInputError
+from saapindex.index.probing import Probes, choose_lists, same_limit
+from saapindex.index.state import Routing, State
+from saapindex.index.store import KeyStore
+from saapindex.params import SearchParameters, check_integer
+
+__all__ = ["Searcher"]
+
+# Queries times lists at once, which bounds the memory that routes take.
+_BLOCK = 1 << 22
+_DEFAULT = SearchParameters()
+_NONE = np.zeros(0, np.int64)
+
+
+class Searcher(KeyStore):
+    """What a trained index answers; base of `IndexSAAP`."""
+
+    def search(
+        self,
+        x: ArrayLike,
+        k: int,
+        *,
+        params: SearchParameters | None = None,
+        D: ArrayLike | None = None,
+        I: ArrayLike | None = None,  # noqa: E741  Faiss's name
+        positions: ArrayLike | None = None,
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Find the `k` best keys of each query among the lists it visits.
+
+        Parameters
+        ----------
+        x
+            Queries, (n, d); NumPy or a CPU torch tensor, which also says what comes back.
+        k
+            At least 1; more than the keys that are read leaves the rest -1.
+        params
+            What may be read, by default `nprobe` lists.
+        D, I
+            Buffers to write to, float32 and int64 of shape (n, k).
+        positions
+            int, (n,), by default the end of the context for every query.
+
+        Returns
+        -------
+        D : float32 (n, k)
+            Inner products, largest first (distances, smallest first); minus infinity (infinity) where
+            there are fewer.
+        I : int64 (n, k)
+            Ids; -1 where there are fewer.
+        """
+        check_integer("k", k, 1)
+        state, routing = self._ready()
+        queries, seen = self._queries(x, positions)
+        params = self._checked(params)
+        out = _buffers(D, I, (len(queries), k))
+        if params.budget is None and params.top_p is None:
+            p = min(params.nprobe or self.nprobe, self.nlist)
+            found = self.ops.search(
+                routing.router.features(seen),
+                queries,
+                routing.table,
+                routing.bias(params.rank or self.params.rank),
+                p,
+                state.lists.view,
+                int(k),
+                self._l2,
+            )
+        else:
+            found = self._scan(queries, state, lambda rows: self._probe(seen[rows], routing, params), int(k))
+        return _deliver(found, out, x, D, I)
+
+    def search_preassigned(
+        self,
+        x: ArrayLike,
+        k: int,
+        Iq: ArrayLike,
+        Dq: ArrayLike | None = None,
+        *,
+        params: SearchParameters | None = None,
+        D: ArrayLike | None = None,
+        I: ArrayLike | None = None,  # noqa: E741  Faiss's name
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Find the `k` best keys of each query in the lists `Iq`, (n, p), -1 for none.
+
+        `Dq`, Faiss's distances to centroids, is not needed and not read. Of `params` only a budget counts.
+        See `search` for the rest.
+        """
+        check_integer("k", k, 1)
+        state, _ = self._ready()
+        queries = arrays.vectors(x, "x", self.d)
+        probes = self._given(Iq, len(queries), params)
+        out = _buffers(D, I, (len(queries), k))
+        found = self._scan(
+            queries, state, lambda rows: Probes(probes.lists[rows], probes.limits[rows]), int(k)
+        )
+        return _deliver(found, out, x, D, I)
+
+    def range_search(
+        self,
+        x: ArrayLike,
+        thresh: float,
+        *,
+        params: SearchParameters | None = None,
+        positions: ArrayLike | None = None,
+    ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+        """Find every key that scores above `thresh` (lies nearer, for L2) in the lists that are visited.
+
+        Returns
+        -------
+        lims : int64 (n + 1,)
+            The results of query `i` are ``lims[i] : lims[i + 1]`` of the other two.
+        D : float32
+            Scores, in no order.
+        I : int64
+            Ids.
+        """
+        if not (isinstance(thresh, numbers.Real) and abs(thresh) <= float(np.finfo(np.float32).max)):
+            raise InvalidInputError(f"thresh is {thresh!r}, expected a finite float32 number")
+        state, routing = self._ready()
+        queries, seen = self._queries(x, positions)
+        params = self._checked(params)
+        lims, scores, ids = [np.zeros(1, np.int64)], [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+        for rows in self._blocks(len(queries)):
+            probes = self._probe(seen[rows], routing, params)
+            ends, best, found = self.ops.range_scan(
+                queries[rows], state.lists.view, *probes, float(thresh), self._l2
+            )
+            lims.append(lims[-1][-1] + ends[1:])
+            scores.append(best)
+            ids.append(found)
+        parts = (np.concatenate(part) for part in (lims, scores, ids))
+        lims_out, scores_out, ids_out = (arrays.give_back(part, x) for part in parts)
+        return lims_out, scores_out, ids_out
+
+    def assign(self, x: ArrayLike, k: int = 1, labels: ArrayLike | None = None) -> ArrayLike:
+        """Return the ids of the `k` best keys of each query, int64 (n, k), as `search` finds them."""
+        return self.search(x, k, I=labels)[1]
+
+    def route(
+        self,
+        x: ArrayLike,
+        *,
+        params: SearchParameters | None = None,
+        positions: ArrayLike | None = None,
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Return what a search would read, without reading it.
+
+        Returns
+        -------
+        Iq : int64 (n, p)
+            Lists to visit, best first; -1 where there are no more. Fit for `search_preassigned`.
+        keys : int64 (n,)
+            Keys that are read in them.
+        """
+        state, routing = self._ready()
+        queries, seen = self._queries(x, positions)
+        params = self._checked(params)
+        blocks = [self._probe(seen[rows], routing, params) for rows in self._blocks(len(queries))]
+        width = max((block.lists.shape[1] for block in blocks), default=0)
+        lists = np.full((len(queries), width), -1, np.int64)
+        keys = np.zeros(len(queries), np.int64)
+        for rows, block in zip(self._blocks(len(queries)), blocks, strict=True):
+            lists[rows, : block.lists.shape[1]] = block.lists
+            keys[rows] = block.keys_read(state.lists.sizes)
+        return arrays.give_back(lists, x), arrays.give_back(keys, x)
+
+    def _scan(
+        self, queries: NDArray[np.float32], state: State, probe: Callable[[slice], Probes], k: int
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Scan what `probe` says of each block of queries."""
+        parts = [
+            self.ops.scan(queries[rows], state.lists.view, *probe(rows), k, self._l2)
+            for rows in self._blocks(len(queries))
+        ]
+        scores, ids = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        return scores, ids
+
+    def _ready(self) -> tuple[State, Routing]:
+        self.router  # noqa: B018  raises if the index is not trained
+        state, routing = self._state, self._routing
+        assert routing is not None
+        return state, routing
+
+    def _queries(
+        self, x: ArrayLike, positions: ArrayLike | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the queries, and the partition's view of them."""
+        queries = arrays.vectors(x, "x", self.d)
+        if positions is None:
+            self.partition.check_position(self._state.next_id)
+        else:
+            places = self._positions(positions, "positions", len(queries), _NONE)
+            self.partition.check_position(int(places.max(initial=0)))
+        view = self.partition.view
+        if not view.needs_positions:
+            return queries, queries
+        if positions is None:
+            places = np.full(len(queries), self._state.next_id, np.int64)
+        return queries, view.apply(queries, places, self.ops)
+
+    def _checked(self, params: SearchParameters | None) -> SearchParameters:
+        if params is None:
+            return _DEFAULT
+        if not isinstance(params, SearchParameters):
+            raise InvalidInputError(f"params is a {type(params).__name__}, expected SearchParameters")
+        if self._l2 and (params.top_p is not None or params.rank == "mass"):
+            raise InvalidInputError(
+                "top_p and rank='mass' need an inner product, but metric_type is METRIC_L2"
+            )
+        return params
+
+    def _blocks(self, n: int) -> list[slice]:
+        """Cut `n` queries into blocks; at least one, which may be empty."""
+        step = max(1, _BLOCK // self.nlist)
+        return [slice(start, start + step) for start in range(0, max(n, 1), step)]
+
+    def _probe(self, seen: NDArray[np.float32], routing: Routing, params: SearchParameters) -> Probes:
+        return choose_lists(seen, routing, self.params.rank, self.nprobe, params, self.ops)
+
+    def _given(self, lists: ArrayLike, n: int, params: SearchParameters | None) -> Probes:
+        found = arrays.as_numpy(lists, "Iq")
+        found = arrays.integers(found, "Iq", (n, found.shape[-1] if found.ndim else 0))
+        # As unsigned numbers, everything below -1 is large: one look finds both ends.
+        if found.size and np.maximum.reduce((found + 1).view(np.uint64), axis=None) > self.nlist:
+            raise InvalidInputError(
+                f"Iq holds lists from {found.min()} to {found.max()}, expected -1 to {self.nlist - 1}"
+            )
+        return Probes(found, same_limit(n, self._checked(params).keys(self.ntotal)))
+
+
+def _buffers(
+    D: ArrayLike | None,
+    I: ArrayLike | None,  # noqa: E741  Faiss's name
+    shape: tuple[int, int],
+) -> list[NDArray[Any] | None]:
+    """Check the caller's buffers, before anything is computed."""
+    return [
+        None if D is None else arrays.check_out(D, "D", shape, np.float32),
+        None if I is None else arrays.check_out(I, "I", shape, np.int64),
+    ]
+
+
+def _deliver(
+    found: tuple[NDArray[Any], NDArray[Any]],
+    buffers: list[NDArray[Any] | None],
+    x: ArrayLike,
+    D: ArrayLike | None,
+    I: ArrayLike | None,  # noqa: E741  Faiss's name
+) -> tuple[ArrayLike, ArrayLike]:
+    """Return scores and ids in the caller's buffers, or in the framework of the queries."""
+    for buffer, result in zip(buffers, found, strict=True):
+        if buffer is not None:
+            buffer[:] = result
+    return (
+        arrays.give_back(found[0], x) if D is None else D,
+        arrays.give_back(found[1], x) if I is None else I,
+    )
