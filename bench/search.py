@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -151,6 +152,38 @@ def same_lists(head: Head, nlist: int, nprobes: tuple[int, ...]) -> dict[str, An
 
     build = paired({"faiss": build_faiss, "saapindex": build_ours}, repeats=5)
     return {"head": head.name, "keys": len(keys), "nlist": nlist, "rows": rows, "build seconds": build}
+
+
+def stages(head: Head, nlist: int, nprobe: int, dtype: str) -> dict[str, Any]:
+    """Microseconds of one core a query in routing and in scanning, and what the scan reads a second."""
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    index = IndexSAAP(head.keys.shape[1], nlist, params=IndexParameters(augment=0), dtype=dtype)
+    index.train(head.keys, xq_train=head.train_queries)
+    index.add(head.keys)
+    batch = np.resize(head.queries, (1000, index.d))
+    state, routing = index._state, index._routing
+    assert routing is not None
+    probes, keys = index.route(batch, params=SearchParameters(nprobe=nprobe))
+    limits = np.full(len(batch), index.ntotal)
+    seconds = paired(
+        {
+            "route": lambda: index.ops.route(batch, routing.table, routing.by_key, nprobe),
+            "scan": lambda: index.ops.scan(batch, state.lists.view, probes, limits, K, False),
+            "search": lambda: index.search(batch, K, params=SearchParameters(nprobe=nprobe)),
+        }
+    )
+    numba.set_num_threads(threads)
+    read = float(keys.mean()) * index.d * index.dtype.itemsize
+    return {
+        "head": head.name,
+        "nlist": nlist,
+        "nprobe": nprobe,
+        "dtype": dtype,
+        "keys": float(keys.mean()),
+        "microseconds": {name: 1e3 * value for name, value in seconds.items()},
+        "scan GB/s": read / (1e-3 * seconds["scan"]) / 1e9,
+    }
 
 
 @dataclass(frozen=True)

@@ -245,22 +245,24 @@ def _buffers(
     D: ArrayLike | None,
     I: ArrayLike | None,  # noqa: E741  Faiss's name
     shape: tuple[int, int],
-) -> list[NDArray[Any] | None]:
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
     """Check the caller's buffers, before anything is computed."""
-    return [
+    return (
         None if D is None else arrays.check_out(D, "D", shape, np.float32),
         None if I is None else arrays.check_out(I, "I", shape, np.int64),
-    ]
+    )
 
 
 def _deliver(
     found: tuple[NDArray[Any], NDArray[Any]],
-    buffers: list[NDArray[Any] | None],
+    buffers: tuple[NDArray[Any] | None, NDArray[Any] | None],
     x: ArrayLike,
     D: ArrayLike | None,
     I: ArrayLike | None,  # noqa: E741  Faiss's name
 ) -> tuple[ArrayLike, ArrayLike]:
     """Return scores and ids in the caller's buffers, or in the framework of the queries."""
+    if D is None and I is None and isinstance(x, np.ndarray):
+        return found
     for buffer, result in zip(buffers, found, strict=True):
         if buffer is not None:
             buffer[:] = result

@@ -3,7 +3,8 @@
 Every change returns new lists and leaves the old ones as they were, so a change that fails halfway is lost
 without a trace, and a reader keeps what it holds. Old and new share a pool, so only the newest may be
 appended to. Appending writes only to rows that no list uses yet, and copies nothing but the lists that
-outgrow their room (twice the room each time) and, when the pool is full, the pool: an amortised constant a key.
+outgrow their room (twice the room each time) and, when the pool is full, the pool: an amortised constant
+a key.
 """
 
 from __future__ import annotations

@@ -80,8 +80,9 @@ def _scan_many(queries, vectors, ids, offsets, sizes, probes, limits, best, foun
 
 def kernel_view(lists: Lists) -> Lists:
     """Show float16 as the integers that hold it, since numba knows no float16."""
-    half = lists.vectors.dtype == np.float16
-    return lists._replace(vectors=lists.vectors.view(np.uint16)) if half else lists
+    if lists.vectors.dtype != np.float16:
+        return lists
+    return Lists(lists.vectors.view(np.uint16), lists.ids, lists.offsets, lists.sizes)
 
 
 def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: bool) -> tuple[Floats, Ints]:

@@ -49,7 +49,7 @@ def search(
     l2: bool,
 ) -> tuple[Floats, Ints]:
     """See `Ops.search`."""
-    features, queries = (np.ascontiguousarray(x, np.float32) for x in (features, queries))
+    features, queries = np.ascontiguousarray(features, np.float32), np.ascontiguousarray(queries, np.float32)
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
     run = _search_some if len(queries) < FEW else _search_many
