@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import saapindex as sx
-from saapindex.index import saap
+from saapindex.index import searcher
 
 FULL = sx.SearchParameters(nprobe=8)
 
@@ -81,11 +81,12 @@ def test_empty_batches_do_nothing(make_index, queries):
 def test_blocks_of_queries_do_not_show(monkeypatch, index, queries):
     calls = [
         lambda: index.search(queries, 5),
+        lambda: index.search(queries, 5, params=sx.SearchParameters(budget=0.5)),
         lambda: index.range_search(queries, 2.0),
         lambda: index.route(queries, params=sx.SearchParameters(top_p=0.9)),
     ]
     whole = [call() for call in calls]
-    monkeypatch.setattr(saap, "_BLOCK", 2 * index.nlist)
+    monkeypatch.setattr(searcher, "_BLOCK", 2 * index.nlist)
     for call, answer in zip(calls, whole, strict=True):
         same(call(), answer)
 

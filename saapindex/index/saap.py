@@ -67,7 +67,8 @@ class IndexSAAP(Searcher):
     >>> index = IndexSAAP(16, 32)
     >>> index.train(keys, xq_train=queries)
     >>> index.add(keys)
-    >>> D, I = index.search(queries[:3], 5, params=SearchParameters(nprobe=8))
+    >>> index.nprobe = 8
+    >>> D, I = index.search(queries[:3], 5)
     >>> I.shape, index.ntotal
     ((3, 5), 2000)
     """
