@@ -64,6 +64,28 @@ def exact():
     return search
 
 
+@pytest.fixture(scope="module")
+def index(make_index):
+    """Filled once; tests that change an index make their own."""
+    return make_index(nprobe=3)
+
+
+@pytest.fixture(scope="session")
+def queries(blobs):
+    return blobs(7, 16, seed=2)
+
+
+@pytest.fixture(scope="session")
+def same():
+    """Whether two answers agree to the bit: `same(ours, theirs)`."""
+
+    def check(ours, theirs):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    return check
+
+
 @pytest.fixture
 def unchanged(make_index, blobs):
     """A filled index with a rope, which must be the same afterwards."""

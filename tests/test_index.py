@@ -13,22 +13,6 @@ from saapindex.index import searcher
 FULL = sx.SearchParameters(nprobe=8)
 
 
-@pytest.fixture(scope="module")
-def index(make_index):
-    """Filled once; tests that change an index make their own."""
-    return make_index(nprobe=3)
-
-
-@pytest.fixture(scope="module")
-def queries(blobs):
-    return blobs(7, 16, seed=2)
-
-
-def same(ours, theirs):
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 def test_answers_have_the_types_of_faiss(index, queries):
     scores, ids = index.search(queries, 5)
     assert (scores.dtype, ids.dtype) == (np.float32, np.int64)
@@ -64,7 +48,7 @@ def test_an_empty_index_answers(make_index, queries, metric, worst):
     assert index.remove_ids([1]) == 0
 
 
-def test_empty_batches_do_nothing(make_index, queries):
+def test_empty_batches_do_nothing(make_index, queries, same):
     index, nothing = make_index(), np.zeros((0, 16), np.float32)
     before = index.search(queries, 5, params=FULL)
     index.add(nothing)
@@ -78,7 +62,7 @@ def test_empty_batches_do_nothing(make_index, queries):
     assert index.search_preassigned(nothing, 5, np.zeros((0, 3), int))[1].shape == (0, 5)
 
 
-def test_blocks_of_queries_do_not_show(monkeypatch, index, queries):
+def test_blocks_of_queries_do_not_show(monkeypatch, index, queries, same):
     calls = [
         lambda: index.search(queries, 5),
         lambda: index.search(queries, 5, params=sx.SearchParameters(budget=0.5)),
@@ -97,7 +81,7 @@ def test_more_probes_than_lists_visit_all(index, queries, exact, blobs):
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
-def test_copies_go_their_own_ways(make_index, blobs, queries, duplicate):
+def test_copies_go_their_own_ways(make_index, blobs, queries, duplicate, same):
     index, keys = make_index(), blobs(9, 16, seed=4)
     before = index.search(queries, 5, params=FULL)
     twins = duplicate(index), duplicate(index)
@@ -108,7 +92,7 @@ def test_copies_go_their_own_ways(make_index, blobs, queries, duplicate):
     np.testing.assert_array_equal([twin.reconstruct(400) for twin in twins], keys[:2])
 
 
-def test_nprobe_is_a_default(make_index, queries):
+def test_nprobe_is_a_default(make_index, queries, same):
     index = make_index()
     assert index.nprobe == 1
     index.nprobe = 4

@@ -10,24 +10,8 @@ import saapindex as sx
 FULL = sx.SearchParameters(nprobe=8)
 
 
-@pytest.fixture(scope="module")
-def index(make_index):
-    """Filled once; tests that change an index make their own."""
-    return make_index(nprobe=3)
-
-
-@pytest.fixture(scope="module")
-def queries(blobs):
-    return blobs(7, 16, seed=2)
-
-
-def same(ours, theirs):
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
-def test_any_width_of_float(make_index, blobs, dtype):
+def test_any_width_of_float(make_index, blobs, dtype, same):
     keys, queries = (blobs(n, 16).astype(dtype) for n in (400, 9))
     answers = []
     for cast in (dtype, np.float32):
@@ -39,7 +23,7 @@ def test_any_width_of_float(make_index, blobs, dtype):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_torch_in_torch_out(torch, make_index, queries, dtype):
+def test_torch_in_torch_out(torch, make_index, queries, dtype, same):
     index = make_index()
     tensors = torch.from_numpy(queries).to(getattr(torch, dtype))
     arrays = tensors.float().numpy()
@@ -69,13 +53,13 @@ def test_tensors_that_need_gradients(torch, index, queries):
 @pytest.mark.parametrize(
     "lay", [np.asfortranarray, lambda x: np.repeat(x, 2, axis=0)[::2], lambda x: x.tolist()]
 )
-def test_any_layout(make_index, blobs, queries, lay):
+def test_any_layout(make_index, blobs, queries, lay, same):
     index = make_index(n=0)
     index.add(lay(blobs(400, 16)))
     same(index.search(lay(queries), 5), make_index().search(queries, 5))
 
 
-def test_read_only_arrays(make_index, blobs, queries):
+def test_read_only_arrays(make_index, blobs, queries, same):
     keys, queries, ids = blobs(400, 16), queries.copy(), np.arange(400)
     for array in (keys, queries, ids):
         array.flags.writeable = False
@@ -95,7 +79,7 @@ def test_what_was_added_is_copied(make_index, blobs):
     np.testing.assert_array_equal(index.reconstruct_n(), before)
 
 
-def test_buffers_are_written_and_returned(index, queries):
+def test_buffers_are_written_and_returned(index, queries, same):
     scores, ids = np.empty((7, 5), np.float32), np.empty((7, 5), np.int64)
     answer = index.search(queries, 5, D=scores, I=ids)
     assert answer[0] is scores

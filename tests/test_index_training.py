@@ -11,17 +11,7 @@ from saapindex.errors import PositionWarning, TrainingWarning
 ROPE = sx.Rope(theta=1000.0, dim=16)
 
 
-@pytest.fixture(scope="module")
-def queries(blobs):
-    return blobs(7, 16, seed=2)
-
-
-def same(ours, theirs):
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_reset_empties_and_training_starts_anew(make_index, blobs, queries):
+def test_reset_empties_and_training_starts_anew(make_index, blobs, queries, same):
     index = make_index()
     before = index.search(queries, 5)
     index.reset()
@@ -85,7 +75,7 @@ def test_no_queries_are_asked_for_where_none_are_used(blobs, params, count):
 
 
 @pytest.mark.parametrize("view", ["rotated", "unrotated", "windowed"])
-def test_default_positions_are_the_ids_and_the_end(blobs, queries, view):
+def test_default_positions_are_the_ids_and_the_end(blobs, queries, view, same):
     params = sx.IndexParameters(view=view, niter=2, cutoff=100.0)
     keys, xq = blobs(400, 16), blobs(200, 16, seed=1)
     answers = []
