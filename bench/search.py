@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from saapindex import IndexParameters, IndexSAAP, SearchParameters
 from saapindex.learn import Trace, read_trace
+from saapindex.learn.evaluation import recall
 from saapindex.learn.peers import FaissIVF
 from saapindex.partition import Partition, View
 from saapindex.progress import track
@@ -278,11 +279,10 @@ def equal_recall(head: Head, *, show: bool = True) -> dict[str, Any]:
     for name, nlist in track(cases, head.name, show=show):
         at = CONTENDERS[name].make(head, nlist)
 
-        def recall(nprobe: int, at: Any = at) -> float:
-            ids = at(nprobe)[0](head.queries)
-            return float((ids[:, :, None] == truth[:, None, :]).any(axis=1).mean())
+        def found(nprobe: int, at: Any = at) -> float:
+            return recall(at(nprobe)[0](head.queries), truth)
 
-        nprobe = _least(recall, nlist)
+        nprobe = _least(found, nlist)
         if nprobe is None:
             continue
         search, read = at(nprobe)
@@ -295,7 +295,7 @@ def equal_recall(head: Head, *, show: bool = True) -> dict[str, Any]:
                 "method": name,
                 "nlist": nlist,
                 "nprobe": nprobe,
-                "recall": recall(nprobe),
+                "recall": found(nprobe),
                 "keys": keys,
                 "bytes": keys * d * CONTENDERS[name].key_bytes + nlist * d * 4,
             }

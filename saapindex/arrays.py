@@ -20,8 +20,6 @@ __all__ = ["ArrayLike", "as_numpy", "check_out", "give_back", "integers", "vecto
 ArrayLike: TypeAlias = Any
 """A NumPy array, a CPU torch tensor, or anything that speaks DLPack or the buffer protocol."""
 
-FloatArray: TypeAlias = NDArray[np.floating[Any]]
-
 _LARGEST = int(np.iinfo(np.int64).max)
 _WIDTHS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 

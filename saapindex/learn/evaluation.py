@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.learn.peers import Peer
+from saapindex.learn.routers import membership
 
-__all__ = ["Curve", "GroundTruth", "exact_curve", "ground_truth", "measure"]
+__all__ = ["Curve", "GroundTruth", "exact_curve", "ground_truth", "measure", "recall"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ def ground_truth(
     return GroundTruth(np.take_along_axis(ids, order, axis=1), scores)
 
 
+def recall(ids: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
+    """Return the mean share of the true ids, (q, k), that are among `ids`, (q, any).
+
+    Examples
+    --------
+    >>> recall(np.array([[3, 1]]), np.array([[1, 2]]))
+    0.5
+    """
+    return float((ids[:, :, None] == truth[:, None, :]).any(axis=1).mean())
+
+
 @dataclass(frozen=True)
 class Curve:
     """Quality against cost, one point for each number of lists visited.
@@ -77,10 +89,10 @@ class Curve:
         (0.5, 0.7)
         """
         keys = np.concatenate([[0.0], self.keys])
-        recall, mass = (
+        found, held = (
             float(np.interp(share, keys, np.concatenate([[0.0], line]))) for line in (self.recall, self.mass)
         )
-        return recall, mass
+        return found, held
 
 
 def measure(
@@ -105,14 +117,12 @@ def measure(
     """
     labels, k = peer.labels, truth.ids.shape[1]
     sizes = np.bincount(labels, minlength=peer.nlist)
-    member = np.zeros((len(labels), peer.nlist), np.float32)
-    member[np.arange(len(labels)), labels] = 1
-    mass = truth.weights @ member
+    mass = truth.weights @ membership(labels, peer.nlist)
     points = []
     for nprobe in nprobes:
         ids, lists = peer.search(queries, positions, k, nprobe)
         visited = lists >= 0
-        found = (ids[:, :, None] == truth.ids[:, None, :]).any(axis=1).mean()
+        found = recall(ids, truth.ids)
         read = np.where(visited, sizes[lists], 0).sum(axis=1).mean() / len(labels)
         held = np.where(visited, np.take_along_axis(mass, np.maximum(lists, 0), axis=1), 0).sum(axis=1).mean()
         points.append((read, found, held))

@@ -18,10 +18,23 @@ from saapindex.progress import track
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["attention_mass", "train_router"]
+__all__ = ["attention_mass", "membership", "train_router"]
 
 # Queries whose logits over all keys are held at once.
 _CHUNK = 512
+
+
+def membership(labels: NDArray[np.int64], nlist: int) -> NDArray[np.float32]:
+    """Return which key is in which list as 0 and 1, (n, nlist): a product with it sums keys by list.
+
+    Examples
+    --------
+    >>> membership(np.array([1, 0]), 3).tolist()
+    [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+    member = np.zeros((len(labels), nlist), np.float32)
+    member[np.arange(len(labels)), labels] = 1
+    return member
 
 
 def attention_mass(
@@ -65,10 +78,7 @@ def attention_mass(
     >>> mass.tolist(), sizes.tolist()
     ([[0.75, 0.25]], [[3, 1]])
     """
-    order = np.argsort(labels, kind="stable")
-    keys, key_positions, labels = keys[order], key_positions[order], labels[order]
-    member = np.zeros((len(labels), nlist), np.float32)
-    member[np.arange(len(labels)), labels] = 1
+    member = membership(labels, nlist)
     mass = np.empty((len(queries), nlist), np.float32)
     sizes = np.empty((len(queries), nlist), np.int64)
     for start in range(0, len(queries), _CHUNK):
