@@ -22,7 +22,6 @@ where KERNEL is ``/usr/share/doc/linux-doc-6.1/Documentation`` and PYTHON is
 from __future__ import annotations
 
 import dataclasses
-import gzip
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +32,9 @@ from rich import print
 from saapindex import write_index
 from saapindex.demo import paper_index
 from saapindex.learn import Trace, read_trace, write_trace
-from saapindex.learn.capture import capture, load_model
+from saapindex.learn.capture import capture_tokens
+from saapindex.learn.models import LoadedModel, load_model
+from saapindex.learn.texts import cut_sequences, read_text
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 DATA = Path(__file__).parent.parent / "saapindex" / "data"
@@ -45,23 +46,17 @@ Model = Annotated[Path, typer.Argument(help="The GGUF file.", exists=True)]
 Texts = Annotated[list[Path], typer.Option(help="Folders of text, one sequence each.", exists=True)]
 
 
-def read_text(folder: Path) -> str:
-    """Return every .rst or .txt file directly in `folder`, gzipped or not, in order of name."""
-    texts = []
-    for path in sorted(folder.iterdir()):
-        if {".rst", ".txt"} & set(path.suffixes):
-            opener = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rt", errors="ignore") as file:
-                texts.append(file.read())
-    return "\n\n".join(texts)
-
-
 def tokens_of(tokenizer: Any, folder: Path, context: int) -> list[int]:
     """Return the first `context` tokens of the text in `folder`."""
-    ids: list[int] = tokenizer(read_text(folder)[: 10 * context]).input_ids[:context]
-    if len(ids) < context:
-        raise typer.BadParameter(f"{folder} holds {len(ids)} tokens, expected at least {context}")
-    return ids
+    cut = cut_sequences(tokenizer, read_text(folder), context, 1)
+    if not cut:
+        raise typer.BadParameter(f"{folder} holds fewer than {context} tokens")
+    return cut[0]
+
+
+def loaded(model_file: Path, context: int) -> LoadedModel:
+    """Load the model for a context beyond the 8192 positions that it was trained for."""
+    return load_model(model_file, context=context, rope_scaling="ntk")
 
 
 def described(trace: Trace, folder: Path, **more: Any) -> Trace:
@@ -78,20 +73,21 @@ def demo(model_file: Model, train: Texts, test: Texts, out: Path = DATA, seed: i
     Every key of a sequence lies more than a window of 2047 before every test query.
     """
     rng = np.random.default_rng(seed)
-    model, tokenizer = load_model(str(model_file.parent), gguf_file=model_file.name, context=DEMO_CONTEXT)
+    model, tokenizer, _ = loaded(model_file, DEMO_CONTEXT)
     for name, folder, first, count in (("train", train[0], 4096, 2560), ("test", test[0], 10240, 512)):
         at = np.sort(rng.choice(np.arange(first, DEMO_CONTEXT), count, replace=False))
         ids = tokens_of(tokenizer, folder, DEMO_CONTEXT)
-        layer = capture(model, ids, layers=[DEMO_LAYER], query_positions=at, n_keys=DEMO_KEYS)[DEMO_LAYER]
+        layer = capture_tokens(model, ids, layers=[DEMO_LAYER], query_positions=at)[DEMO_LAYER]
         group = layer.group_size
         head = dataclasses.replace(
             layer,
-            keys=layer.keys[DEMO_HEAD : DEMO_HEAD + 1],
-            values=layer.values[DEMO_HEAD : DEMO_HEAD + 1],
+            keys=layer.keys[DEMO_HEAD : DEMO_HEAD + 1, :DEMO_KEYS],
+            values=layer.values[DEMO_HEAD : DEMO_HEAD + 1, :DEMO_KEYS],
             queries=layer.queries[DEMO_HEAD * group : (DEMO_HEAD + 1) * group],
+            key_positions=layer.key_positions[:DEMO_KEYS],
         )
         path = out / f"{name}.safetensors"
-        write_trace(path, described(head, folder, kv_head=DEMO_HEAD))
+        write_trace(path, described(head, folder, heads=[DEMO_HEAD], kv_head=DEMO_HEAD))
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
@@ -108,12 +104,13 @@ def search(model_file: Model, train: Texts, test: Texts, out: Path = Path("trace
     """Capture 32k-token traces of four layers for ``bench/run.py search``."""
     rng = np.random.default_rng(seed)
     out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_model(str(model_file.parent), gguf_file=model_file.name, context=SEARCH_CONTEXT)
+    model, tokenizer, _ = loaded(model_file, SEARCH_CONTEXT)
     for name, folders in (("train", train), ("test", test)):
         for number, folder in enumerate(folders):
             ids = tokens_of(tokenizer, folder, SEARCH_CONTEXT)
             at = np.sort(rng.choice(np.arange(4096, SEARCH_CONTEXT), 4096, replace=False))
-            for layer, trace in capture(model, ids, layers=SEARCH_LAYERS, query_positions=at).items():
+            traces = capture_tokens(model, ids, layers=SEARCH_LAYERS, query_positions=at)
+            for layer, trace in traces.items():
                 write_trace(out / f"{name}{number}-layer{layer}.safetensors", described(trace, folder))
             print(f"{name} {number}: {folder}")
 

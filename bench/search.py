@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from saapindex import IndexParameters, IndexSAAP, SearchParameters
 from saapindex.learn import Trace, read_trace
-from saapindex.learn.evaluation import recall
-from saapindex.learn.peers import FaissIVF
+from saapindex.learn.curves import recall
+from saapindex.learn.search_peers import FaissIVF
 from saapindex.partition import Partition, View
 from saapindex.progress import track
 

@@ -1,4 +1,4 @@
-"""The command line: ``saapindex demo | info``."""
+"""The command line: ``saapindex demo | capture | train | evaluate | info``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 import saapindex
+from saapindex.commands.capture import capture
+from saapindex.commands.info import info
 from saapindex.errors import SaapIndexError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A vector-search index for LLM attention.")
+for command in (capture, info):
+    app.command()(command)
 
 
 @app.command()
@@ -56,15 +60,6 @@ def demo(
             table.add_row(row.name, *cells)
         console.print(table)
     console.print(f"Drawn as {out}, in {seconds:.0f} s.")
-
-
-@app.command()
-def info(file: Annotated[Path, typer.Argument(help="An index or a trace.")]) -> None:
-    """Say what a file holds, as JSON."""
-    from saapindex.files import read_header
-
-    tensors, header = read_header(file)
-    print(json.dumps({**header, "tensors": tensors}, indent=1))
 
 
 def main(arguments: list[str] | None = None) -> Any:

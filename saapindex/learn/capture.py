@@ -1,144 +1,338 @@
-"""Capture of traces from a transformers model: what its attention sees while it reads a text."""
+"""Capture of traces: what the attention of a transformers model sees while it reads texts.
+
+Traces go to the disk layer by layer during one forward pass, so no more than the queries, keys and values of
+one layer are held beside what the model needs, and a capture that was interrupted goes on where it stopped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.errors import InvalidInputError, MissingDependencyError
-from saapindex.learn.traces import Trace
-from saapindex.rope import Rope
+from saapindex.errors import InvalidInputError
+from saapindex.learn import capture_plan as plan
+from saapindex.learn.attention_hook import Call, watched
+from saapindex.learn.layers import Layer, inspect_layers
+from saapindex.learn.models import LoadedModel, decoder_of, load_model
+from saapindex.learn.texts import query_positions as sample_positions
+from saapindex.learn.trace import Trace
+from saapindex.learn.traces import write_trace
+from saapindex.progress import track
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["capture", "load_model"]
-
-_NAME = "saapindex_capture"
+__all__ = ["CaptureReport", "SequenceReport", "capture", "capture_tokens"]
 
 
-def _transformers() -> Any:
-    try:
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError("transformers", "capturing a trace", "capture") from error
-    return transformers
+@dataclass(frozen=True)
+class SequenceReport:
+    """What became of one sequence.
 
-
-def load_model(folder: str, *, gguf_file: str | None = None, context: int | None = None) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer for a context of `context` tokens.
-
-    Parameters
+    Attributes
     ----------
-    folder
-        A folder or an id that transformers loads.
-    gguf_file
-        Name of a GGUF file in it.
-    context
-        Tokens to be read. Past the length that the model was trained for, the base of its rotary
-        embedding is raised ("NTK-aware"): ``theta * (context / trained) ** (dim / (dim - 2))``.
-
-    Returns
-    -------
-    model, tokenizer
-        In bfloat16, ready to run.
+    name
+        Of its folder.
+    written, present
+        Layers that were written, and those that were there already.
+    nbytes
+        Size of their files.
+    seconds
+        That it took.
     """
-    transformers = _transformers()
-    import torch
 
-    options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
-    model.eval()
-    trained = model.config.max_position_embeddings
-    if context is not None and context > trained:
-        rope = Rope.from_config(model.config)
-        theta = rope.theta * (context / trained) ** (rope.dim / (rope.dim - 2))
-        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": theta}
-        rotary = model.model.rotary_emb
-        model.model.rotary_emb = type(rotary)(model.config).to(model.device)
-    return model, tokenizer
+    name: str
+    written: list[int]
+    present: list[int]
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What a capture did.
+
+    Attributes
+    ----------
+    out
+        Folder of the traces.
+    info
+        What the headers of all of them say: model, weights, context, queries, dtype.
+    layers
+        Layers that were wanted.
+    left_out
+        Why the other layers cannot be captured, by number. A layer that was not asked for is not here.
+    sequences
+        Each sequence.
+    short
+        Texts that held fewer sequences than were wanted: how many they held.
+    seconds
+        That it took, loading of the model included.
+    """
+
+    out: Path
+    info: Mapping[str, Any]
+    layers: list[int]
+    left_out: Mapping[int, str]
+    sequences: list[SequenceReport]
+    short: Mapping[str, int]
+    seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(sequence.nbytes for sequence in self.sequences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as a dict that JSON can hold."""
+        return {**asdict(self), "out": str(self.out), "nbytes": self.nbytes}
 
 
 def capture(
-    model: Any,
-    tokens: Sequence[int],
+    model: str | os.PathLike[str] | LoadedModel,
+    texts: Sequence[str | os.PathLike[str]],
     *,
-    layers: Sequence[int],
-    query_positions: NDArray[np.int64],
-    n_keys: int | None = None,
-) -> dict[int, Trace]:
-    """Let `model` read `tokens` and keep what the attention of some layers sees.
+    context: int,
+    out: str | os.PathLike[str],
+    layers: str | Collection[int] = "all",
+    queries: int | str = 4096,
+    sequences: int = 1,
+    dtype: str = "float16",
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    show: bool = False,
+) -> CaptureReport:
+    """Let a model read texts and write what its attention sees, one trace for each sequence and layer.
 
-    The model computes what it always computes; its attention function is put back afterwards.
+    Files are ``OUT/TEXT-SEQUENCE/layer-04.safetensors``, see `saapindex.learn.traces`. Each is written as the
+    forward pass reaches its layer; run again, the same call goes on where it was interrupted.
 
     Parameters
     ----------
     model
-        A transformers decoder with rotary embeddings.
-    tokens
-        Token ids, at least one.
+        A Hub id, a folder, a GGUF file, or what `load_model` returned. Any decoder of transformers with a
+        rotary embedding. Layers of full attention can be captured; local ones (sliding window, chunked,
+        linear) are left out.
+    texts
+        Text files (``.gz`` is unpacked), and folders of text files, each of which is one text.
+    context
+        Tokens of a sequence.
+    out
+        Folder for the traces; made where it does not exist.
     layers
-        Layers to keep.
-    query_positions
-        int64, (m,): positions whose queries are kept.
-    n_keys
-        Keys and values of the first so many positions are kept; by default all.
+        Numbers of layers, or ``"all"`` of full attention.
+    queries
+        How many positions keep their queries, or ``"all"``. Of a number, 512 (or all of them, if there are
+        no more) are among the last 2048 positions, where evaluation asks, and the rest is spread evenly over
+        the positions before. Keys and values are kept in full.
+    sequences
+        Sequences to take from each text, one after another; as many as it holds, if it holds fewer.
+    dtype
+        ``"float16"`` or ``"bfloat16"``, for storage.
+    rope_scaling
+        How the rotary embedding is stretched to contexts beyond the model's own: ``"none"``, ``"ntk"``,
+        ``"yarn"``, ``"linear"``, or a dict, see `saapindex.learn.models.stretched`.
+    device
+        Where the model runs. Default: ``"cuda"`` where there is one, else ``"cpu"``.
+    seed
+        Of the sampling of queries.
+    show
+        Whether progress is shown.
 
     Returns
     -------
-    dict
-        A `Trace` in float16 for each layer.
+    CaptureReport
 
     Raises
     ------
     InvalidInputError
-        If a layer or a position does not exist.
+        If an argument is wrong, a text is too short, a layer cannot be captured, the disk has too little
+        room, or files are there that were captured with other settings. Nothing was written then. Also if
+        keys, values or queries are not finite, or beyond what float16 holds.
+    FileFormatError
+        If a file is there that is no trace.
+    MissingDependencyError
+        If torch, transformers or gguf is needed and not installed.
     """
-    transformers = _transformers()
-    import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    count = model.config.num_hidden_layers
-    if not set(layers) <= set(range(count)):
-        raise InvalidInputError(f"layers are {list(layers)}, expected some of 0 to {count - 1}")
-    if len(query_positions) and not 0 <= query_positions.min() <= query_positions.max() < len(tokens):
-        raise InvalidInputError(
-            f"query positions reach {query_positions.max()}, expected below {len(tokens)}"
-        )
-    kept = torch.from_numpy(query_positions)
-    traces: dict[int, Trace] = {}
-    rope = Rope.from_config(model.config)
-
-    def array(tensor: torch.Tensor) -> NDArray[np.float16]:
-        return tensor[0].to(torch.float16).cpu().numpy().copy()
-
-    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        if module.layer_idx in layers:
-            traces[module.layer_idx] = Trace(
-                keys=array(key[:, :, :n_keys]),
-                values=array(value[:, :, :n_keys]),
-                queries=array(query[:, :, kept]),
-                key_positions=np.arange(key[:, :, :n_keys].shape[2]),
-                query_positions=query_positions,
-                rope=rope,
-                info={"layer": module.layer_idx, "context": len(tokens)},
+    start = time.perf_counter()
+    settings = plan.Settings(context, queries, sequences, dtype, seed)
+    sources = plan.read_texts(texts)
+    if isinstance(model, LoadedModel):
+        if rope_scaling is not None or device is not None:
+            raise InvalidInputError(
+                "rope_scaling and device are of no use with a loaded model, expected None"
             )
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        loaded = model
+    else:
+        loaded = load_model(model, context=context, rope_scaling=rope_scaling, device=device)
+    found = inspect_layers(loaded.model, context)
+    chosen = plan.choose_layers(layers, found)
+    stretches = plan.cut_texts(loaded.tokenizer, sources, settings)
+    common = {**plan.model_info(loaded, found.count), **settings.info()}
+    jobs = []
+    for stretch in stretches:
+        expected = {
+            number: ({**common, **stretch.info, **plan.layer_info(number, layer)}, layer)
+            for number, layer in ((number, found.usable[number]) for number in chosen)
+        }
+        folder = Path(out) / stretch.name
+        jobs.append(_Job(stretch, folder, expected, plan.missing_layers(folder, expected)))
+    plan.check_space(Path(out), [found.usable[number] for job in jobs for number in job.missing], settings)
+    positions = sample_positions(context, settings.query_count, seed=seed)
+    steps = track(range(sum(len(job.missing) for job in jobs)), "Capturing traces", show=show)
 
-    transformers.AttentionInterface.register(_NAME, attention)
-    transformers.AttentionMaskInterface.register(
-        _NAME, transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    def step() -> None:
+        next(steps, None)
+
+    with contextlib.closing(steps):  # type: ignore[type-var]
+        step()
+        reports = [_run(job, loaded.model, positions, dtype, step) for job in jobs]
+    held = {name: sum(stretch.info["text"] == name for stretch in stretches) for name in sources}
+    return CaptureReport(
+        out=Path(out),
+        info=common,
+        layers=chosen,
+        left_out=found.left_out if isinstance(layers, str) else {},
+        sequences=reports,
+        short={name: count for name, count in held.items() if count < sequences},
+        seconds=time.perf_counter() - start,
     )
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    try:
-        with torch.no_grad():
-            model.base_model(torch.tensor([list(tokens)], device=model.device), use_cache=False)
-    finally:
-        model.set_attn_implementation(before)
-    return {layer: traces[layer] for layer in layers}
+
+
+def capture_tokens(
+    model: Any, tokens: Sequence[int], *, layers: Collection[int], query_positions: NDArray[np.int64]
+) -> dict[int, Trace]:
+    """Let `model` read `tokens`, and return what the attention of some layers sees.
+
+    Parameters
+    ----------
+    model
+        A decoder of transformers with a rotary embedding.
+    tokens
+        Token ids, at least one.
+    layers
+        Numbers of layers of full attention.
+    query_positions
+        int64, (m,): positions whose queries are kept, rising.
+
+    Returns
+    -------
+    dict
+        Of each layer, a `Trace` in float16.
+
+    Raises
+    ------
+    InvalidInputError
+        If a layer or a position does not exist, or the layer cannot be captured.
+    """
+    found = inspect_layers(model, len(tokens))
+    chosen = plan.choose_layers(layers, found)
+    positions = np.asarray(query_positions)
+    if len(positions) and not 0 <= positions.min() <= positions.max() < len(tokens):
+        raise InvalidInputError(
+            f"query positions reach from {positions.min()} to {positions.max()}, "
+            f"expected 0 to {len(tokens) - 1}"
+        )
+    traces: dict[int, Trace] = {}
+
+    def keep(call: Call) -> None:
+        layer = found.usable[call.layer]
+        info = {"layers": found.count, "context": len(tokens), **plan.layer_info(call.layer, layer)}
+        traces[call.layer] = _trace(call, positions, layer, info, "float16")
+
+    _read(model, tokens, chosen, keep)
+    return traces
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A sequence, what its files are to say, and those that are missing."""
+
+    stretch: plan.Stretch
+    folder: Path
+    expected: Mapping[int, tuple[Mapping[str, Any], Layer]]
+    missing: list[int]
+
+
+def _run(
+    job: _Job, model: Any, positions: NDArray[np.int64], dtype: str, step: Callable[[], None]
+) -> SequenceReport:
+    """Read a sequence, unless all of its files are there, and write those that are missing."""
+    start = time.perf_counter()
+
+    def keep(call: Call) -> None:
+        info, layer = job.expected[call.layer]
+        trace = _trace(call, positions, layer, info, dtype)
+        write_trace(plan.layer_file(job.folder, call.layer), trace, dtype=dtype)
+        step()
+
+    if job.missing:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _read(model, job.stretch.tokens, job.missing, keep)
+    return SequenceReport(
+        name=job.stretch.name,
+        written=job.missing,
+        present=[number for number in job.expected if number not in job.missing],
+        nbytes=sum(plan.layer_file(job.folder, number).stat().st_size for number in job.expected),
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Enough(Exception):
+    """The last layer that is wanted has been seen."""
+
+
+def _read(model: Any, tokens: Sequence[int], layers: Collection[int], keep: Callable[[Call], None]) -> None:
+    """Run the decoder, without logits and without a cache, up to the attention of the last of `layers`."""
+    import torch
+
+    decoder, last = decoder_of(model), max(layers)
+
+    def watch(call: Call) -> None:
+        if call.layer in layers:
+            keep(call)
+        if call.layer == last:
+            raise _Enough
+
+    with torch.no_grad(), watched(decoder, watch), contextlib.suppress(_Enough):
+        decoder(torch.tensor([list(tokens)], device=decoder.device), use_cache=False)
+
+
+def _trace(
+    call: Call, positions: NDArray[np.int64], layer: Layer, info: Mapping[str, Any], dtype: str
+) -> Trace:
+    """Return what one call of attention saw; bfloat16 in float32, which holds it exactly."""
+    import torch
+
+    def array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
+        whole = tensor.contiguous()
+        narrow = whole if dtype == "bfloat16" else whole.to(torch.float16)
+        if not torch.isfinite(narrow).all():
+            what = "hold NaN or infinity, expected finite values: compute in another dtype"
+            if torch.isfinite(whole).all():
+                what = "reach beyond 65504, which float16 cannot hold: store them with dtype 'bfloat16'"
+            raise InvalidInputError(f"layer {call.layer}: the {name} {what}")
+        narrow = narrow.cpu()
+        return (narrow.float() if dtype == "bfloat16" else narrow).numpy()
+
+    queries, n = call.query[0], call.key.shape[2]
+    if len(positions) < n:
+        queries = queries[:, torch.from_numpy(positions).to(queries.device)]
+    return Trace(
+        keys=array(call.key[0], "keys"),
+        values=array(call.value[0], "values"),
+        queries=array(queries, "queries"),
+        key_positions=np.arange(n),
+        query_positions=positions,
+        rope=layer.rope,
+        info=info,
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.errors import MissingDependencyError
 from saapindex.index import IndexSAAP
+from saapindex.learn.peers.coarse import CoarseName, require_faiss, train_coarse
 from saapindex.params import SearchParameters
 from saapindex.rope import Rope
 
@@ -82,24 +82,12 @@ class FaissIVF(Peer):
         nlist: int,
         *,
         rope: Rope | None = None,
-        quantizer: Literal["ip", "l2"] = "ip",
+        quantizer: CoarseName = "ip",
     ) -> None:
-        try:
-            import faiss
-        except ImportError as error:
-            raise MissingDependencyError("faiss-cpu", "the comparison with Faiss", "demo") from error
         self.nlist, self.rope = nlist, rope
-        d = keys.shape[1]
-        spherical = quantizer == "ip"
-        clustering = faiss.Clustering(d, nlist)
-        clustering.spherical, clustering.niter = spherical, 10  # as IndexIVF has it
-        clustering.min_points_per_centroid = 1  # says nothing about small training sets
-        assigner: Any = faiss.IndexFlatIP(d) if spherical else faiss.IndexFlatL2(d)
-        clustering.train(np.ascontiguousarray(self._seen(keys, positions)), assigner)
-        coarse = faiss.IndexFlatIP(d)
-        coarse.add(assigner.reconstruct_n(0, nlist))
-        self._assigner, self._coarse = assigner, coarse
-        self.index: Any = faiss.IndexIVFFlat(coarse, d, nlist, faiss.METRIC_INNER_PRODUCT)
+        faiss, d = require_faiss(), keys.shape[1]
+        self._assigner, self._coarse = train_coarse(self._seen(keys, positions), nlist, quantizer)
+        self.index: Any = faiss.IndexIVFFlat(self._coarse, d, nlist, faiss.METRIC_INNER_PRODUCT)
         self.index.is_trained = True
 
     def _seen(self, x: Vectors, positions: Ints) -> Vectors:
@@ -107,8 +95,7 @@ class FaissIVF(Peer):
 
     def add(self, keys: Vectors, positions: Ints) -> None:
         """Fill the index, with the keys as they are, in the lists of what Faiss sees."""
-        import faiss
-
+        faiss = require_faiss()
         self.index.reset()
         self.labels = self._assigner.search(self._seen(keys, positions), 1)[1][:, 0]
         self.index.add_core(
