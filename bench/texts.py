@@ -1,4 +1,4 @@
-"""Collect the texts that the fidelity benchmarks read: manuals that Debian packages, and Python's own sources.
+"""Collect the texts that the fidelity benchmarks read: manuals from Debian, and Python's own sources.
 
 Debian's ``linux-doc-6.1`` and ``python3.11-doc`` hold the manuals; no manual is both trained and tested on::
 

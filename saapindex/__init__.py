@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from saapindex.attention import AttentionIndex
+    from saapindex.codebook import Codebook
     from saapindex.errors import (
+        CodebookMismatchError,
         FileFormatError,
         InvalidInputError,
         MissingDependencyError,
@@ -26,10 +29,14 @@ if TYPE_CHECKING:
         SaapIndexWarning,
     )
     from saapindex.index import METRIC_INNER_PRODUCT, METRIC_L2, IndexSAAP, read_index, write_index
-    from saapindex.params import PRESETS, IndexParameters, SearchParameters
+    from saapindex.params import PRESETS, AttendParameters, IndexParameters, SearchParameters
     from saapindex.rope import Rope
 
 _HOMES = {
+    "AttendParameters": "saapindex.params",
+    "AttentionIndex": "saapindex.attention",
+    "Codebook": "saapindex.codebook",
+    "CodebookMismatchError": "saapindex.errors",
     "FileFormatError": "saapindex.errors",
     "IndexParameters": "saapindex.params",
     "IndexSAAP": "saapindex.index",
@@ -51,6 +58,10 @@ __all__ = [
     "METRIC_INNER_PRODUCT",
     "METRIC_L2",
     "PRESETS",
+    "AttendParameters",
+    "AttentionIndex",
+    "Codebook",
+    "CodebookMismatchError",
     "FileFormatError",
     "IndexParameters",
     "IndexSAAP",

@@ -14,11 +14,13 @@ from rich.table import Table
 
 import saapindex
 from saapindex.commands.capture import capture
+from saapindex.commands.evaluate import evaluate
 from saapindex.commands.info import info
+from saapindex.commands.train import train
 from saapindex.errors import SaapIndexError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A vector-search index for LLM attention.")
-for command in (capture, info):
+for command in (capture, train, evaluate, info):
     app.command()(command)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from saapindex.errors import MissingDependencyError
 from saapindex.index import IndexSAAP, read_index
 from saapindex.learn.curves import Curve, exact_curve, ground_truth, measure
-from saapindex.learn.search_peers import FaissIVF, Peer, Saap
 from saapindex.learn.routers import train_router
+from saapindex.learn.search_peers import FaissIVF, Peer, Saap
 from saapindex.learn.traces import Trace, read_trace
 from saapindex.params import IndexParameters, get_preset
 from saapindex.progress import track

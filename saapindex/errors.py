@@ -6,6 +6,7 @@
     ├── InvalidInputError      (also ValueError)   an argument is wrong; says what was given and expected
     ├── NotTrainedError        (also RuntimeError) the index or its router has not been trained
     ├── FileFormatError        (also ValueError)   a file is truncated, foreign, newer or tampered with
+    ├── CodebookMismatchError  (also ValueError)   a codebook was trained for another model, layer or RoPE
     └── MissingDependencyError (also ImportError)  an optional package is needed; says what to install
 
     SaapIndexWarning           (also UserWarning)
@@ -16,6 +17,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CodebookMismatchError",
     "FileFormatError",
     "InvalidInputError",
     "MissingDependencyError",
@@ -41,6 +43,10 @@ class NotTrainedError(SaapIndexError, RuntimeError):
 
 class FileFormatError(SaapIndexError, ValueError):
     """A file is not a whole, known and untouched saapindex file."""
+
+
+class CodebookMismatchError(SaapIndexError, ValueError):
+    """A codebook was trained for another model, layer or rotary embedding; says what differs."""
 
 
 class MissingDependencyError(SaapIndexError, ImportError):

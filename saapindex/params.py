@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import operator
 from collections.abc import Mapping
@@ -14,19 +15,23 @@ from saapindex.errors import InvalidInputError
 
 __all__ = [
     "PRESETS",
+    "AttendParameters",
     "IndexParameters",
+    "PolicyName",
     "RankBy",
     "RouterName",
     "SearchParameters",
     "ViewName",
     "check_choice",
     "check_integer",
+    "default_nlist",
     "get_preset",
 ]
 
 ViewName: TypeAlias = Literal["rotated", "unrotated", "windowed"]
 RouterName: TypeAlias = Literal["centroid", "mean", "linear", "mlp"]
 RankBy: TypeAlias = Literal["key", "mass"]
+PolicyName: TypeAlias = Literal["sum", "max", "union"]
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -45,6 +50,20 @@ def check_integer(name: str, value: object, minimum: int) -> None:
         raise InvalidInputError(f"{name} is {value!r}, expected an integer of at least {minimum}")
     if number < minimum:
         raise InvalidInputError(f"{name} is {value}, expected at least {minimum}")
+
+
+def default_nlist(n: int) -> int:
+    """Return how many lists suit `n` keys: about one for 128 keys, a power of two.
+
+    So few, since every list is read about, and codes tell keys apart within a list. Measured at 8k, 32k and
+    128k keys (`bench/results/sweep.json`).
+
+    Examples
+    --------
+    >>> default_nlist(8_000), default_nlist(30_000), default_nlist(131_072)
+    (64, 256, 1024)
+    """
+    return 1 << max(0, round(math.log2(max(n, 1) / 128)))
 
 
 def _is_share(value: object) -> bool:
@@ -176,6 +195,88 @@ class SearchParameters:
             return ntotal
         counted = isinstance(self.budget, numbers.Integral)
         return int(self.budget) if counted else max(1, round(float(self.budget) * ntotal))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendParameters:
+    """What one step of attention may read of the keys in lists, and how; at most one of the first three is
+    set.
+
+    Attributes
+    ----------
+    budget
+        Share of the bytes of these keys and their values, in (0, 1]; everything that is read counts:
+        statistics of lists, codes, keys and values. 1 is dense attention. The default, 0.05, counts where
+        none is set.
+    nprobe
+        Lists to visit instead; all of their keys are fetched, as in the paper.
+    top_p
+        Visit lists until this share of the predicted softmax mass is covered instead, and fetch all of
+        their keys.
+    policy
+        How the query heads that share a KV head choose together: by the ``"sum"`` of their weights, the
+        ``"max"``, or the ``"union"`` of what each chooses alone with its part of the budget.
+    rank
+        Visit lists by predicted mass per ``"key"`` or by predicted ``"mass"`` of the whole list; by default
+        per key where keys are counted (`budget`) and by mass where lists are.
+    refine
+        With a budget: read the codes of many keys and fetch the best; otherwise fetch whole lists.
+    remainder
+        Let the keys that are not fetched count by their estimates.
+    scan_share
+        Share of the budget that goes to codes, after statistics, in (0, 1).
+
+    Examples
+    --------
+    >>> AttendParameters().budget, AttendParameters(nprobe=32).budget
+    (0.05, None)
+    >>> AttendParameters(budget=0.02, nprobe=32)
+    Traceback (most recent call last):
+    saapindex.errors.InvalidInputError: budget and nprobe are given together, expected one of them
+    """
+
+    budget: float | None = None
+    nprobe: int | None = None
+    top_p: float | None = None
+    policy: PolicyName = "sum"
+    rank: RankBy | None = None
+    refine: bool = True
+    remainder: bool = True
+    scan_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        limits = ("budget", "nprobe", "top_p")
+        given = [name for name in limits if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InvalidInputError(f"{' and '.join(given)} are given together, expected one of them")
+        if not given:
+            object.__setattr__(self, "budget", 0.05)
+        if self.nprobe is not None:
+            check_integer("nprobe", self.nprobe, 1)
+        for name in ("budget", "top_p"):
+            value = getattr(self, name)
+            if value is not None and not _is_share(value):
+                raise InvalidInputError(f"{name} is {value!r}, expected a share in (0, 1]")
+        check_choice("policy", self.policy, ("sum", "max", "union"))
+        if self.rank is not None:
+            check_choice("rank", self.rank, ("key", "mass"))
+        for name in ("refine", "remainder"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if not _is_share(self.scan_share) or self.scan_share == 1:
+            raise InvalidInputError(f"scan_share is {self.scan_share!r}, expected a share in (0, 1)")
+
+    def replace(self, **changes: Any) -> AttendParameters:
+        """Return a copy with some fields changed; a new limit takes the place of the old one.
+
+        Examples
+        --------
+        >>> AttendParameters(budget=0.1, policy="max").replace(nprobe=8).policy
+        'max'
+        """
+        if any(changes.get(name) is not None for name in ("budget", "nprobe", "top_p")):
+            changes = {"budget": None, "nprobe": None, "top_p": None, **changes}
+        return dataclasses.replace(self, **changes)
 
 
 PRESETS: Mapping[str, IndexParameters] = MappingProxyType(

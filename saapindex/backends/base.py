@@ -6,24 +6,22 @@ query. The reference computes in the precision of its inputs; the other backends
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saapindex.backends.attention_ops import AttentionOps
+from saapindex.backends.common import LANES, Floats, Ints
+
 __all__ = ["LANES", "Floats", "Ints", "Lists", "Ops", "to_blocks"]
-
-Floats = NDArray[np.floating[Any]]
-Ints = NDArray[np.int64]
-
-
-LANES = 16
-"""Keys of a block, which lie side by side: row `r` is ``vectors[r // LANES, :, r % LANES]``."""
 
 
 def to_blocks(x: Floats) -> Floats:
     """Arrange rows in blocks: (n, d) to (blocks, d, LANES), zero where there are no more rows.
+
+    Row `r` is ``blocks[r // LANES, :, r % LANES]``.
 
     Examples
     --------
@@ -59,7 +57,7 @@ class Lists(NamedTuple):
         return keys
 
 
-class Ops(ABC):
+class Ops(AttentionOps):
     """One backend. Every method is a pure function of its arguments."""
 
     name: str

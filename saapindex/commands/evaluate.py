@@ -42,6 +42,9 @@ def evaluate(
     span: Annotated[int, typer.Option(help="Queries come from this many last positions.")] = 2048,
     max_queries: Annotated[int, typer.Option(help="Queries a head, evenly spaced.")] = 128,
     tune: Annotated[bool, typer.Option(help="Choose settings on a held-out training sequence.")] = True,
+    tune_layers: Annotated[
+        str | None, typer.Option(help="Layers that choose settings, with commas between; default: all.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, pareto.png, report.html.")] = Path(
         "evaluation"
@@ -68,6 +71,7 @@ def evaluate(
         protocol=Protocol(sinks=sinks, window=window, span=span, max_queries=max_queries),
         heads=None if heads is None else _numbers(heads, "heads", int),
         tune=tune,
+        tune_layers=None if tune_layers is None else _numbers(tune_layers, "tune_layers", int),
         device=device,
     )
     out.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.learn.search_peers import Peer
 from saapindex.learn.routers import membership
+from saapindex.learn.search_peers import Peer
 
 __all__ = ["Curve", "GroundTruth", "exact_curve", "ground_truth", "measure", "recall"]
 

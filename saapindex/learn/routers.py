@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,6 @@ from saapindex.errors import InvalidInputError, MissingDependencyError
 from saapindex.index import IndexSAAP
 from saapindex.params import RankBy, check_choice, check_integer
 from saapindex.partition import LinearRouter, MLPRouter
-from saapindex.progress import track
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["attention_mass", "membership", "train_router"]
 
@@ -153,7 +149,7 @@ def train_router(
         On bad arrays, or if no query sees a key beyond the window.
     """
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("torch", "training a router", "learn") from error
     kind = kind or ("mlp" if index.params.router == "mlp" else "linear")
@@ -178,67 +174,44 @@ def train_router(
             f"no query sees keys more than {window} positions back, so there is nothing to learn"
         )
     features = partition.view.apply(q, at_q, ops)[useful]
-    bias = np.log(sizes[useful].clip(1)) if predicts == "key" else np.zeros_like(mass[useful])
-    bias = np.where(sizes[useful] > 0, bias, -1e4).astype(np.float32)
     held_out = at_q[useful] > np.quantile(at_q[useful], 0.9)
     if not held_out.any():
         held_out = np.arange(len(held_out)) % 10 == 0
 
-    spread = float(features.std()) or 1.0
-    model = torch.nn.Sequential()
-    with torch.random.fork_rng(devices=()):  # the caller's random numbers go on as they would
-        torch.manual_seed(seed)
-        if kind == "mlp":
-            model.extend([torch.nn.Linear(index.d, hidden), torch.nn.ReLU()])
-        model.append(torch.nn.Linear(hidden if kind == "mlp" else index.d, index.nlist))
-    data = [torch.from_numpy(part) for part in (features / np.float32(spread), mass[useful], bias)]
-    shown = index.verbose if show is None else show
-    loss = _fit(model, data, torch.from_numpy(held_out), epochs, patience, seed, shown)
-
-    weights = [parameter.detach().numpy() for parameter in model.parameters()]
-    weights[0] = weights[0] / np.float32(spread)
-    if kind == "mlp":
-        hidden_weight, hidden_offset, *weights = weights
-        index.router = MLPRouter(hidden_weight, hidden_offset, weights[0], weights[1], predicts)
-    else:
-        index.router = LinearRouter(weights[0], weights[1], predicts)
+    weights, loss = _fit(
+        (features, mass[useful], sizes[useful]),
+        held_out,
+        conditioned=predicts == "key",
+        hidden=hidden if kind == "mlp" else 0,
+        epochs=epochs,
+        patience=patience,
+        seed=seed,
+        show=index.verbose if show is None else show,
+    )
+    index.router = (
+        MLPRouter(**weights, predicts=predicts)
+        if kind == "mlp"
+        else LinearRouter(**weights, predicts=predicts)
+    )
     return loss
 
 
 def _fit(
-    model: torch.nn.Module,
-    data: list[torch.Tensor],
-    held_out: torch.Tensor,
-    epochs: int,
-    patience: int,
-    seed: int,
-    show: bool,
-) -> float:
-    """Train `model` with AdamW; leave in it the weights that were best on the held-out rows."""
+    data: tuple[NDArray[Any], ...], held_out: NDArray[np.bool_], *, show: bool, **settings: Any
+) -> tuple[dict[str, NDArray[np.float32]], float]:
+    """Train on features, masses and sizes as the one head of a layer; return weights and held-out loss."""
     import torch
 
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        features, mass, bias = (part[rows] for part in data)
-        predicted = torch.log_softmax(model(features) + bias, dim=1)
-        return -(mass * predicted).sum(dim=1).mean()
+    from saapindex.learn.fit_routers import FitSettings, fit_router
+    from saapindex.learn.masses import RouterData
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
-    generator = torch.Generator().manual_seed(seed)
-    train_rows, test_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    best, best_weights, waited = float("inf"), model.state_dict(), 0
-    for _ in track(range(epochs), "training the router", show=show):
-        order = train_rows[torch.randperm(len(train_rows), generator=generator)]
-        for batch in torch.split(order, 256):
-            optimizer.zero_grad()
-            torch.autograd.backward(loss_of(batch))
-            optimizer.step()
-        with torch.no_grad():
-            loss = float(loss_of(test_rows))
-        waited += 1
-        if loss < best:
-            best, waited = loss, 0
-            best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        if waited >= patience:
-            break
-    model.load_state_dict(best_weights)
-    return best
+    def part(rows: NDArray[np.bool_]) -> RouterData:
+        features, mass, sizes = (torch.from_numpy(array[rows].astype(np.float32)) for array in data)
+        # Every query has a snapshot of the lists of its own.
+        return RouterData.without_means(
+            features[None, None], mass[None, None], sizes.log()[None], torch.arange(len(features))
+        )
+
+    fit = FitSettings(on_mean=False, learning_rate=1e-3, **settings)
+    router, loss = fit_router(part(~held_out), part(held_out), fit, show=show)
+    return {name: tensor[0, 0].numpy() for name, tensor in router.parameters().items()}, float(loss)

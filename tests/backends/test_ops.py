@@ -11,13 +11,23 @@ import pytest
 
 from saapindex.backends import get_ops
 from saapindex.backends.base import LANES, Lists, Ops, to_blocks
+from saapindex.backends.paged import Code, Reading, Scaling
 from saapindex.errors import InvalidInputError
 
-OPERATIONS = sorted(name for name, value in vars(Ops).items() if inspect.isfunction(value))
+OPERATIONS = sorted(name for name, _ in inspect.getmembers(Ops, inspect.isfunction))
 
 
-def arguments(n=63, d=17, nlist=9, p=5, k=4):
-    """Arguments for every operation, by its name."""
+@pytest.fixture(scope="session")
+def arguments(paged):
+    """Arguments for every operation, by its name: `arguments(n, d, nlist, p, k)`."""
+
+    def make(**size):
+        return {**of_search(**size), **of_attention(paged())}
+
+    return make
+
+
+def of_search(n=63, d=17, nlist=9, p=5, k=4):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((n, d), dtype=np.float32)
     centroids = rng.standard_normal((nlist, d), dtype=np.float32)
@@ -40,6 +50,34 @@ def arguments(n=63, d=17, nlist=9, p=5, k=4):
     }
 
 
+def of_attention(made, t=2, g=3):
+    rng, lists, pages, code, scaling = made.rng, made.lists, made.pages, made.code, Scaling(0.25)
+    streams, nlist, d = lists.means.shape
+
+    def floats(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    queries, positions = floats(streams, t, g, d), np.full((streams, t), made.total)
+    taken = rng.integers(0, lists.sizes[:, None] + 1, (streams, t, nlist))
+    logits, norms, bounds = floats(streams, t, g, nlist), floats(streams, t, g), floats(streams, t, g)
+    estimates, ids = floats(streams, t, g, 40), rng.permutation(40) + np.zeros((streams, t, 1), np.int64)
+    labels, limits = rng.integers(-1, nlist, (streams, t, 40)), rng.integers(0, 40, (streams, t))
+    rows, long = lists.all_rows(taken), lists.sizes.sum(axis=1)
+    reading = Reading(long // 2, long * 20, 9, 128)
+    return {
+        "attend_all": (queries, positions, made.near, lists, pages, scaling),
+        "attend_lists": (queries, positions, made.near, lists, pages, code, scaling, reading),
+        "attend_rows": (queries, rows, pages, scaling),
+        "encode": (floats(made.heads, 30, d), code),
+        "estimate_rest": (logits, taken, estimates, labels, bounds, lists),
+        "merge": (floats(3, 5, d), floats(3, 5)),
+        "rank_lists": (queries, lists, code, scaling),
+        "scan_codes": (queries, taken, lists, pages, code, scaling),
+        "select_keys": (estimates, norms, ids, limits, "sum"),
+        "select_lists": (logits, norms, lists.sizes, reading),
+    }
+
+
 def arrays_of(values):
     """Every array in (nested) tuples."""
     if isinstance(values, np.ndarray):
@@ -47,7 +85,7 @@ def arrays_of(values):
     return [array for value in values for array in arrays_of(value)] if isinstance(values, tuple) else []
 
 
-def test_every_operation_has_arguments_here():
+def test_every_operation_has_arguments_here(arguments):
     assert sorted(arguments()) == OPERATIONS
 
 
@@ -71,7 +109,7 @@ def test_signatures_agree(backend, operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operations_are_pure(backend, operation):
+def test_operations_are_pure(backend, arguments, operation):
     inputs = arguments()[operation]
     before = [array.copy() for array in arrays_of(inputs)]
     outputs = arrays_of(getattr(get_ops(backend), operation)(*inputs))
@@ -81,7 +119,7 @@ def test_operations_are_pure(backend, operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_dtypes_and_shapes_agree(operation):
+def test_dtypes_and_shapes_agree(arguments, operation):
     inputs = arguments()[operation]
     outputs = [arrays_of(getattr(get_ops(name), operation)(*inputs)) for name in ("reference", "cpu")]
     for reference, other in zip(*outputs, strict=True):
@@ -90,20 +128,22 @@ def test_dtypes_and_shapes_agree(operation):
 
 
 @pytest.mark.parametrize("operation", sorted({*OPERATIONS} - {"accumulate"}))
-def test_reference_computes_in_the_precision_of_its_inputs(operation):
+def test_reference_computes_in_the_precision_of_its_inputs(arguments, operation):
     def widened(value):
         if isinstance(value, Lists):
             return value._replace(vectors=value.vectors.astype(np.float64))
+        if isinstance(value, Code):
+            return Code._make(map(widened, value))
         return value.astype(np.float64) if getattr(value, "dtype", None) == np.float32 else value
 
     inputs = [widened(value) for value in arguments()[operation]]
     outputs = arrays_of(getattr(get_ops("reference"), operation)(*inputs))
-    assert all(out.dtype in (np.float64, np.int64) for out in outputs)
+    assert all(out.dtype.kind != "f" or out.dtype == np.float64 for out in outputs)
 
 
 @pytest.mark.parametrize("operation", ["assign", "range_scan", "route", "scan", "search"])
 @pytest.mark.parametrize("size", [{}, {"n": 0}, {"p": 1, "k": 1}, {"nlist": 1, "p": 1}, {"k": 99}])
-def test_every_output_element_is_written(monkeypatch, operation, size):
+def test_every_output_element_is_written(monkeypatch, arguments, operation, size):
     inputs = arguments(**size)[operation]
     run = getattr(get_ops("cpu"), operation)
     expected = arrays_of(run(*inputs))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from saapindex.backends.base import Ops
 from saapindex.backends.cpu.assign import accumulate, assign
 from saapindex.backends.cpu.rope import rotate
 from saapindex.backends.cpu.route import route
 from saapindex.backends.cpu.scan import range_scan, scan
 from saapindex.backends.cpu.search import search
+from saapindex.backends.reference import ReferenceOps
 
 __all__ = ["CpuOps"]
 
 
-class CpuOps(Ops):
+class CpuOps(ReferenceOps):
     """Numba, float32, all cores."""
 
     name = "cpu"

@@ -1,0 +1,20 @@
+"""Sparse attention over the keys of a layer."""
+
+from saapindex.attention.index import AttentionIndex
+from saapindex.attention.layer import LayerCodebook, fit_layer
+from saapindex.attention.memory import MemoryStatement
+from saapindex.attention.merging import merge
+from saapindex.attention.selection import Selection
+from saapindex.attention.store import DENSE_BELOW
+from saapindex.params import AttendParameters
+
+__all__ = [
+    "DENSE_BELOW",
+    "AttendParameters",
+    "AttentionIndex",
+    "LayerCodebook",
+    "MemoryStatement",
+    "Selection",
+    "fit_layer",
+    "merge",
+]

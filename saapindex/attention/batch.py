@@ -1,0 +1,140 @@
+"""Sequences side by side, as the kernels see them; made anew only when a table has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex.attention.limits import reading
+from saapindex.attention.sequence import Keeping, Sequence
+from saapindex.backends.base import LANES, Ints
+from saapindex.backends.paged import Near, PagedLists, Reading
+from saapindex.params import AttendParameters
+
+__all__ = ["Batch"]
+
+
+class Batch:
+    """The sequences of an index.
+
+    Parameters
+    ----------
+    keeping
+        How they are kept.
+    sequences
+        Values, the same one perhaps several times.
+    before
+        The batch that this one takes the place of, whose views may still be good.
+    """
+
+    def __init__(self, keeping: Keeping, sequences: Several[Sequence], before: Batch | None = None) -> None:
+        self.keeping, self.sequences = keeping, tuple(sequences)
+        if before is None or len(before.sequences) != len(self.sequences):
+            return
+        pairs = list(zip(before.sequences, self.sequences, strict=True))
+        same_lists = all(old.lists is new.lists for old, new in pairs)
+        same_near = all(_same_pages(old, new) for old, new in pairs)
+        for name, same in (
+            ("lists", same_lists),
+            ("first", same_lists),
+            ("long", same_lists),
+            ("_readings", same_lists),
+            ("_near_pages", same_near),
+        ):
+            if same and name in before.__dict__:
+                self.__dict__[name] = before.__dict__[name]
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Keys of each sequence."""
+        return np.array([sequence.length for sequence in self.sequences], np.int64)
+
+    @cached_property
+    def first(self) -> Ints:
+        """Position of the first recent key of each sequence: keys between the sinks and it are in lists."""
+        return np.array([sequence.recent.start for sequence in self.sequences], np.int64)
+
+    @cached_property
+    def long(self) -> Ints:
+        """Keys in lists of each stream."""
+        return self._by_head(self.first - self.keeping.sinks)
+
+    @cached_property
+    def _readings(self) -> dict[AttendParameters, Reading]:
+        return {}
+
+    def reading(self, params: AttendParameters) -> Reading:
+        """Return what a step may read in each stream."""
+        if params not in self._readings:
+            codebook, element = self.keeping.codebook, self.keeping.pool.dtype.itemsize
+            self._readings[params] = reading(params, self.long, codebook.code, codebook.nlist, element)
+        return self._readings[params]
+
+    def _by_head(self, x: Ints) -> Ints:
+        return np.repeat(x, self.keeping.codebook.heads)
+
+    @cached_property
+    def lists(self) -> PagedLists:
+        """The lists of all streams."""
+        codebook = self.keeping.codebook
+        tables = [sequence.lists for sequence in self.sequences]
+        sizes = np.stack([table.sizes for table in tables])
+        counts = np.array([len(table.held.pages) for table in tables])
+        starts = np.stack([table.starts for table in tables]) + (np.cumsum(counts) - counts)[:, None]
+        squares = np.stack([table.squares for table in tables])
+        streams = len(tables) * codebook.heads, codebook.nlist
+        stacked: dict[str, NDArray[Any]] = {
+            name: np.stack([getattr(table, name) for table in tables])
+            for name in ("anchors", "anchor_scales", "means", "mean_scales")
+        }
+        return PagedLists(
+            **{name: array.reshape(*streams, *array.shape[2:]) for name, array in stacked.items()},
+            spreads=(squares / np.maximum(sizes, 1)).astype(np.float32).reshape(streams),
+            sizes=sizes.reshape(streams),
+            starts=starts.reshape(streams),
+            table=np.concatenate([table.held.pages for table in tables]),
+        )
+
+    @cached_property
+    def _near_pages(self) -> NDArray[np.int32]:
+        heads, split = self.keeping.codebook.heads, self._sink_pages
+        most = max((sequence.recent.held.pages.shape[1] for sequence in self.sequences), default=0)
+        pages = np.full((len(self.sequences), heads, split + most), -1, np.int32)
+        for all_pages, sequence in zip(pages, self.sequences, strict=True):
+            sinks, recent = sequence.sinks.held.pages, sequence.recent.held.pages
+            all_pages[:, : sinks.shape[1]] = sinks
+            all_pages[:, split : split + recent.shape[1]] = recent
+        return pages.reshape(len(self.sequences) * heads, split + most)
+
+    @property
+    def _sink_pages(self) -> int:
+        return -(-self.keeping.sinks // LANES)
+
+    @cached_property
+    def near(self) -> Near:
+        """Sinks and recent keys of all streams."""
+        sinks, recent = (
+            np.array([getattr(sequence, name).count for sequence in self.sequences], np.int64)
+            for name in ("sinks", "recent")
+        )
+        return Near(
+            self._near_pages,
+            self._sink_pages,
+            self._by_head(sinks),
+            self._by_head(self.first),
+            self._by_head(recent),
+        )
+
+    @cached_property
+    def nothing_near(self) -> Near:
+        """No key at all, where another runtime attends to the near ones."""
+        none = np.zeros(len(self.long), np.int64)
+        return Near(np.empty((len(none), 0), np.int32), 0, none, none, none)
+
+
+def _same_pages(one: Sequence, other: Sequence) -> bool:
+    return one.sinks.held is other.sinks.held and one.recent.held is other.recent.held

@@ -1,0 +1,266 @@
+"""`AttentionIndex`: the keys and values of one layer, attended to sparsely."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex.arrays import ArrayLike, give_back, integers
+from saapindex.attention.batch import Batch
+from saapindex.attention.layer import LayerCodebook
+from saapindex.attention.selecting import select
+from saapindex.attention.selection import Selection
+from saapindex.attention.storage import read_index, write_index
+from saapindex.attention.store import AttentionStore
+from saapindex.attention.tensors import queries, returned
+from saapindex.backends.base import Floats, Ints
+from saapindex.backends.paged import Scaling
+from saapindex.errors import InvalidInputError
+from saapindex.params import AttendParameters
+
+__all__ = ["AttentionIndex"]
+
+
+class AttentionIndex(AttentionStore):
+    """Sparse attention over every KV head of a layer, for several sequences at once.
+
+    The first keys (sinks) and the recent ones (the window) are attended to exactly. Keys that leave the
+    window enter the lists of the codebook in batches. A query visits the lists that promise most, reads the
+    codes of their keys, fetches the best keys with their values, and lets all others count by estimates.
+
+    Parameters
+    ----------
+    codebook
+        What was learned for the layer.
+    batch
+        Number of sequences.
+    window, sinks
+        Keys that are always attended to, besides the current one: recent ones at least, and first ones.
+    dtype
+        ``"float16"``, ``"bfloat16"`` or ``"float32"``; by default that of the first keys.
+    flush
+        Keys leave the window so many at a time.
+    adapt
+        Lloyd steps that fit the centroids to the keys that first enter the lists; 0 for none.
+    dense_below
+        Sequences shorter than this are attended to densely, and their keys enter no list.
+    params
+        What `attend` and `select` read where they are not told.
+    scale, softcap
+        Of the logits, by default those of the codebook.
+    sink_logits
+        (q_heads,), learned logits that take part in each head's softmax without a value (GPT-OSS).
+    backend
+        ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy).
+
+    Raises
+    ------
+    InvalidInputError
+        On parameters out of their range.
+
+    Notes
+    -----
+    One thread at a time may use an index and its forks.
+
+    Examples
+    --------
+    >>> from saapindex.attention import fit_layer
+    >>> rng = np.random.default_rng(0)
+    >>> k, v = rng.standard_normal((2, 1, 2, 3000, 32), dtype=np.float32)  # (batch, kv_heads, n, d)
+    >>> q = rng.standard_normal((1, 6, 32), dtype=np.float32)
+    >>> codebook = fit_layer(k[0], np.repeat(q[0], 50, axis=0).reshape(6, 50, 32), nlist=16)
+    >>> index = AttentionIndex(codebook, window=127, dense_below=1000)
+    >>> index.add(k, v)
+    >>> out, lse = index.attend(q, budget=0.2)
+    >>> out.shape, lse.shape
+    ((1, 6, 32), (1, 6))
+    >>> index.select(q, nprobe=4).ids.shape[:2]
+    (1, 2)
+    """
+
+    def attend(
+        self,
+        q: ArrayLike,
+        *,
+        budget: float | None = None,
+        nprobe: int | None = None,
+        top_p: float | None = None,
+        params: AttendParameters | None = None,
+        positions: ArrayLike | None = None,
+        near: bool = True,
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Attend to the keys that were added, the newest among them.
+
+        Parameters
+        ----------
+        q
+            (batch, q_heads, d), the newest token of each sequence; or (batch, q_heads, t, d), the last `t`,
+            each of which sees the keys up to its own. Query head `j` belongs to KV head ``j // (q_heads /
+            kv_heads)``.
+        budget, nprobe, top_p
+            What to read, in place of what `params` says; see `AttendParameters`. A budget of 1 is dense.
+        params
+            In place of those of the index.
+        positions
+            int, (batch, t): the last key that each query sees, by default its own. Below zero it sees none.
+            Where a query lies before the window, all are attended to densely.
+        near
+            Whether to attend to sinks and window; without, only to the lists, for another runtime that
+            attends to those and joins the parts by `merge`. `sink_logits` belong to the near part.
+
+        Returns
+        -------
+        out : the shape of `q`, in its precision; zero where there is no key
+        lse : the same without the last dimension, float32: log of the sum of ``exp(logit)``
+
+        Raises
+        ------
+        InvalidInputError
+            On a wrong shape, or values that are not finite.
+        """
+        x, g = self._grouped(q)
+        t, heads = x.shape[1], self.codebook.heads
+        wanted = self._parameters(params, budget, nprobe, top_p)
+        last = self._last(positions, t)
+        if self._batch is None:
+            out, lse = np.zeros_like(x), np.full(x.shape[:3], -np.inf, np.float32)
+        else:
+            out, lse = self._attend(self._batch, x, last, wanted, near)
+        if near and self.sink_logits is not None:
+            out, lse = self._with_sinks(out, lse, g)
+        shape = tuple(q.shape)
+        outs = out.reshape(self.batch, heads, t, g, -1).transpose(0, 1, 3, 2, 4).reshape(shape)
+        lses = lse.reshape(self.batch, heads, t, g).transpose(0, 1, 3, 2).reshape(shape[:-1])
+        return returned(outs, q, own_precision=True), returned(lses, q)
+
+    def _attend(
+        self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
+    ) -> tuple[Floats, Floats]:
+        around = batch.near if near else batch.nothing_near
+        first = np.repeat(batch.first, self.codebook.heads)[:, None]
+        early = (last < first - 1) & (batch.long > 0)[:, None]
+        pages, code = batch.keeping.pool.pages, self.codebook.code.view
+        if wanted.budget == 1 or not batch.long.any() or early.any():
+            return self.ops.attend_all(x, last, around, batch.lists, pages, self._scaling)
+        return self.ops.attend_lists(
+            x, last, around, batch.lists, pages, code, self._scaling, batch.reading(wanted)
+        )
+
+    def select(
+        self,
+        q: ArrayLike,
+        *,
+        budget: float | None = None,
+        nprobe: int | None = None,
+        top_p: float | None = None,
+        params: AttendParameters | None = None,
+    ) -> Selection:
+        """Choose the keys to attend to, for another implementation of attention.
+
+        Parameters
+        ----------
+        q
+            (batch, q_heads, d), the newest token of each sequence.
+        budget, nprobe, top_p, params
+            As for `attend`.
+
+        Returns
+        -------
+        Selection
+            What each KV head should fetch besides the sinks and the window.
+        """
+        if len(getattr(q, "shape", ())) != 3:
+            raise InvalidInputError(f"q has shape {getattr(q, 'shape', None)}, expected (batch, q_heads, d)")
+        x, _ = self._grouped(q)
+        wanted = self._parameters(params, budget, nprobe, top_p)
+        shape = self.batch, self.codebook.heads
+        if self._batch is None:
+            none, zeros = np.empty((*shape, 0), np.int64), np.zeros(self.batch, np.int64)
+            parts = [none, np.zeros(shape, np.int64), none]
+            start, ends = zeros + self.sinks, zeros
+        else:
+            how = self._batch.reading(wanted)
+            found = select(self._batch, x, self._scaling, how, everything=wanted.budget == 1)
+            parts = [part.reshape(*shape, *part.shape[1:]) for part in found]
+            start, ends = self._batch.first.copy(), self.lengths
+        ids, lengths, partitions, start, ends = (give_back(part, q) for part in (*parts, start, ends))
+        return Selection(ids, lengths, partitions, self.sinks, start, ends)
+
+    @property
+    def _scaling(self) -> Scaling:
+        return Scaling(self.scale, self.softcap or 0.0)
+
+    def _parameters(
+        self,
+        params: AttendParameters | None,
+        budget: float | None,
+        nprobe: int | None,
+        top_p: float | None,
+    ) -> AttendParameters:
+        params = self.params if params is None else params
+        if not isinstance(params, AttendParameters):
+            raise InvalidInputError(f"params is a {type(params).__name__}, expected AttendParameters")
+        given = {"budget": budget, "nprobe": nprobe, "top_p": top_p}
+        given = {name: value for name, value in given.items() if value is not None}
+        return params.replace(**given) if given else params
+
+    def _grouped(self, q: ArrayLike) -> tuple[NDArray[np.float32], int]:
+        """Return queries as (S, t, g, d), and `g`."""
+        heads, d = self.codebook.heads, self.codebook.d
+        single = len(getattr(q, "shape", ())) == 3
+        x = queries(q, "q", (self.batch, None, d) if single else (self.batch, None, None, d))
+        x = x[:, :, None] if single else x
+        if not x.shape[1] or x.shape[1] % heads:
+            raise InvalidInputError(
+                f"q has {x.shape[1]} query heads, expected a multiple of the {heads} KV heads"
+            )
+        if self.sink_logits is not None and x.shape[1] != len(self.sink_logits):
+            raise InvalidInputError(
+                f"q has {x.shape[1]} query heads, expected the {len(self.sink_logits)} of sink_logits"
+            )
+        g, t = x.shape[1] // heads, x.shape[2]
+        x = x.reshape(self.batch * heads, g, t, d).transpose(0, 2, 1, 3)
+        return np.ascontiguousarray(x), g
+
+    def _last(self, positions: ArrayLike | None, t: int) -> Ints:
+        """Return the last position that each query sees, (S, t)."""
+        if positions is None:
+            last = self.lengths[:, None] - t + np.arange(t)
+        else:
+            last = integers(positions, "positions", (self.batch, t))
+        return np.repeat(last, self.codebook.heads, axis=0)
+
+    def _with_sinks(self, out: Floats, lse: Floats, g: int) -> tuple[Floats, Floats]:
+        """Let a learned logit of each query head take part in the softmax."""
+        logits = np.tile(np.asarray(self.sink_logits).reshape(-1, 1, g), (self.batch, 1, 1))
+        total = np.logaddexp(lse, logits)
+        return out * np.exp(lse - total)[..., None], total
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the keys and lists to `path`, whole or not at all; a file that is there is replaced.
+
+        The codebook is not in the file, only its checksum. Sequences that share pages share them in the file.
+        """
+        write_index(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], codebook: LayerCodebook, *, backend: str = "cpu") -> Self:
+        """Read the index at `path`, which was saved with the same `codebook`.
+
+        Raises
+        ------
+        CodebookMismatchError
+            If it was saved with another codebook.
+        FileFormatError
+            If the file is truncated, foreign, newer than this release, or altered.
+        OSError
+            If it cannot be read at all.
+        """
+        settings, build = read_index(Path(path), codebook)
+        index = cls(codebook, backend=backend, **settings)
+        index._batch = build(index)
+        return index

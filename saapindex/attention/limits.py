@@ -1,0 +1,61 @@
+"""Budgets in bytes: how many codes and keys a step of attention may read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saapindex.backends.base import Ints
+from saapindex.backends.paged import Reading
+from saapindex.codes import TransformCode
+from saapindex.params import AttendParameters
+
+__all__ = ["reading"]
+
+LIST_EXTRA = 8
+"""Bytes of a list besides its anchor and mean value in int8: their scales, its size and its spread."""
+_ROUTER_ELEMENT = 2
+"""Bytes of an element of the matrix that takes queries to the space of the codes."""
+
+
+def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: int, element: int) -> Reading:
+    """Return what a step may read in each stream.
+
+    A share of the bytes of the keys in lists and their values: first the statistics of all lists and the
+    matrix of the queries, then codes up to `scan_share` of what is left, then keys and values.
+
+    Parameters
+    ----------
+    params
+        Budget and ways.
+    long
+        (S,), keys in the lists of each stream; streams are the KV heads of each sequence.
+    code, nlist
+        Of the layer.
+    element
+        Bytes of a stored element.
+
+    Examples
+    --------
+    >>> from saapindex.codes import fit_codes
+    >>> code = fit_codes(np.random.default_rng(0).standard_normal((1, 200, 64)), np.eye(64)[None], words=3)
+    >>> found = reading(AttendParameters(budget=0.05), np.array([30_000]), code, nlist=128, element=2)
+    >>> found.scan.tolist(), found.keep(found.scan[:, None]).tolist()
+    ([8270], [[980]])
+    """
+    d, row = code.d, 2 * code.d * element
+    fixed = nlist * (2 * d + LIST_EXTRA) + d * _ROUTER_ELEMENT * np.tile(code.coded, len(long) // code.heads)
+    left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
+    scan = params.scan_share * left / code.nbytes_per_key if params.refine else left / row
+    counted = params.budget is not None
+    return Reading(
+        scan.astype(np.int64),
+        left.astype(np.int64),
+        code.nbytes_per_key,
+        row,
+        nprobe=params.nprobe or 0,
+        top_p=params.top_p or 0.0,
+        policy=params.policy,
+        by_mass=(params.rank or ("key" if counted else "mass")) == "mass",
+        refine=params.refine and counted,
+        remainder=params.remainder,
+    )

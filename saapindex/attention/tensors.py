@@ -1,0 +1,131 @@
+"""The array boundary of the attention index: keys in their own precision, bfloat16 as its bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex.arrays import ArrayLike, as_numpy, give_back
+from saapindex.errors import InvalidInputError
+
+__all__ = ["STORED", "element_type", "queries", "returned", "stored"]
+
+STORED: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+    "float32": np.dtype(np.float32),
+}
+"""NumPy's type for what an index stores; NumPy has no bfloat16, so its bits are kept in uint16."""
+
+
+_NAMES = {np.dtype(np.float16): "float16", np.dtype(np.float32): "float32"}
+
+
+def _kind(value: ArrayLike) -> str:
+    """Name of the type of the elements: for NumPy by a table, since forming the name takes microseconds."""
+    if isinstance(value, np.ndarray):
+        return _NAMES.get(value.dtype, "")
+    return str(getattr(value, "dtype", "")).removeprefix("torch.")
+
+
+def element_type(value: ArrayLike, name: str) -> str:
+    """Return ``"float16"``, ``"bfloat16"`` or ``"float32"``: what to store `value` in.
+
+    Raises
+    ------
+    InvalidInputError
+        If `value` is no array of floats.
+    """
+    kind = _kind(value)
+    if kind in STORED:
+        return kind
+    dtype = as_numpy(value, name).dtype
+    if dtype.kind != "f":
+        raise InvalidInputError(f"{name} has dtype {dtype}, expected a floating one")
+    return "float32"
+
+
+def to_bfloat16(x: NDArray[Any]) -> NDArray[np.uint16]:
+    """Round to bfloat16, ties to even, as bits; NaN becomes infinity.
+
+    Examples
+    --------
+    >>> [hex(bits) for bits in to_bfloat16(np.array([1.0, 1.00390625, 1.01171875]))]
+    ['0x3f80', '0x3f80', '0x3f82']
+    """
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    rounded[np.isnan(x)] = 0x7F80  # the carry would make some of them finite
+    return rounded
+
+
+def stored(value: ArrayLike, name: str, shape: tuple[int | None, ...], kind: str) -> NDArray[Any]:
+    """Return `value` as an index of type `kind` stores it; a copy only if it must be converted.
+
+    Parameters
+    ----------
+    value
+        Floats of any width.
+    name
+        What the caller calls it, for the error.
+    shape
+        Expected; None stands for any size.
+    kind
+        A key of `STORED`.
+
+    Raises
+    ------
+    InvalidInputError
+        On another shape, a dtype that is not floating, and values that are not finite as stored.
+    """
+    given = element_type(value, name)
+    _check_shape(value, name, shape)
+    if given == kind == "bfloat16":
+        import torch
+
+        array = as_numpy(value.detach().contiguous().view(torch.int16), name).view(np.uint16)
+    else:
+        array = as_numpy(value, name)
+        with np.errstate(over="ignore"):
+            if kind == "bfloat16":
+                array = to_bfloat16(array)
+            array = array.astype(STORED[kind], copy=False)
+    finite = (array & 0x7F80 != 0x7F80) if kind == "bfloat16" else np.isfinite(array)
+    if not finite.all():
+        raise InvalidInputError(
+            f"{name} holds NaN, infinity or what {kind} cannot hold, expected finite values"
+        )
+    return array
+
+
+def queries(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> NDArray[np.float32]:
+    """Return `value` as float32 of `shape`.
+
+    Raises
+    ------
+    InvalidInputError
+        On another shape, a dtype that is not floating, and values that are not finite.
+    """
+    return stored(value, name, shape, "float32")
+
+
+def _check_shape(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> None:
+    found = tuple(getattr(value, "shape", ())) or as_numpy(value, name).shape
+    fits = len(found) == len(shape) and all(b in (None, a) for a, b in zip(found, shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InvalidInputError(f"{name} has shape {found}, expected ({wanted})")
+
+
+def returned(result: NDArray[Any], model: ArrayLike, *, own_precision: bool = False) -> ArrayLike:
+    """Return `result` in the framework of `model`, and in its precision where `own_precision`."""
+    kind = _kind(model)
+    if own_precision and kind == "float16":
+        result = result.astype(np.float16)
+    back = give_back(result, model)
+    if own_precision and kind == "bfloat16":
+        back = back.to(model.dtype)
+    return back

@@ -1,0 +1,8 @@
+"""Small codes of keys: what a query needs to tell which keys are worth fetching."""
+
+from saapindex.backends.reference.codes import pack, unpack
+from saapindex.codes.fit import fit_codes
+from saapindex.codes.rows import quantise_rows
+from saapindex.codes.transform import TransformCode
+
+__all__ = ["TransformCode", "fit_codes", "pack", "quantise_rows", "unpack"]

@@ -1,0 +1,227 @@
+"""Attention on every backend, against torch's and against sums in double precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saapindex.backends import get_ops
+from saapindex.backends.paged import Reading, Scaling
+
+SHAPES = {
+    "d": st.sampled_from([3, 16, 63]),
+    "t": st.integers(1, 3),
+    "g": st.sampled_from([1, 3]),
+    "n": st.sampled_from([0, 1, 63, 100]),
+    "sinks": st.sampled_from([0, 1, 17]),
+    "recent": st.sampled_from([0, 1, 40]),
+    "seed": st.integers(0, 99),
+}
+SCALINGS = st.sampled_from([Scaling(0.2), Scaling(1.0, 3.0), Scaling(20.0)])
+
+
+def exact(queries, keys, values, seen, scaling):
+    """Attention of (g, d) queries to the keys where `seen`, in float64: output, lse, largest logit."""
+    logits = scaling.scale * queries.astype(np.float64) @ keys[seen].T.astype(np.float64)
+    if scaling.softcap:
+        logits = scaling.softcap * np.tanh(logits / scaling.softcap)
+    if not logits.size:
+        return np.zeros(queries.shape), np.full(len(queries), -np.inf), np.full(len(queries), -np.inf)
+    peak = logits.max(axis=1)
+    weights = np.exp(logits - peak[:, None])
+    total = weights.sum(axis=1)
+    return weights @ values[seen] / total[:, None], peak + np.log(total), peak
+
+
+def close(found, known, scale=1.0):
+    np.testing.assert_allclose(found, known, rtol=1e-4 * scale, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+@given(scaling=SCALINGS, **SHAPES)
+def test_rows_are_attended_exactly(backend, paged, dtype, d, t, g, n, sinks, recent, scaling, seed):
+    made = paged(seed, d=d, n=n, sinks=sinks, recent=recent, dtype=dtype)
+    queries = made.rng.standard_normal((4, t, g, d)).astype(np.float32)
+    rows = np.full((4, t, 30), -1)
+    places = np.full((4, t, 30), -1)
+    for s in range(4):
+        lists = made.lists.rows(s, made.lists.sizes[s])[0]
+        everything = np.concatenate([made.near.rows(s)[0], lists])
+        for i in range(t):
+            chosen = made.rng.permutation(everything)[: made.rng.integers(0, 25)]
+            where = np.sort(made.rng.choice(30, len(chosen), replace=False))
+            rows[s, i, where] = chosen
+            places[s, i, where] = made.pages.take("ids", chosen)
+    out, lse, peaks = get_ops(backend).attend_rows(queries, rows, made.pages, scaling)
+    assert {part.dtype for part in (out, lse, peaks)} == {np.dtype(np.float32)}
+    for s, i in np.ndindex(4, t):
+        seen = places[s, i][places[s, i] >= 0]
+        known = exact(queries[s, i], made.keys[s], made.values[s], seen, scaling)
+        for found, truth in zip((out, lse, peaks), known, strict=True):
+            close(found[s, i], truth, max(1.0, scaling.scale))
+
+
+@given(scaling=SCALINGS, **SHAPES)
+def test_everything_before_a_position_is_attended(backend, paged, d, t, g, n, sinks, recent, scaling, seed):
+    made = paged(seed, d=d, n=n, sinks=sinks, recent=recent, dtype="float16")
+    queries = made.rng.standard_normal((4, t, g, d)).astype(np.float32)
+    positions = made.rng.integers(-1, made.total + 1, (4, t))
+    out, lse = get_ops(backend).attend_all(queries, positions, made.near, made.lists, made.pages, scaling)
+    for s, i in np.ndindex(4, t):
+        seen = np.arange(made.total) <= positions[s, i]
+        known = exact(queries[s, i], made.keys[s], made.values[s], seen, scaling)
+        close(out[s, i], known[0], max(1.0, scaling.scale))
+        close(lse[s, i], known[1], max(1.0, scaling.scale))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+@pytest.mark.parametrize(("d", "n"), [(64, 1000), (63, 100), (128, 2000)])
+def test_error_is_at_most_twice_that_of_torch(backend, torch, paged, dtype, d, n):
+    made = paged(d=d, n=n, dtype=dtype, batch=1)
+    queries = made.rng.standard_normal((2, 1, 3, d)).astype(np.float32)
+    last = np.full((2, 1), made.total)
+    scaling = Scaling(d**-0.5)
+    found, lse = get_ops(backend).attend_all(queries, last, made.near, made.lists, made.pages, scaling)
+    q, k, v = (torch.from_numpy(x) for x in (queries[:, 0], made.keys, made.values))
+    theirs = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k[:, None], v[:, None])[:, :, 0]
+    truth = [exact(queries[s, 0], made.keys[s], made.values[s], slice(None), scaling) for s in range(2)]
+    outs, lses, _ = (np.stack(part) for part in zip(*truth, strict=True))
+    assert np.abs(found[:, 0] - outs).max() <= 2 * np.abs(theirs.numpy() - outs).max()
+    np.testing.assert_allclose(lse[:, 0], lses, rtol=2e-6)
+
+
+@given(parts=st.integers(1, 4), shape=st.sampled_from([(), (3,), (2, 0), (2, 3)]), seed=st.integers(0, 99))
+def test_merged_parts_are_the_whole(backend, parts, shape, seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(0, 5, parts)
+    logits, values = rng.normal(0, 40, (*shape, sizes.sum())), rng.standard_normal((sizes.sum(), 6))
+    outs, lses = [], []
+    for end, size in zip(np.cumsum(sizes), sizes, strict=True):
+        out, lse, _ = exact_logits(logits[..., end - size : end], values[end - size : end])
+        outs.append(out)
+        lses.append(lse)
+    known, total, _ = exact_logits(logits, values)
+    out, lse = get_ops(backend).merge(np.stack(outs).astype(np.float32), np.stack(lses).astype(np.float32))
+    close(out, known)
+    close(lse, total)
+
+
+def exact_logits(logits, values):
+    if not len(values):
+        return np.zeros((*logits.shape[:-1], 6)), np.full(logits.shape[:-1], -np.inf), None
+    flat = logits.reshape(-1, len(values))
+    peak = flat.max(axis=1, initial=-np.inf)
+    weights = np.exp(flat - peak[:, None])
+    out = weights @ values / weights.sum(axis=1)[:, None]
+    lse = peak + np.log(weights.sum(axis=1))
+    return out.reshape(*logits.shape[:-1], 6), lse.reshape(logits.shape[:-1]), None
+
+
+@given(g=st.sampled_from([1, 3]), nlist=st.sampled_from([1, 6]), bound=st.sampled_from([-2.0, 1.0, np.inf]),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_the_rest_counts_by_bounded_estimates(backend, paged, g, nlist, bound, seed):
+    made = paged(seed, nlist=nlist)
+    rng = made.rng
+    logits = rng.normal(0, 2, (4, 2, g, nlist)).astype(np.float32)
+    rest = rng.integers(0, 3, (4, 2, nlist))
+    labels = np.where(rng.random((4, 2, 7)) < 0.2, -1, rng.integers(0, nlist, (4, 2, 7)))
+    estimates = rng.normal(0, 2, (4, 2, g, 7)).astype(np.float32)
+    estimates[rng.random(estimates.shape) < 0.2] = -np.inf
+    bounds = np.full((4, 2, g), bound, np.float32)
+    out, lse = get_ops(backend).estimate_rest(logits, rest, estimates, labels, bounds, made.lists)
+    means = made.lists.means * made.lists.mean_scales[..., None].astype(np.float64)
+    for s, i, h in np.ndindex(4, 2, g):
+        weights = np.exp(np.minimum(logits[s, i, h], bound).astype(np.float64)) * rest[s, i]
+        seen = labels[s, i] >= 0
+        single = np.exp(np.minimum(estimates[s, i, h][seen], bound).astype(np.float64))
+        np.add.at(weights, labels[s, i][seen], single)
+        total = weights.sum()
+        close(out[s, i, h], weights @ means[s] / total if total else 0)
+        close(np.exp(lse[s, i, h]), total)
+
+
+def made_reading(made, **settings):
+    """A quarter of the keys by their codes, a few kept."""
+    long = made.lists.sizes.sum(axis=1)
+    return Reading(**{"scan": long // 2, "left": long * 20, "code_bytes": 9, "row_bytes": 128, **settings})
+
+
+@pytest.mark.parametrize("policy", ["sum", "max", "union"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"refine": False}, {"remainder": False}, {"nprobe": 2, "refine": False}]
+)
+@given(
+    t=st.integers(1, 2), g=st.sampled_from([1, 3]), n=st.sampled_from([0, 63, 200]), seed=st.integers(0, 99)
+)
+def test_backends_attend_alike(backend, paged, policy, settings, t, g, n, seed):
+    """In one go, as by the operations one after the other in double precision."""
+    made = paged(seed, n=n, dtype="float16")
+    queries = made.rng.standard_normal((4, t, g, 16)).astype(np.float32)
+    positions = np.full((4, t), made.total - 1) - np.arange(t)[::-1]
+    rest = (
+        made.near,
+        made.lists,
+        made.pages,
+        made.code,
+        Scaling(0.25),
+        made_reading(made, policy=policy, **settings),
+    )
+    found, lse = get_ops(backend).attend_lists(queries, positions, *rest)
+    known, known_lse = get_ops("reference").attend_lists(queries.astype(np.float64), positions, *rest)
+    assert (found.dtype, found.shape, lse.dtype, lse.shape) == (
+        np.float32,
+        (4, t, g, 16),
+        np.float32,
+        (4, t, g),
+    )
+    # Where two keys are nearly as good, either may be kept: one of many.
+    np.testing.assert_allclose(lse, known_lse, atol=0.02)
+    assert np.median(np.abs(found - known)) < 1e-4
+    np.testing.assert_allclose(found, known, atol=0.05)
+
+
+def test_with_everything_kept_it_is_exact(backend, paged):
+    made = paged(n=200, dtype="float16")
+    queries = made.rng.standard_normal((4, 2, 3, 16)).astype(np.float32)
+    positions = np.array([[made.total - 2, made.total - 1]] * 4)
+    parts = made.near, made.lists, made.pages
+    known = get_ops("reference").attend_all(queries.astype(np.float64), positions, *parts, Scaling(0.25))
+    long = made.lists.sizes.sum(axis=1)
+    for settings in ({}, {"refine": False}, {"nprobe": 5, "refine": False}, {"remainder": False}):
+        reading = Reading(long, long * 1000, 9, 128, **settings)
+        found = get_ops(backend).attend_lists(queries, positions, *parts, made.code, Scaling(0.25), reading)
+        for ours, theirs in zip(found, known, strict=True):
+            close(ours, theirs)
+
+
+def test_the_remainder_helps_and_refinement_helps_more(backend, paged):
+    made = paged(n=2000, d=16, nlist=16, dtype="float16", words=3)
+    queries = 3 * made.rng.standard_normal((4, 20, 3, 16)).astype(np.float32)
+    positions = np.full((4, 20), made.total)
+    parts = made.near, made.lists, made.pages
+    truth, _ = get_ops("reference").attend_all(queries.astype(np.float64), positions, *parts, Scaling(0.25))
+
+    def error(**settings):
+        found, _ = get_ops(backend).attend_lists(
+            queries, positions, *parts, made.code, Scaling(0.25), made_reading(made, **settings)
+        )
+        return np.linalg.norm(found - truth, axis=-1).mean()
+
+    plain = made.lists.sizes.sum(axis=1) * 20 // 128
+    assert error() < error(remainder=False)
+    assert error() < error(refine=False, scan=plain) < error(refine=False, remainder=False, scan=plain)
+
+
+def test_no_keys_at_all(backend, paged):
+    made = paged(n=0, sinks=0, recent=0)
+    queries, positions = np.ones((4, 2, 3, 16), np.float32), np.zeros((4, 2), np.int64)
+    parts, ops = (made.near, made.lists, made.pages), get_ops(backend)
+    for out, lse in (
+        ops.attend_all(queries, positions, *parts, Scaling(1.0)),
+        ops.attend_lists(queries, positions, *parts, made.code, Scaling(1.0), made_reading(made)),
+    ):
+        assert not out.any()
+        assert np.isneginf(lse).all()
