@@ -9,7 +9,9 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
+from saapindex.codebook import FORMAT
 from saapindex.errors import InvalidInputError
+from saapindex.files import read_header
 
 __all__ = ["evaluate"]
 
@@ -25,8 +27,13 @@ def _numbers(text: str, name: str, kind: Callable[[str], T]) -> list[T]:
 
 
 def evaluate(
-    traces: Annotated[list[Path], typer.Argument(help="Test traces, or folders of them.")],
-    codebook: Annotated[Path | None, typer.Option(help="Codebook of the library's own method.")] = None,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[CODEBOOK] TRACES...",
+            help="A codebook, for the library's own method, and test traces, or folders of them.",
+        ),
+    ],
     train: Annotated[
         list[Path] | None,
         typer.Option(help="Training traces or folders, for methods that learn; repeatable."),
@@ -59,13 +66,17 @@ def evaluate(
     from saapindex.learn.evaluation.report import write_whole
     from saapindex.learn.evaluation.tables import report_tables, rich_table
 
+    codebooks = [path for path in paths if path.is_file() and read_header(path)[1]["format"] == FORMAT]
+    if len(codebooks) > 1:
+        raise InvalidInputError(f"{len(codebooks)} codebooks are given, expected one at most")
+    traces = [path for path in paths if path not in codebooks]
     if mode not in (*MODES, "both"):
         raise InvalidInputError(f"mode is {mode!r}, expected 'group', 'per_head' or 'both'")
     report = run(
         traces,
         train or [],
         methods=None if methods is None else [name.strip() for name in methods.split(",")],
-        codebook=codebook,
+        codebook=codebooks[0] if codebooks else None,
         budgets=_numbers(budgets, "budgets", float),
         modes=[each for each in MODES if mode in (each, "both")],
         protocol=Protocol(sinks=sinks, window=window, span=span, max_queries=max_queries),

@@ -24,7 +24,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The codebook to write.")],
     nlist: Annotated[
         str | None,
-        typer.Option(help="Numbers of lists, such as 64,256. Default: 128,512, as published 1024."),
+        typer.Option(help="Numbers of lists, such as 64,256. Default: 64,256,1024, as published 1024."),
     ] = None,
     view: Annotated[str, typer.Option(help="auto, rotated, unrotated or windowed.")] = "auto",
     max_position: Annotated[

@@ -85,7 +85,7 @@ class TrainingSettings:
     (128, 512)
     """
 
-    nlist: Sequence[int] = (128, 512)
+    nlist: Sequence[int] = (64, 256, 1024)
     view: Literal["auto", "rotated", "unrotated", "windowed"] = "auto"
     cutoffs: Sequence[float] = (300.0, 1000.0, 3000.0)
     metric: Literal["queries", "unit-queries", "euclidean"] = "unit-queries"
