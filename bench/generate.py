@@ -1,0 +1,331 @@
+"""How well and how fast a language model generates through the index, next to dense attention.
+
+The codebook comes from ``saapindex capture`` and ``saapindex train``, with the same context and rope scaling.
+Options of all commands stand first::
+
+    python bench/generate.py --at 0.05 --at 0.02 MODEL codebook.safetensors perplexity a.txt b.txt
+    python bench/generate.py --at "nprobe=32,remainder=false" MODEL codebook.safetensors retrieval a.txt
+    python bench/generate.py MODEL codebook.safetensors speed a.txt --length 32000
+
+What a step may read (``--at``) is a budget in bytes, or fields of `AttendParameters`. A small run:
+``--context 1024 --window 127 --dense-below 0``, and ``perplexity --steps 16``. Each command writes
+``bench/results/generate-<command>.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from retrieval import TASKS
+from rich.console import Console
+from rich.table import Table
+from transformers import StaticCache
+
+import saapindex
+from saapindex.adapters.transformers import SaapCache, sparse_attention
+from saapindex.attention import AttendParameters
+from saapindex.codebook import Codebook
+from saapindex.learn.models import load_model
+from saapindex.learn.texts import cut_sequences, read_text, text_name
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+console = Console()
+RESULTS = Path(__file__).parent / "results"
+DENSE = "dense"
+WARM_UP = 3
+"""Steps before those that are timed."""
+
+Text = Annotated[Path, typer.Argument(help="A text that the codebook was not trained on.", exists=True)]
+Chunk = Annotated[int, typer.Option(help="Tokens of a step; 1 is what generation does.", min=1, max=32)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, its codebook, and what is compared."""
+
+    model: Any
+    tokenizer: Any
+    codebook: Codebook
+    settings: dict[str, Any]
+    methods: dict[str, AttendParameters]
+    context: int
+    rope_scaling: str
+    prefill_chunk: int
+    out: Path | None
+
+    def tokens(self, path: Path, count: int) -> list[int]:
+        """Return the first `count` tokens of a text."""
+        cut = cut_sequences(self.tokenizer, read_text(path), count, 1)
+        if not cut:
+            raise typer.BadParameter(f"{path} holds fewer than {count} tokens")
+        return cut[0]
+
+    def parts(self, tokens: list[int], size: int) -> Iterator[torch.Tensor]:
+        """Yield tokens, (1, size) at a time, where the model is."""
+        for start in range(0, len(tokens), size):
+            yield torch.tensor([tokens[start : start + size]], device=self.model.device)
+
+    def read(self, tokens: list[int]) -> SaapCache:
+        """Return a cache that has read `tokens` densely."""
+        cache = SaapCache(self.codebook, self.model.config, **self.settings)
+        for part in self.parts(tokens, self.prefill_chunk or len(tokens)):
+            self.model(part, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def step(self, tokens: torch.Tensor, cache: Any, sparse: bool) -> torch.Tensor:
+        """Return the logits of (batch, t) tokens."""
+        with sparse_attention(self.model) if sparse else contextlib.nullcontext():
+            logits: torch.Tensor = self.model(tokens, past_key_values=cache).logits
+        return logits
+
+    def indexed(self, cache: SaapCache, batch: int = 1) -> SaapCache:
+        """Return a copy of a cache whose tokens are in the index already."""
+        made = copy.deepcopy(cache)
+        self.step(torch.zeros(batch, 1, dtype=torch.long, device=self.model.device), made, True)
+        made.crop(-1)
+        return made
+
+    def caches(self, cache: SaapCache) -> dict[str, SaapCache]:
+        """Return a copy of a cache for dense attention, and one for each method; these share an index."""
+        made, caches = self.indexed(cache), {DENSE: copy.deepcopy(cache)}
+        for name, params in self.methods.items():
+            caches[name] = copy.deepcopy(made)
+            caches[name].params = params
+        return caches
+
+    def follow(
+        self, tokens: list[int], caches: dict[str, SaapCache], chunk: int
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Feed tokens, `chunk` at a time, to all caches; yield log-probabilities, (t, vocabulary)."""
+        for part in self.parts(tokens, chunk):
+            logits = {name: self.step(part, cache, name != DENSE) for name, cache in caches.items()}
+            yield {name: found[0].float().log_softmax(dim=-1) for name, found in logits.items()}
+
+    def write(self, name: str, **found: Any) -> None:
+        """Write what was found, and what it was found with."""
+        device = self.model.device
+        chip = platform.processor() or platform.machine()
+        described = {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else chip,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "saapindex": saapindex.__version__,
+            "dtype": str(self.model.dtype),
+            "model": self.codebook.model_id,
+            "layers": list(SaapCache(self.codebook, self.model.config).served),
+            "context": self.context,
+            "rope_scaling": self.rope_scaling,
+            **self.settings,
+            "methods": {name: asdict(params) for name, params in self.methods.items()},
+        }
+        path = self.out or RESULTS / f"generate-{name}.json"
+        path.write_text(json.dumps({**described, **found}, indent=1) + "\n")
+        console.print(f"wrote {path}")
+
+
+def parse_params(text: str) -> AttendParameters:
+    """Read ``0.05`` or ``nprobe=32,policy=max,remainder=false``."""
+    if "=" not in text:
+        return AttendParameters(budget=float(text))
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return AttendParameters(**values)
+
+
+@app.callback()
+def common(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
+    codebook: Annotated[Path, typer.Argument(help="Its codebook.", exists=True)],
+    at: Annotated[list[str] | None, typer.Option(help="Default: 0.02 and 0.05.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens that the model is stretched to.")] = 32768,
+    rope_scaling: Annotated[str, typer.Option(help="How.")] = "ntk",
+    window: Annotated[int, typer.Option(help="Recent tokens that are always read.")] = 2047,
+    dense_below: Annotated[int, typer.Option(help="Shorter contexts are dense.")] = 4096,
+    prefill_chunk: Annotated[int, typer.Option(help="Tokens of a prompt read at a time; 0: all.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help="Of the index.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+) -> None:
+    """Load what all commands need."""
+    torch.set_grad_enabled(False)
+    methods = {text: parse_params(text) for text in at or ("0.02", "0.05")}
+    loaded = load_model(model, context=context, rope_scaling=rope_scaling, device=device, dtype=dtype)
+    ctx.obj = Bench(
+        loaded.model,
+        loaded.tokenizer,
+        Codebook.load(codebook),
+        {"window": window, "dense_below": dense_below, "backend": backend},
+        methods,
+        context,
+        rope_scaling,
+        prefill_chunk,
+        out,
+    )
+
+
+def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+    console.print(table)
+
+
+@app.command()
+def perplexity(
+    ctx: typer.Context,
+    texts: Annotated[list[Path], typer.Argument(help="Texts the codebook was not trained on.", exists=True)],
+    steps: Annotated[int, typer.Option(help="Tokens that are decoded, the last of the context.")] = 2048,
+    chunk: Chunk = 1,
+) -> None:
+    """Read all but the last tokens of a text densely, decode the rest, compare what the model expects."""
+    bench: Bench = ctx.obj
+    results = []
+    for path in texts:
+        tokens, start = bench.tokens(path, bench.context), time.perf_counter()
+        begun = bench.context - steps - 1
+        caches = bench.caches(bench.read(tokens[:begun]))
+        prefilled = time.perf_counter() - start
+        sums = {name: {"nll": 0.0, "kl": 0.0, "same": 0.0} for name in caches}
+        place = begun
+        for said in bench.follow(tokens[begun:-1], caches, chunk):
+            dense = said[DENSE]
+            after = torch.tensor(tokens[place + 1 : place + 1 + len(dense)], device=dense.device)
+            place += len(dense)
+            for name, logs in said.items():
+                sums[name]["nll"] -= logs.gather(1, after[:, None]).sum().item()
+                sums[name]["kl"] += (dense.exp() * (dense - logs)).sum().item()
+                sums[name]["same"] += (dense.argmax(1) == logs.argmax(1)).sum().item()
+        found = {
+            name: {
+                "perplexity": math.exp(total["nll"] / steps),
+                "above_dense": math.exp((total["nll"] - sums[DENSE]["nll"]) / steps) - 1,
+                "kl": total["kl"] / steps,
+                "same_token": total["same"] / steps,
+            }
+            for name, total in sums.items()
+        }
+        seconds = time.perf_counter() - start
+        results.append({"text": text_name(path), "prefill_s": prefilled, "seconds": seconds, "found": found})
+        rows = [[name, *values.values()] for name, values in found.items()]
+        _table(text_name(path), ["", "perplexity", "above dense", "KL", "same token"], rows)
+    bench.write("perplexity", steps=steps, chunk=chunk, texts=results)
+
+
+@app.command()
+def retrieval(
+    ctx: typer.Context,
+    text: Text,
+    task: Annotated[list[str] | None, typer.Option(help="needle or key-value; default: both.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens; default 8192, 16384, 32000.")] = None,
+    depths: Annotated[int, typer.Option(help="Places, from the beginning to the window.", min=1)] = 8,
+    samples: Annotated[int, typer.Option(help="Of each place.", min=1)] = 2,
+    chunk: Chunk = 1,
+) -> None:
+    """Ask for something that lies deep in a context, which is read densely; question and answer are not.
+
+    An answer is right if every one of its tokens is the likeliest, which is when greedy search finds it.
+    """
+    bench: Bench = ctx.obj
+    lengths, results = length or [8192, 16384, 32000], []
+    haystack = bench.tokens(text, max(lengths))
+    for name, size in ((name, size) for name in task or TASKS for size in lengths):
+        reach = max(0.0, 1 - (bench.settings["window"] + 64) / size)
+        scores: dict[str, list[tuple[bool, float]]] = {}
+        for place, seed in ((place, seed) for place in range(depths) for seed in range(samples)):
+            depth = reach * place / max(depths - 1, 1)
+            asked = TASKS[name](bench.tokenizer, haystack, size, depth, seed)
+            caches = bench.caches(bench.read(asked.context))
+            said = list(bench.follow([*asked.question, *asked.answer[:-1]], caches, chunk))
+            answer, found = torch.tensor(asked.answer, device=bench.model.device), {}
+            for method in caches:
+                logs = torch.cat([part[method] for part in said])[-len(answer) :]
+                right = torch.equal(logs.argmax(dim=1), answer)
+                likely = logs.gather(1, answer[:, None]).sum().item()
+                found[method] = {"right": right, "log_probability": likely}
+                scores.setdefault(method, []).append((right, likely))
+            results.append({"task": name, "length": size, "depth": depth, "seed": seed, "found": found})
+        rows: list[list[Any]] = [
+            [method, f"{sum(r for r, _ in pairs)}/{len(pairs)}", statistics.mean(x for _, x in pairs)]
+            for method, pairs in scores.items()
+        ]
+        _table(f"{name}, {size} tokens", ["", "right", "mean log-probability"], rows)
+    bench.write("retrieval", chunk=chunk, questions=results)
+
+
+@app.command()
+def speed(
+    ctx: typer.Context,
+    text: Text,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens; default 8192, 16384, 32000.")] = None,
+    steps: Annotated[int, typer.Option(help="Tokens that are timed.", min=1)] = 32,
+    batch: Annotated[int, typer.Option(help="Sequences side by side.", min=1)] = 1,
+) -> None:
+    """Time decoding, a token at a time.
+
+    Dense attention is timed with `DynamicCache`, which transformers uses by default and which copies all it
+    holds in every step, and with `StaticCache`, which does not.
+    """
+    bench: Bench = ctx.obj
+    lengths, more, results = length or [8192, 16384, 32000], steps + WARM_UP, []
+    tokens = bench.tokens(text, max(lengths) + more)
+    for size in lengths:
+        read = bench.read(tokens[:size])
+        read.batch_repeat_interleave(batch)
+        after = torch.tensor([tokens[size : size + more]] * batch, device=bench.model.device)
+        found: dict[str, dict[str, Any]] = {}
+        if not any(read.is_sliding):  # whose prompt is gone
+            static = StaticCache(config=bench.model.config, max_cache_len=size + more)
+            for number, layer in enumerate(read.layers):
+                static.update(layer.keys, layer.values, number)
+            found["dense, static"] = _timed(bench, after, static, False)
+            del static
+        found["dense, dynamic"] = _timed(bench, after, copy.deepcopy(read), False)
+        start = time.perf_counter()
+        indexed = bench.indexed(read, batch)
+        made = {"indexing_s": time.perf_counter() - start}
+        del read
+        for name, params in bench.methods.items():
+            cache = copy.deepcopy(indexed)
+            cache.params = params
+            found[name] = {**_timed(bench, after, cache, True), **made, "memory": asdict(cache.memory())}
+        results.append({"length": size, "found": found})
+        base = found["dense, dynamic"]["ms"]
+        rows = [[name, x["ms"], x["tokens_per_s"], base / x["ms"]] for name, x in found.items()]
+        _table(f"{size} tokens, batch {batch}", ["", "ms a token", "tokens/s", "x dense, dynamic"], rows)
+    bench.write("speed", steps=steps, batch=batch, lengths=results)
+
+
+def _timed(bench: Bench, tokens: torch.Tensor, cache: Any, sparse: bool) -> dict[str, Any]:
+    """Feed (batch, steps) tokens one by one; the median time of a step."""
+    spent = []
+    for place in range(tokens.shape[1]):
+        start = time.perf_counter()
+        bench.step(tokens[:, place : place + 1], cache, sparse).argmax(dim=-1).cpu()  # waits for a GPU
+        spent.append(1000 * (time.perf_counter() - start))
+    middle = statistics.median(spent[WARM_UP:])
+    return {"ms": middle, "fastest_ms": min(spent[WARM_UP:]), "tokens_per_s": 1000 * len(tokens) / middle}
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Adapters to language-model runtimes: one file each, none knows another."""
