@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saapindex.codebook import Codebook
+from saapindex.files import write_whole
 from saapindex.learn import Trace, read_trace, write_trace
 from saapindex.learn.capture import capture as capture_traces
 from saapindex.learn.evaluation import (
@@ -46,7 +47,7 @@ from saapindex.learn.evaluation import (
 )
 from saapindex.learn.evaluation.page import html_page
 from saapindex.learn.evaluation.plots import pareto_png
-from saapindex.learn.evaluation.report import device_name, versions, write_whole
+from saapindex.learn.evaluation.report import device_name, versions
 from saapindex.learn.models import load_model
 from saapindex.learn.peers import PEERS, Peer
 from saapindex.learn.peers.ladder import Ladder, peers_from_codebook

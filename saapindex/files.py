@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from saapindex.errors import FileFormatError, InvalidInputError
 
-__all__ = ["read_file", "read_header", "write_file"]
+__all__ = ["read_file", "read_header", "write_file", "write_whole"]
 
 _KEY = "saapindex"
 _ROWS = "row_checksums"
@@ -134,10 +134,33 @@ def write_file(
         body[_ROWS] = {name: _row_digests(name, stored[name]) for name in sorted(rows)}
     whole = {name: tensor for name, tensor in stored.items() if name not in rows}
     metadata = {_KEY: json.dumps({**body, "checksum": _digest(whole, body)})}
+    with _whole(path) as file:
+        _write(file, stored, metadata)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file beside it, as `write_file` does.
+
+    Raises
+    ------
+    InvalidInputError
+        If the folder does not exist.
+    OSError
+        If the disk is full or the folder cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise InvalidInputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    with _whole(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of `path` once it is on the disk, or leaves nothing."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            _write(file, stored, metadata)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

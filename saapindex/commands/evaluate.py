@@ -11,7 +11,7 @@ from rich.console import Console
 
 from saapindex.codebook import FORMAT
 from saapindex.errors import InvalidInputError
-from saapindex.files import read_header
+from saapindex.files import read_header, write_whole
 
 __all__ = ["evaluate"]
 
@@ -63,7 +63,6 @@ def evaluate(
     from saapindex.learn.evaluation import evaluate as run
     from saapindex.learn.evaluation.page import html_page
     from saapindex.learn.evaluation.plots import pareto_png
-    from saapindex.learn.evaluation.report import write_whole
     from saapindex.learn.evaluation.tables import report_tables, rich_table
 
     codebooks = [path for path in paths if path.is_file() and read_header(path)[1]["format"] == FORMAT]

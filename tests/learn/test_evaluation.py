@@ -459,7 +459,7 @@ def test_a_page_escapes_what_it_shows(folders):
 
 
 def test_reports_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    from saapindex.learn.evaluation.report import write_whole
+    from saapindex.files import write_whole
 
     path = tmp_path / "report.json"
     write_whole(path, b"old")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +13,12 @@ from typing import Any
 import torch
 
 import saapindex
-from saapindex.errors import InvalidInputError
+from saapindex.files import write_whole
 from saapindex.learn.evaluation.measures import Mode, Record
 from saapindex.learn.evaluation.snapshot import Protocol
 from saapindex.learn.evaluation.summary import summarise
 
-__all__ = ["Report", "device_name", "versions", "write_whole"]
+__all__ = ["Report", "device_name", "versions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,29 +141,3 @@ def device_name(device: torch.device | str) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary file beside it: whole or not at all.
-
-    Raises
-    ------
-    InvalidInputError
-        If the folder does not exist.
-    """
-    if not path.parent.is_dir():
-        raise InvalidInputError(f"cannot write {path}: the folder {path.parent} does not exist")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
