@@ -1,0 +1,93 @@
+"""Kernels by name: one `.cu` file for each operation, compiled once for each device and setting."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from importlib import resources
+from typing import Any
+
+from saapindex.errors import InvalidInputError, MissingDependencyError
+
+__all__ = ["ELEMENTS", "get_cupy", "kernel", "options", "source"]
+
+ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
+"""What the macro ELEMENT stands for."""
+
+
+def source(file: str) -> str:
+    """Return the CUDA source of an operation with `common.cuh` before it: compilers' caches see no includes.
+
+    Examples
+    --------
+    >>> "warp_sum" in source("attend")
+    True
+    """
+    folder = resources.files("saapindex") / "cuda"
+    path = folder / f"{file}.cu"
+    if not path.is_file():
+        raise InvalidInputError(f"there is no CUDA source {file}.cu")
+    return (folder / "common.cuh").read_text() + "\n" + path.read_text()
+
+
+def options(macros: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
+    """Return the compiler's options for macros.
+
+    Examples
+    --------
+    >>> options({"D": 128}.items())
+    ('--std=c++17', '-DD=128')
+    """
+    return ("--std=c++17", *(f"-D{name}={value}" for name, value in macros))
+
+
+def get_cupy() -> Any:
+    """Return CuPy.
+
+    Raises
+    ------
+    MissingDependencyError
+        If it is not installed, or there is no device; the message says what to do.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        raise MissingDependencyError(
+            "CUDA needs CuPy: pip install 'saapindex[cuda]' (cupy-cuda13x, or cupy-cuda12x for CUDA 12)"
+        ) from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise MissingDependencyError(f"CUDA finds no device: {error}; use the backend 'cpu'") from error
+    if not count:
+        raise MissingDependencyError("CUDA finds no device; use the backend 'cpu'")
+    return cupy
+
+
+@functools.cache
+def _module(file: str, device: int, macros: tuple[tuple[str, Any], ...]) -> Any:
+    return get_cupy().RawModule(code=source(file), options=options(macros), backend="nvrtc")
+
+
+@functools.cache
+def _kernel(file: str, name: str, device: int, shared: int, macros: tuple[tuple[str, Any], ...]) -> Any:
+    found = _module(file, device, macros).get_function(name)
+    if shared > 48 * 1024:
+        found.max_dynamic_shared_size_bytes = shared
+    return found
+
+
+def kernel(file: str, name: str, *, shared: int = 0, **macros: Any) -> Any:
+    """Return a kernel of ``cuda/<file>.cu`` for the current device, compiled on the first call.
+
+    Parameters
+    ----------
+    file, name
+        Where it is, and its name there.
+    shared
+        The most dynamic shared memory it will be launched with, in bytes.
+    **macros
+        What is defined when it is compiled.
+    """
+    device = get_cupy().cuda.runtime.getDevice()
+    return _kernel(file, name, device, shared, tuple(sorted(macros.items())))
