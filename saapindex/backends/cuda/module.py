@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any
@@ -16,7 +17,7 @@ ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
 
 
 def source(file: str) -> str:
-    """Return the CUDA source of an operation with `common.cuh` before it: compilers' caches see no includes.
+    """Return the CUDA source of an operation with `common.cuh` and its own headers in it: caches see no includes.
 
     Examples
     --------
@@ -27,7 +28,8 @@ def source(file: str) -> str:
     path = folder / f"{file}.cu"
     if not path.is_file():
         raise InvalidInputError(f"there is no CUDA source {file}.cu")
-    return (folder / "common.cuh").read_text() + "\n" + path.read_text()
+    text = re.sub(r'^#include "(.+)"$', lambda found: (folder / found[1]).read_text(), path.read_text(), flags=re.M)
+    return (folder / "common.cuh").read_text() + "\n" + text
 
 
 def options(macros: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
