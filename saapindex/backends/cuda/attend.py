@@ -15,13 +15,13 @@ __all__ = ["DeviceCode", "Limits", "Workspace", "attend_streams", "launch_shape"
 
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 POLICIES = {"sum": 0, "max": 1, "union": 2}
-BINS, CANDIDATES = 4096, 4096
-_SHARED_FIXED = 4 * (BINS + 2 * 1024 + 2048 + 1024) + 1024
+BINS, CANDIDATES = 1024, 4096
+_SHARED_FIXED = 4 * (BINS + 2 * 1024 + 2 * 4096 + 1024) + 2 * 4096 + 256
 
 _POINTERS = (
     "lengths first near_keys near_values keys values codes exponents ids pages labels orders counts sizes anchors "
     "anchor_scales means mean_scales squares inverse steps base spread distortion widths coded queries positions "
-    "out lse bits dots rotated estimates visited kept histogram candidates counters partial stamps"
+    "out lse bits dots rotated estimates visited bins kept histogram candidates counters partial stamps"
 ).split()
 _INTEGERS = (
     "heads tokens lists ring sinks most_pages coded_most blocks width code_bytes row_bytes nprobe policy by_mass "
@@ -105,6 +105,7 @@ class Workspace(NamedTuple):
     rotated: Array
     estimates: Array
     visited: Array
+    bins: Array
     kept: Array
     histogram: Array
     candidates: Array
@@ -138,10 +139,11 @@ class Workspace(NamedTuple):
             rotated=xp.empty((units, group, code.inverse.shape[1]), np.float32),
             estimates=xp.empty((units, most * 16, group), np.float32),
             visited=xp.empty((units, most, 2), np.int32),
+            bins=xp.empty((units, most * 16, group), np.uint16),
             kept=xp.empty((units, most * 16), np.uint8),
             histogram=xp.zeros((units, group, BINS), np.int32),
             candidates=xp.empty((units, group, CANDIDATES, 2), np.float32),
-            counters=xp.zeros((units, 2 + 3 * group), np.uint32),
+            counters=xp.zeros((units, 3 + 3 * group), np.uint32),
             partial=xp.empty((units, blocks, group, d + 2), np.float32),
             bits=xp.zeros((units, width), np.uint32),
             blocks=blocks,
@@ -152,7 +154,7 @@ class Workspace(NamedTuple):
 
 def shared_bytes(d: int, group: int, words: int, lists: int, threads: int) -> int:
     """Return the shared memory of a block in bytes."""
-    fixed = _SHARED_FIXED + 4 * group * (d + 32 * words + 8 * words + threads // 32 + 16)
+    fixed = _SHARED_FIXED + 4 * group * (d + 8 * words + 2 * (threads // 32) + 16)
     return fixed + max(8 * lists, threads // 32 * group * (d + 1) * 4)
 
 
@@ -212,7 +214,7 @@ def step(
         "code_bytes": 4 * code.widths.shape[1] + 1,
         "row_bytes": 2 * d * streams.keys.dtype.itemsize,
         "nprobe": limits.nprobe,
-        "policy": POLICIES[limits.policy],
+        "policy": POLICIES[limits.policy if queries.shape[2] > 1 else "sum"],
         "by_mass": limits.by_mass,
         "refine": limits.refine,
         "remainder": limits.remainder,
