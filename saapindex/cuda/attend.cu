@@ -69,7 +69,7 @@ struct Step {
     double budget, share;
     float scale, cap, top_p;
     int heads, tokens, lists, ring, sinks, most_pages, coded_most, blocks, width;
-    int code_bytes, row_bytes, nprobe, policy, by_mass, refine, remainder, near, everything;
+    int code_bytes, row_bytes, nprobe, policy, by_mass, refine, remainder, near, everything, cached;
 };
 
 enum { SUM, MAX, UNION };
@@ -94,7 +94,8 @@ struct Shared {
     int rows[QUEUE];         // keys to attend to,
     int places[QUEUE];       // where their estimates are, -1 where they do not count yet,
     u16 labels[QUEUE];       // and their lists
-    int own[OWN];
+    int own[OWN];            // candidates
+    float own_weights[OWN];
     float reduced[WARPS][2 * G];
     u32 peaks[G], largest[G];
     float unit[G], second[G], variance[G], norm[G], reference[G], bound[G];
@@ -112,8 +113,9 @@ enum { LISTS_DEFERRED = 1, KEYS_DEFERRED = 2 };
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __grid_constant__ Step p) {
     extern __shared__ __align__(16) u8 memory[];
     Shared& s = *(Shared*)memory;
-    float* ranks = (float*)(memory + sizeof(Shared));
-    int* taken = (int*)(ranks + p.lists);
+    int* behind = (int*)(memory + sizeof(Shared));
+    Table table = {(float*)behind, behind + p.lists, behind + 2 * p.lists, (float*)(behind + 3 * p.lists)};
+    int* taken = table.taken;
     float* reduction = (float*)(memory + sizeof(Shared));  // takes the place of both at the end
 
     const int unit = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, thread = threadIdx.x;
@@ -126,6 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const bool everything = p.everything || (in_lists > 0 && position < first - 1);
     const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr;
     const int most = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
+    if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
     const Part part = {unit, block, stream, head, p.blocks, pages, (i64)blockIdx.x * most};
     u32* counters = p.counters + (i64)unit * COUNTERS;
     u32 met = 0;
@@ -154,11 +157,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         met += p.blocks;
         prepare(p, s, part, in_lists);
         STAMP(3);
-        select_lists(p, s, part, ranks, taken);
+        select_lists(p, s, part, table);
         STAMP(4);
         wait(counters + BARRIER, met);
         find_reference(p, s, counters, mine);
-        if (p.remainder && !deciding) attend_rest_lists<false>(p, s, part, mine, taken);
+        if (p.remainder && !deciding) attend_rest_lists<false>(p, s, part, mine, table);
     }
     if (everything || (sparse && !p.refine)) {
         attend_pages(p, s, part, mine, taken, everything, position);
@@ -172,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         STAMP(6);
         const int rankers = p.policy == UNION ? G : 1, total = s.visited * LANES;
         for (int ranker = 0; ranker < rankers; ++ranker) {
-            find_boundary(p, s, part, ranker);
+            find_boundary(p, s, part, 2 * ranker, (int)min(s.limit / rankers, (i64)0x7fffffff));
             for (int start = 0, done = false; !done;) {
                 start = gather_sure(p, s, part, ranker, start, total);
                 done = start >= total;
@@ -205,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
             if (s.deferred) {
                 wait(counters + BARRIER, met);
                 find_bounds(s, counters);
-                if (s.deferred & LISTS_DEFERRED) attend_rest_lists<true>(p, s, part, mine, taken);
+                if (s.deferred & LISTS_DEFERRED) attend_rest_lists<true>(p, s, part, mine, table);
                 if (s.deferred & KEYS_DEFERRED) attend_deferred_keys(p, s, part, mine);
             }
         }
@@ -225,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         // The next step finds everything as this one did.
         for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
         const int rankers = p.policy == UNION ? G : 1;
-        for (int i = thread; i < rankers * BINS; i += THREADS) p.histogram[(i64)unit * G * BINS + i] = 0;
+        for (int i = thread; i < 2 * rankers * BINS; i += THREADS) p.histogram[(i64)unit * 2 * G * BINS + i] = 0;
     }
     STAMP(11);
 }

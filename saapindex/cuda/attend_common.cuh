@@ -133,6 +133,11 @@ __device__ __forceinline__ int bin_of(float weight) {
     return min(BINS - 1, max(0, (int)((weight - LOWEST) * PER_NAT)));
 }
 
+// The part of a bin.
+__device__ __forceinline__ int fine_bin_of(float weight, int bin) {
+    return min(BINS - 1, max(0, (int)(((weight - LOWEST) * PER_NAT - (float)bin) * BINS)));
+}
+
 // Find the bin in which the cut falls: all bins above weigh `reached`, with it they weigh more than `limit`.
 // `counts` holds the BINS / THREADS bins of each thread, from the top down; -1 where everything fits.
 #define RUN ((BINS + THREADS - 1) / THREADS)

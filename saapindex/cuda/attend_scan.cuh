@@ -5,6 +5,7 @@
 
 #define NO_KEY 0xffffu
 #define MEANS (TEAMS == 1 ? 2 : 1)  // of the two pages that a warp scans, a team counts so many
+#define OWN_HOT (1 << 30)
 #define HOT 0x4000u  // an estimate may pass the bound: it does not count yet
 
 // Gather the visited ones of the pages `start : start + ROUND` of this block.
@@ -159,21 +160,21 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
             }
             __syncthreads();
         }
-        int* all = p.histogram + ((i64)part.unit * G + ranker) * BINS;
+        int* all = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker) * BINS;
         for (int i = threadIdx.x; i < BINS; i += THREADS)
             if (s.histogram[i]) atomicAdd(all + i, s.histogram[i]);
         __syncthreads();
     }
 }
 
-// Find the bin in which the cut falls: keys of higher bins are kept.
-__device__ void find_boundary(const Step& p, Shared& s, const Part& part, int ranker) {
-    const int* all = p.histogram + ((i64)part.unit * G + ranker) * BINS;
+// Find the bin of a histogram of the unit in which the cut falls: keys of higher bins are kept.
+__device__ __forceinline__ void find_boundary(const Step& p, Shared& s, const Part& part, int number, int limit) {
+    const int* all = p.histogram + ((i64)part.unit * 2 * G + number) * BINS;
     const int begin = threadIdx.x * RUN;
     int counts[RUN];
 #pragma unroll
     for (int i = 0; i < RUN; ++i) counts[i] = begin + i < BINS ? __ldcg(all + BINS - 1 - begin - i) : 0;
-    find_bin(s, counts, (int)min(s.limit / (p.policy == UNION ? G : 1), (i64)0x7fffffff));
+    find_bin(s, counts, limit);
 }
 
 // Let a key be fetched: gather it, or note its position.
@@ -210,6 +211,7 @@ __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranke
     const i64 places = part.first_place;
     u32* count = p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker;
     float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
+    int* fine = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker + 1) * BINS;
     const int rankers = p.policy == UNION ? G : 1;
     const int open = (int)min(s.limit / rankers, (i64)0x7fffffff) - s.reached, boundary = s.boundary;
     for (; start < total && s.gathered <= QUEUE - CHUNK - OWN; start += CHUNK) {
@@ -238,11 +240,14 @@ __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranke
                     const int own = atomicAdd(&s.owned, 1);
                     if (own >= OWN) continue;
                     const u32 slot = atomicAdd(count, 1u);
-                    s.own[own] = slot < CANDIDATES ? (begin + i) | (bins[i] & HOT ? 1 << 30 : 0) : -1;
+                    s.own[own] = slot < CANDIDATES ? (begin + i) | (bins[i] & HOT ? OWN_HOT : 0) : -1;
                     if (slot >= CANDIDATES) continue;
                     const i64 place = places + begin + i;
                     const int row = p.visited[place / LANES].x * LANES + (begin + i) % LANES;
-                    candidates[slot] = make_float2(key_weight(p, s, place, ranker), __int_as_float(p.ids[row]));
+                    const float weight = key_weight(p, s, place, ranker);
+                    candidates[slot] = make_float2(weight, __int_as_float(p.ids[row]));
+                    s.own_weights[own] = weight;
+                    atomicAdd(fine + fine_bin_of(weight, boundary), 1);
                 }
             }
         }
@@ -251,27 +256,36 @@ __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranke
     return start;
 }
 
-// Gather the best candidates of this block, judged against those of all blocks.
+// Gather the best candidates of this block, judged against those of all blocks: first by their counts in fine
+// bins, and in the bin in which the cut falls one by one.
 __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 places = part.first_place;
+    const int boundary = s.boundary, owned = min(s.owned, OWN);
     const int open = (int)min(s.limit / (p.policy == UNION ? G : 1), (i64)0x7fffffff) - s.reached;
     const u32 written = __ldcg(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker);
-    const int count = (int)min(written, (u32)CANDIDATES), owned = min(s.owned, OWN);
+    const int count = (int)min(written, (u32)CANDIDATES);
+    if (!count) return;  // the same in all threads
     const float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
+    find_boundary(p, s, part, 2 * ranker + 1, open);
+    const int fine = s.boundary, left = open - s.reached;
     for (int i = warp; i < owned; i += WARPS) {
         if (s.own[i] < 0) continue;
-        const int at = s.own[i] & ~(1 << 30);
-        const i64 place = places + at;
-        const float weight = key_weight(p, s, place, ranker);
-        const int id = p.ids[p.visited[place / LANES].x * LANES + at % LANES];
-        int better = 0;
-#pragma unroll 4
-        for (int c = lane; c < count; c += WARP) {
-            const float2 other = __ldcg(candidates + c);
-            better += other.x > weight || (other.x == weight && __float_as_int(other.y) < id);
+        const float weight = s.own_weights[i];
+        const int bin = fine_bin_of(weight, boundary);
+        bool kept = bin > fine;
+        if (bin == fine) {
+            const int at = s.own[i] & ~OWN_HOT;
+            const int id = p.ids[p.visited[(places + at) / LANES].x * LANES + at % LANES];
+            int better = 0;
+            for (int c = lane; c < count; c += WARP) {
+                const float2 other = __ldcg(candidates + c);
+                if (fine_bin_of(other.x, boundary) == fine)
+                    better += other.x > weight || (other.x == weight && __float_as_int(other.y) < id);
+            }
+            kept = warp_sum_int(better) < left;
         }
-        if (warp_sum_int(better) < open && lane == 0) keep(p, s, places, at, s.own[i] >> 30);
+        if (kept && lane == 0) keep(p, s, places, s.own[i] & ~OWN_HOT, s.own[i] & OWN_HOT);
     }
     __syncthreads();
 }

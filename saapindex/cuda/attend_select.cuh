@@ -124,34 +124,71 @@ __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists
     __syncthreads();
 }
 
-__device__ __forceinline__ Group list_logits(const Step& p, const Shared& s, const Part& part, int list, int size) {
-    Group logits = load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
-    const float spread = __fdividef(p.squares[(i64)part.stream * p.lists + list], (float)size);
+// What is known of the lists of a unit. Arrays of the block where they fit, otherwise (`logits` null) in memory.
+struct Table {
+    float* ranks;
+    int* taken;
+    const int* sizes;
+    float* logits;
+};
+
+__device__ __forceinline__ Group corrected(const Step& p, const Shared& s, Group dots, float squares, int size) {
+    const float spread = __fdividef(squares, (float)size);
 #pragma unroll
     for (int g = 0; g < G; ++g)
-        logits.x[g] = capped(logits.x[g] + fminf(s.variance[g] * spread, CORRECTION), p.cap);
+        dots.x[g] = capped(dots.x[g] + fminf(s.variance[g] * spread, CORRECTION), p.cap);
+    return dots;
+}
+
+__device__ __forceinline__ Group list_logits(
+    const Step& p, const Shared& s, const Part& part, const Table& table, int list, int size
+) {
+    if (!table.logits) {
+        const Group dots = load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
+        return corrected(p, s, dots, p.squares[(i64)part.stream * p.lists + list], size);
+    }
+    Group logits;
+#pragma unroll
+    for (int g = 0; g < G; ++g) logits.x[g] = table.logits[list * G + g];
     return logits;
 }
 
-// Log of the sum of exponentials over all keys in lists, for each head.
-__device__ void find_norms(const Step& p, Shared& s, const Part& part, const int* sizes) {
+// Log of the sum of exponentials over all keys in lists, for each head; fills the table.
+__device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part& part, const Table& table) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int* sizes = p.sizes + (i64)part.stream * p.lists;
     float peak[G], sum[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
-    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
-        const int size = sizes[list];
-        if (!size) continue;
-        const Group logits = list_logits(p, s, part, list, size);
-        const float more = __logf((float)size);
+    for (int start = threadIdx.x; start < p.lists; start += AHEAD * THREADS) {
+        int size[AHEAD];
+        Group dots[AHEAD];
+        float squares[AHEAD];
 #pragma unroll
-        for (int g = 0; g < G; ++g) {
-            const float x = logits.x[g] + more, top = fmaxf(peak[g], x);
-            sum[g] = sum[g] * exponential(peak[g] - top) + exponential(x - top);
-            peak[g] = top;
+        for (int a = 0; a < AHEAD; ++a) {
+            const int list = start + a * THREADS, there = min(list, p.lists - 1);
+            size[a] = list < p.lists ? sizes[there] : 0;
+            dots[a] = load_group(p.dots + ((i64)part.unit * p.lists + there) * G);
+            squares[a] = p.squares[(i64)part.stream * p.lists + there];
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            const int list = start + a * THREADS;
+            if (list >= p.lists) continue;
+            table.taken[list] = 0;
+            if (table.logits) const_cast<int*>(table.sizes)[list] = size[a];
+            if (!size[a]) continue;
+            const Group logits = corrected(p, s, dots[a], squares[a], size[a]);
+            const float more = __logf((float)size[a]);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                if (table.logits) table.logits[list * G + g] = logits.x[g];
+                const float x = logits.x[g] + more, top = fmaxf(peak[g], x);
+                sum[g] = sum[g] * exponential(peak[g] - top) + exponential(x - top);
+                peak[g] = top;
+            }
         }
     }
-    __syncthreads();
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         const float top = warp_max(peak[g]);
@@ -164,26 +201,26 @@ __device__ void find_norms(const Step& p, Shared& s, const Part& part, const int
         const float all = warp_sum(lane < WARPS && one > -INFINITE ? s.reduced[lane][G + g] * exponential(one - top) : 0.f);
         if (lane == 0) s.norm[g] = top + __logf(all);
     }
-    __syncthreads();
 }
 
 // How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
 __device__ __forceinline__ int list_weight(
-    const Step& p, const Shared& s, const Part& part, int list, int size, int ranker, float masses
+    const Step& p, const Shared& s, const Part& part, const Table& table, int list, int size, int ranker, float masses
 ) {
     if (p.nprobe) return 1;
     if (p.top_p <= 0.f) return size;
-    Group mass = list_logits(p, s, part, list, size);
+    Group mass = list_logits(p, s, part, table, list, size);
 #pragma unroll
     for (int g = 0; g < G; ++g) mass.x[g] += __logf((float)size) - s.norm[g];
     return (int)(exponential(pooled(mass.x, p.policy, ranker)) * masses);
 }
 
 // Fill `taken`: how many keys of each list are visited, from its beginning.
-__device__ void select_lists(const Step& p, Shared& s, const Part& part, float* ranks, int* taken) {
-    const int* sizes = p.sizes + (i64)part.stream * p.lists;
-    for (int list = threadIdx.x; list < p.lists; list += THREADS) taken[list] = 0;
-    find_norms(p, s, part, sizes);
+__device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Part& part, const Table& table) {
+    float* ranks = table.ranks;
+    int* taken = table.taken;
+    const int* sizes = table.sizes;
+    find_norms(p, s, part, table);
     const int rankers = p.policy == UNION ? G : 1;
     // The masses of "sum" add up to G, those of others to something between one and G.
     const float masses = (float)(1 << 30) / G;
@@ -194,12 +231,12 @@ __device__ void select_lists(const Step& p, Shared& s, const Part& part, float* 
             const int size = sizes[list];
             ranks[list] = -INFINITE;
             if (!size) continue;
-            Group weights = list_logits(p, s, part, list, size);
+            Group weights = list_logits(p, s, part, table, list, size);
 #pragma unroll
             for (int g = 0; g < G; ++g) weights.x[g] += (p.by_mass ? __logf((float)size) : 0.f) - s.norm[g];
             const float rank = fmaxf(pooled(weights.x, p.policy, ranker), -1e30f);
             ranks[list] = rank;
-            atomicAdd(s.histogram + bin_of(rank), list_weight(p, s, part, list, size, ranker, masses));
+            atomicAdd(s.histogram + bin_of(rank), list_weight(p, s, part, table, list, size, ranker, masses));
         }
         __syncthreads();
         int counts[RUN], limit = (int)min(s.scan / rankers, (i64)0x7fffffff);
@@ -239,7 +276,7 @@ __device__ void select_lists(const Step& p, Shared& s, const Part& part, float* 
             for (int j = 0; j < owned; ++j) {
                 const int other = s.own[j];
                 if (ranks[other] > ranks[list] || (ranks[other] == ranks[list] && other < list))
-                    before += list_weight(p, s, part, other, sizes[other], ranker, masses);
+                    before += list_weight(p, s, part, table, other, sizes[other], ranker, masses);
             }
             int visit = 0;
             if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;
@@ -254,14 +291,13 @@ __device__ void select_lists(const Step& p, Shared& s, const Part& part, float* 
 // This block's share of the keys that were not visited, list by list. Those whose estimate may pass the bound
 // are deferred, and come in a second pass when it is known.
 template <bool SECOND>
-__device__ __forceinline__ void attend_rest_lists(const Step& p, Shared& s, const Part& part, Partial& mine, const int* taken) {
+__device__ __forceinline__ void attend_rest_lists(const Step& p, Shared& s, const Part& part, Partial& mine, const Table& table) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, team = lane / TEAM;
-    const int* sizes = p.sizes + (i64)part.stream * p.lists;
     const int begin = part.begin(p.lists), end = part.end(p.lists);
     for (int list = begin + warp * TEAMS + team; list < end; list += WARPS * TEAMS) {
-        const int size = sizes[list], rest = size - taken[list];
+        const int size = table.sizes[list], rest = size - table.taken[list];
         if (rest <= 0) continue;
-        Group weights = list_logits(p, s, part, list, size);
+        Group weights = list_logits(p, s, part, table, list, size);
         bool passes = false;
 #pragma unroll
         for (int g = 0; g < G; ++g) passes |= weights.x[g] > s.reference[g];

@@ -16,7 +16,9 @@ __all__ = ["DeviceCode", "Limits", "Workspace", "attend_streams", "launch_shape"
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 POLICIES = {"sum": 0, "max": 1, "union": 2}
 BINS, CANDIDATES = 1024, 4096
-_SHARED_FIXED = 4 * (BINS + 2 * 1024 + 2 * 4096 + 1024) + 2 * 4096 + 256
+_SHARED_FIXED = 4 * (BINS + 2 * 1024 + 2 * 4096 + 2 * 1024) + 2 * 4096 + 256
+
+_TABLE_MOST = 120 * 1024
 
 _POINTERS = (
     "lengths first near_keys near_values keys values codes exponents ids pages labels orders counts sizes anchors "
@@ -25,7 +27,7 @@ _POINTERS = (
 ).split()
 _INTEGERS = (
     "heads tokens lists ring sinks most_pages coded_most blocks width code_bytes row_bytes nprobe policy by_mass "
-    "refine remainder near everything"
+    "refine remainder near everything cached"
 ).split()
 STEP = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
@@ -141,7 +143,7 @@ class Workspace(NamedTuple):
             visited=xp.empty((units, most, 2), np.int32),
             bins=xp.empty((units, most * 16, group), np.uint16),
             kept=xp.empty((units, most * 16), np.uint8),
-            histogram=xp.zeros((units, group, BINS), np.int32),
+            histogram=xp.zeros((units, group, 2, BINS), np.int32),
             candidates=xp.empty((units, group, CANDIDATES, 2), np.float32),
             counters=xp.zeros((units, 3 + 3 * group), np.uint32),
             partial=xp.empty((units, blocks, group, d + 2), np.float32),
@@ -155,7 +157,13 @@ class Workspace(NamedTuple):
 def shared_bytes(d: int, group: int, words: int, lists: int, threads: int) -> int:
     """Return the shared memory of a block in bytes."""
     fixed = _SHARED_FIXED + 4 * group * (d + 8 * words + 2 * (threads // 32) + 16)
-    return fixed + max(8 * lists, threads // 32 * group * (d + 1) * 4)
+    table = 4 * lists * (3 + group if _cached(lists, group) else 2)
+    return fixed + max(table, threads // 32 * group * (d + 1) * 4)
+
+
+def _cached(lists: int, group: int) -> bool:
+    """Return whether a block keeps what it knows of the lists in its shared memory."""
+    return 4 * lists * (3 + group) <= _TABLE_MOST
 
 
 def launch_shape(units: int, multiprocessors: int, group: int) -> tuple[int, int]:
@@ -220,6 +228,7 @@ def step(
         "remainder": limits.remainder,
         "near": near,
         "everything": everything,
+        "cached": _cached(lists, queries.shape[2]),
     }
     made = np.zeros(1, STEP)
     for name in _POINTERS:
