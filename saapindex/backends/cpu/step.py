@@ -409,14 +409,19 @@ def _task() -> int:
     return int(cfunc(types.void(types.int64, types.int64, types.int64), cache=True)(_do).address)
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _run_tasks(do, step, stage, count, counter, threads):  # type: ignore[no-untyped-def]
-    """Let each thread take tasks until there are none."""
-    for _ in prange(threads):
+@njit(cache=True, nogil=True)
+def _run_tasks(do, step, stage, count, counter):  # type: ignore[no-untyped-def]
+    """Take tasks until there are none."""
+    task = next_task(counter)
+    while task < count:
+        call_at(do, step, stage, task)
         task = next_task(counter)
-        while task < count:
-            call_at(do, step, stage, task)
-            task = next_task(counter)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _run_together(do, step, stage, count, counter, threads):  # type: ignore[no-untyped-def]
+    for _ in prange(threads):
+        _run_tasks(do, step, stage, count, counter)
 
 
 @njit(cache=True, nogil=True)
@@ -507,9 +512,10 @@ def _run(  # type: ignore[no-untyped-def]
         elif stage == REST:
             count = rows * (step.scan_parts + 1) if step.remainder else 0
         counter[0] = 0
-        if count:
-            threads = 1 if few else min(most_threads, count)
-            _run_tasks(do, steps.ctypes.data, stage, count, counter, threads)
+        if few or most_threads == 1 or count < 2:
+            _run_tasks(do, steps.ctypes.data, stage, count, counter)
+        else:
+            _run_together(do, steps.ctypes.data, stage, count, counter, most_threads)
     return memory.shape[0]  # it lives up to here
 
 
