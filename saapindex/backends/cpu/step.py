@@ -164,7 +164,11 @@ def _plan(step, r):  # type: ignore[no-untyped-def]
         taken[:] = sizes
     else:
         coded, norms = step.coded, _floats(step.norms + 4 * r * g, (g,))
-        u, query, logits = np.empty((g, coded), np.float32), _query(step, r), _list_floats(step, step.logits, r)
+        u, query, logits = (
+            np.empty((g, coded), np.float32),
+            _query(step, r),
+            _list_floats(step, step.logits, r),
+        )
         rotated(query, _floats(step.inverse + 4 * head * d * coded, (d, coded)), u)
         rank(
             query,
