@@ -13,8 +13,8 @@ struct Part {
         const int end = ((mine - 1) * blocks + block) * 8 + 8;  // end of the last group
         return mine * 8 - max(0, end - pages);
     }
-    __device__ __forceinline__ int begin(int count) const { return (int)((i64)count * block / blocks); }
-    __device__ __forceinline__ int end(int count) const { return (int)((i64)count * (block + 1) / blocks); }
+    __device__ __forceinline__ int begin(int count) const { return (u32)count * block / (u32)blocks; }
+    __device__ __forceinline__ int end(int count) const { return (u32)count * (block + 1) / (u32)blocks; }
 };
 
 // Order-preserving integers, so that atomicMax works on floats; zero is below all.
@@ -31,6 +31,24 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
     u32 x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
+}
+
+// Copy 16 bytes to shared memory without waiting; `wait_copies<N>` waits for all but the last N groups.
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N));
+}
+
+// Products of small matrices: (16, 32) of unsigned with (32, 8) of signed bytes.
+__device__ __forceinline__ void multiply_bytes(int* c, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // All blocks of a unit meet: arrive, do something else, wait.

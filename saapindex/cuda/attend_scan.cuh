@@ -4,7 +4,6 @@
 // page it visited. What is kept for a place is only ever touched by this block.
 
 #define NO_KEY 0xffffu
-#define MEANS (TEAMS == 1 ? 2 : 1)  // of the two pages that a warp scans, a team counts so many
 #define OWN_HOT (1 << 30)
 #define HOT 0x4000u  // an estimate may pass the bound: it does not count yet
 
@@ -21,124 +20,162 @@ __device__ void gather_pages(const Step& p, Shared& s, const Part& part, const i
     __syncthreads();
 }
 
-// Multiply the fields of a word with a rounded query; a group of fields is a byte of each.
-template <int BITS>
-__device__ __forceinline__ void multiply(const Shared& s, const u32* words, int group, int (*sums)[G]) {
-    const u32 mask = BITS == 4 ? 0x0f0f0f0fu : BITS == 2 ? 0x03030303u : 0x01010101u;
+// A group of heads takes part in the product of codes and queries as eight columns, those of up to four heads
+// twice: then half of the lanes look at one page, and half at the next.
+#define COLUMNS (G <= 4 ? 4 : 8)
+#define TURNS (G <= 4 ? 1 : 2)
+#define PAGE_BYTES (WORDS * LANES * 4 + LANES)
+#define DEPTH 4  // pairs of pages that a warp fetches ahead
+static_assert(G <= 8, "at most eight query heads share a KV head");
+
+// Fetch the codes and scales of two pages.
+__device__ __forceinline__ void fetch_pages(const Step& p, const Shared& s, u8* to, int entry, int queued) {
+    const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int k = 0; k < 8 / BITS; ++k) {
-        int factors[G];
-#if G % 4 == 0
+    for (int j = 0; j < 2; ++j) {
+        if (entry + j >= queued) break;
+        const i64 page = s.queue[entry + j].x;
 #pragma unroll
-        for (int g = 0; g < G; g += 4) *(int4*)(factors + g) = *(const int4*)&s.factors[group + k][g];
-#else
-#pragma unroll
-        for (int g = 0; g < G; ++g) factors[g] = s.factors[group + k][g];
-#endif
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-#pragma unroll
-            for (int g = 0; g < G; ++g)
-                sums[u][g] = __dp4a((int)((words[u] >> (BITS * k)) & mask), factors[g], sums[u][g]);
+        for (int c = lane; c < 4 * WORDS; c += WARP)
+            copy_16(to + j * PAGE_BYTES + 16 * c, (const u8*)p.codes + page * (WORDS * LANES * 4) + 16 * c);
+        if (lane == 0) copy_16(to + j * PAGE_BYTES + WORDS * LANES * 4, p.exponents + page * LANES);
     }
 }
 
-// Estimate the logits of the keys of every visited page of this block, count them by weight, and let them count.
-__device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part, Partial& mine, const int* taken) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, key = lane % LANES, team = lane / TEAM;
-    const i64 places = part.first_place, lists = (i64)part.stream * p.lists;
+// Estimate the logits of the keys of every visited page of this block, and count them by weight. `stage` is room
+// for DEPTH pairs of pages of each warp.
+__device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part, const int* taken, u8* stage) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = lane / 4, quarter = lane % 4;
     const float base = p.base[part.head];
     const int rankers = p.policy == UNION ? G : 1, count = part.page_count();
-    const bool counting = p.remainder && !p.bits;
+    const int first = G <= 4 ? quarter % 2 * 2 : quarter * 2;  // the first of the two heads of this lane
+    const int column = row % COLUMNS < G ? row % COLUMNS : 0;  // the head that it provides to products
     bool deferred = false;
+    stage += warp * DEPTH * 2 * PAGE_BYTES;
     for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
     for (int start = 0; start < count; start += ROUND) {
         gather_pages(p, s, part, taken, start, count);
         const int queued = s.queued, before = s.visited;
-        // Two pairs of pages at a time.
-        for (int pair = 4 * warp; pair < queued; pair += 4 * WARPS) {
-            int2 entries[2];
-            u32 words[WORDS][2];
-            int exponents[2], sums[2][G];
-            Group estimates[2];
-            bool filled[2];
-            Mean means[2][MEANS];
 #pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                const int e = pair + 2 * u + lane / LANES;
-                entries[u] = e < queued ? s.queue[e] : make_int2(0, 0);
-                filled[u] = e < queued && key < (entries[u].y & 31);
+        for (int k = 0; k < DEPTH; ++k) {
+            fetch_pages(p, s, stage + k * 2 * PAGE_BYTES, 2 * (warp + k * WARPS), queued);
+            commit_copies();
+        }
+        for (int pair = warp, k = 0; 2 * pair < queued; pair += WARPS, k = (k + 1) % DEPTH) {
+            u8* pages = stage + k * 2 * PAGE_BYTES;
+            float centers[TURNS][2];
 #pragma unroll
-                for (int w = 0; w < WORDS; ++w)
-                    words[w][u] = filled[u] ? p.codes[((i64)entries[u].x * WORDS + w) * LANES + key] : 0u;
-                exponents[u] = filled[u] ? p.exponents[(i64)entries[u].x * LANES + key] : 128;
-                estimates[u] = load_group(p.dots + ((i64)part.unit * p.lists + (entries[u].y >> 5)) * G);
+            for (int turn = 0; turn < TURNS; ++turn) {
+                const int e = min(2 * pair + (G <= 4 ? quarter / 2 : turn), queued - 1);
+                const float* dots = p.dots + ((i64)part.unit * p.lists + (s.queue[e].y >> 5)) * G;
 #pragma unroll
-                for (int g = 0; g < G; ++g) sums[u][g] = 0;
-#pragma unroll
-                for (int j = 0; j < MEANS; ++j) {
-                    const int page = pair + 2 * u + (TEAMS == 1 ? j : team);
-                    const bool there = counting && (TEAMS == 1 || team < 2) && page < queued;
-                    if (there) means[u][j] = load_mean(p, lists + (s.queue[page].y >> 5));
-                }
+                for (int j = 0; j < 2; ++j) centers[turn][j] = first + j < G ? __ldcg(dots + first + j) : 0.f;
             }
-            int group = 0;
+            wait_copies<DEPTH - 1>();
+            __syncwarp();
+            int sums[2][4] = {};
+            for (int c = 0; c < s.chunks; ++c) {
+                u32 quads[2];
 #pragma unroll
-            for (int w = 0; w < WORDS; ++w) {
-                const int bits = p.widths[part.head * WORDS + w];
-                if (bits == 2) multiply<2>(s, words[w], group, sums);
-                else if (bits == 4) multiply<4>(s, words[w], group, sums);
-                else multiply<1>(s, words[w], group, sums);
-                group += 8 / bits;
-            }
-#pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                const int e = pair + 2 * u + lane / LANES;
-                const float f = base * exp2f((exponents[u] - 128) / 16.f);
-                float weights[G];
-                bool hot = false;
-#pragma unroll
-                for (int g = 0; g < G; ++g) {
-                    const float residual = s.unit[g] * f * (0.5f * (2 * sums[u][g] - s.offsets[g]));
-                    const float second = fminf(s.second[g] * f * f, CORRECTION);
-                    estimates[u].x[g] = capped(estimates[u].x[g] + (residual + second), p.cap);
-                    hot |= estimates[u].x[g] > s.reference[g];
-                    weights[g] = estimates[u].x[g] - s.norm[g];
-                }
-                if (e < queued) {
-                    const i64 place = places + (i64)(before + e) * LANES + key;
-                    store_group(p.estimates + place * G, estimates[u].x);
-                    for (int ranker = 0; ranker < rankers; ++ranker) {
-                        const int bin = bin_of(pooled(weights, p.policy, ranker));
-                        p.bins[place * rankers + ranker] = filled[u] ? bin | (hot ? HOT : 0) : NO_KEY;
-                        if (filled[u] && rankers == 1) atomicAdd(s.histogram + bin, 1);
-                    }
-                    if (p.policy == UNION) p.kept[place] = 0;
-                    if (key == 0) p.visited[place / LANES] = entries[u];
-                }
-                if (!counting) continue;
-                deferred |= filled[u] && hot;
-#pragma unroll
-                for (int g = 0; g < G; ++g) {
-                    weights[g] = filled[u] && !hot ? exponential(estimates[u].x[g] - mine.reference[g]) : 0.f;
-#pragma unroll
-                    for (int step = LANES / 2; step; step >>= 1)
-                        weights[g] += __shfl_xor_sync(FULL, weights[g], step);
-                }
+                for (int h = 0; h < 2; ++h) quads[h] = s.quads[8 * c + 4 * h + quarter];
+                const u32 b0 = s.factors[8 * c + quarter][column], b1 = s.factors[8 * c + 4 + quarter][column];
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    float mass[G];
+                    u32 a[4];
 #pragma unroll
-                    for (int g = 0; g < G; ++g) mass[g] = __shfl_sync(FULL, weights[g], j * LANES);
-                    if (j % TEAMS == team && pair + 2 * u + j < queued) add_mean(mine, means[u][TEAMS == 1 ? j : 0], mass);
+                    for (int h = 0; h < 2; ++h) {
+                        const u8* word = pages + j * PAGE_BYTES + (quads[h] & 0xffff) + 4 * row;
+                        const int shift = quads[h] >> 16 & 0xff;
+                        const u32 mask = (quads[h] >> 24) * 0x01010101u;
+                        a[2 * h] = *(const u32*)word >> shift & mask;
+                        a[2 * h + 1] = *(const u32*)(word + 32) >> shift & mask;
+                    }
+                    multiply_bytes(sums[j], a, b0, b1);
                 }
             }
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+                const int j = G <= 4 ? quarter / 2 : turn, e = 2 * pair + j;
+                const int lanes = e < queued ? s.queue[e].y & 31 : 0;
+                const i64 place = part.first_place + (i64)(before + e) * LANES;
+                float mass[2] = {0.f, 0.f};
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int key = row + 8 * r;
+                    const bool there = key < lanes;
+                    const int exponent = pages[j * PAGE_BYTES + WORDS * LANES * 4 + key];
+                    const float f = base * exp2f((exponent - 128) / 16.f);
+                    float weights[2], estimates[2];
+                    bool hot = false;
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int g = min(first + i, G - 1);
+                        const bool mine = there && first + i < G;
+                        const int sum = G <= 4 && quarter >= 2 ? sums[1][2 * r + i] : sums[TURNS == 1 ? 0 : turn][2 * r + i];
+                        const float residual = s.unit[g] * f * (0.5f * (2 * sum - s.offsets[g]));
+                        const float second = fminf(s.second[g] * f * f, CORRECTION);
+                        estimates[i] = capped(centers[turn][i] + (residual + second), p.cap);
+                        hot |= mine && estimates[i] > s.reference[g];
+                        weights[i] = mine ? estimates[i] - s.norm[g] : -INFINITE;
+                    }
+                    // What the lanes of a key know together.
+                    hot = __shfl_xor_sync(FULL, (int)hot, 1) || hot;
+                    if (G > 4) hot = __shfl_xor_sync(FULL, (int)hot, 2) || hot;
+                    float weight = fmaxf(weights[0], weights[1]);
+                    if (p.policy == SUM) {
+                        weight = fminf(weight, 80.f);
+                        weight = weight > -INFINITE ? exponential(fminf(weights[0], 80.f)) + exponential(fminf(weights[1], 80.f)) : 0.f;
+                        weight += __shfl_xor_sync(FULL, weight, 1);
+                        if (G > 4) weight += __shfl_xor_sync(FULL, weight, 2);
+                        weight = __logf(weight);
+                    } else {
+                        weight = fmaxf(weight, __shfl_xor_sync(FULL, weight, 1));
+                        if (G > 4) weight = fmaxf(weight, __shfl_xor_sync(FULL, weight, 2));
+                    }
+                    if (e < queued) {
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            if (first + i < G) p.estimates[(place + key) * G + first + i] = estimates[i];
+                        if (rankers == 1) {
+                            if (first == 0) {
+                                const int bin = bin_of(weight);
+                                p.bins[place + key] = there ? bin | (hot ? HOT : 0) : NO_KEY;
+                                if (there) atomicAdd(s.histogram + bin, 1);
+                            }
+                        } else {
+#pragma unroll
+                            for (int i = 0; i < 2; ++i)
+                                if (first + i < G)
+                                    p.bins[(place + key) * G + first + i] = there ? bin_of(weights[i]) | (hot ? HOT : 0) : NO_KEY;
+                            if (first == 0) p.kept[place + key] = 0;
+                        }
+                    }
+                    deferred |= there && hot;
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        if (there && !hot && first + i < G) mass[i] += exponential(estimates[i] - s.basis[first + i]);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                    for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
+                if (row == 0 && e < queued) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        if (first + i < G) p.masses[place / LANES * G + first + i] = mass[i];
+                    if (first == 0) p.visited[place / LANES] = s.queue[e];
+                }
+            }
+            __syncwarp();
+            fetch_pages(p, s, pages, 2 * (pair + DEPTH * WARPS), queued);
+            commit_copies();
         }
+        wait_copies<0>();
         __syncthreads();
         if (threadIdx.x == 0) s.visited = before + queued;
         __syncthreads();
     }
-    if (deferred) atomicOr(&s.deferred, (int)KEYS_DEFERRED);
+    if (deferred) s.deferred = 1;
     // All blocks of a unit take the same lists, so each knows how many keys are visited in all.
     int scanned = 0;
     for (int list = threadIdx.x; list < p.lists; list += THREADS) scanned += taken[list];
@@ -155,7 +192,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
             for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
             __syncthreads();
             for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
-                const u32 bin = p.bins[(places + i) * rankers + ranker];
+                const u32 bin = p.bins[(part.first_place + i) * rankers + ranker];
                 if (bin != NO_KEY) atomicAdd(s.histogram + (bin & (BINS - 1)), 1);
             }
             __syncthreads();
@@ -191,11 +228,15 @@ __device__ __forceinline__ void keep(const Step& p, Shared& s, i64 places, int a
         atomicOr(p.bits + (i64)unit * p.width + (id >> 5), 1u << (id & 31));
         return;
     }
-    const int i = atomicAdd(&s.gathered, 1);
-    s.rows[i] = row;
-    s.places[i] = hot || !p.remainder ? -1 : at;
-    s.labels[i] = (u16)(entry.y >> 5);
-    if (hot) p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
+    s.rows[atomicAdd(&s.gathered, 1)] = row;
+    if (!p.remainder) return;
+    if (hot) {
+        p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
+        return;
+    }
+    const Group estimates = load_group(p.estimates + place * G);
+#pragma unroll
+    for (int g = 0; g < G; ++g) atomicAdd(p.masses + place / LANES * G + g, -exponential(estimates.x[g] - s.basis[g]));
 }
 
 __device__ __forceinline__ float key_weight(const Step& p, const Shared& s, i64 place, int ranker) {
@@ -291,30 +332,15 @@ __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, in
 }
 
 // The keys of this block that were deferred and not kept.
-__device__ __forceinline__ void attend_deferred_keys(const Step& p, const Shared& s, const Part& part, Partial& mine) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, half = lane / LANES, team = lane / TEAM;
-    const i64 places = part.first_place;
+__device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part& part) {
     const int rankers = p.policy == UNION ? G : 1;
-    for (int e = 2 * warp; e < s.visited; e += 2 * WARPS) {
-        const i64 place = places + (i64)(e + half) * LANES + lane % LANES;
-        const u32 bin = e + half < s.visited ? p.bins[place * rankers] : NO_KEY;
-        const bool counts = bin != NO_KEY && (bin & HOT);
-        Group weights = {};
-        if (counts) weights = load_group(p.estimates + place * G);
+    for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
+        const i64 place = part.first_place + i;
+        const u32 bin = p.bins[place * rankers];
+        if (bin == NO_KEY || !(bin & HOT)) continue;
+        const Group estimates = load_group(p.estimates + place * G);
 #pragma unroll
-        for (int g = 0; g < G; ++g) {
-            weights.x[g] = counts ? exponential(fminf(weights.x[g], s.bound[g]) - mine.reference[g]) : 0.f;
-#pragma unroll
-            for (int step = LANES / 2; step; step >>= 1) weights.x[g] += __shfl_xor_sync(FULL, weights.x[g], step);
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            float mass[G];
-#pragma unroll
-            for (int g = 0; g < G; ++g) mass[g] = __shfl_sync(FULL, weights.x[g], j * LANES);
-            if (j % TEAMS != team || e + j >= s.visited) continue;
-            const int label = p.visited[places / LANES + e + j].y >> 5;
-            add_mean(mine, load_mean(p, (i64)part.stream * p.lists + label), mass);
-        }
+        for (int g = 0; g < G; ++g)
+            atomicAdd(p.masses + place / LANES * G + g, exponential(fminf(estimates.x[g], s.bound[g]) - s.basis[g]));
     }
 }

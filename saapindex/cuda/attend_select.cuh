@@ -69,6 +69,18 @@ __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists
     const int coded = p.coded[part.head], padded = (p.coded_most + WARP - 1) / WARP * WARP;
     const i64 own = (i64)part.head * p.coded_most;
     for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0])[i] = 0;
+    if (threadIdx.x < FIELDS) {  // where the quads of fields lie: offset of the word, shift, mask
+        int left = threadIdx.x, quad = 0, total = 0;
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) {
+            const int bits = p.widths[part.head * WORDS + w], quads = 8 / bits;
+            if (left >= 0 && left < quads) quad = w * LANES * 4 | bits * left << 16 | ((1 << bits) - 1) << 24;
+            left -= quads;
+            total += quads;
+        }
+        s.quads[threadIdx.x] = quad;
+        if (threadIdx.x == 0) s.chunks = (total + 7) / 8;
+    }
     if (threadIdx.x < G) s.unit[threadIdx.x] = s.variance[threadIdx.x] = s.second[threadIdx.x] = 0.f;
     if (threadIdx.x < G) s.offsets[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
@@ -288,28 +300,26 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     }
 }
 
-// This block's share of the keys that were not visited, list by list. Those whose estimate may pass the bound
-// are deferred, and come in a second pass when it is known.
-template <bool SECOND>
-__device__ __forceinline__ void attend_rest_lists(const Step& p, Shared& s, const Part& part, Partial& mine, const Table& table) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, team = lane / TEAM;
-    const int begin = part.begin(p.lists), end = part.end(p.lists);
-    for (int list = begin + warp * TEAMS + team; list < end; list += WARPS * TEAMS) {
-        const int size = table.sizes[list], rest = size - table.taken[list];
-        if (rest <= 0) continue;
-        Group weights = list_logits(p, s, part, table, list, size);
+// The weight of the keys of a list that were not visited, for each head.
+__device__ __forceinline__ Group rest_of_list(const Step& p, const Shared& s, const Part& part, int list, int taken) {
+    const int size = p.sizes[(i64)part.stream * p.lists + list], rest = size - taken;
+    Group weights = load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
+    weights = corrected(p, s, weights, p.squares[(i64)part.stream * p.lists + list], max(size, 1));
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+        weights.x[g] = rest > 0 ? (float)rest * exponential(fminf(weights.x[g], s.bound[g]) - s.basis[g]) : 0.f;
+    return weights;
+}
+
+// Whether a list of this block's share may count for more than the bound: note that it is deferred.
+__device__ __forceinline__ void find_deferred_lists(const Step& p, Shared& s, const Part& part, const Table& table) {
+    for (int list = part.begin(p.lists) + threadIdx.x; list < part.end(p.lists); list += THREADS) {
+        const int size = table.sizes[list];
+        if (size <= table.taken[list]) continue;
+        const Group logits = list_logits(p, s, part, table, list, size);
         bool passes = false;
 #pragma unroll
-        for (int g = 0; g < G; ++g) passes |= weights.x[g] > s.reference[g];
-        if (passes != SECOND) {
-            if (!SECOND) atomicOr(&s.deferred, (int)LISTS_DEFERRED);
-            continue;
-        }
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            if (SECOND) weights.x[g] = fminf(weights.x[g], s.bound[g]);
-            weights.x[g] = (float)rest * exponential(weights.x[g] - mine.reference[g]);
-        }
-        add_mean(mine, load_mean(p, (i64)part.stream * p.lists + list), weights.x);
+        for (int g = 0; g < G; ++g) passes |= logits.x[g] > s.reference[g];
+        if (passes) s.deferred = 1;
     }
 }
