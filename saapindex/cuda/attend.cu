@@ -134,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const int seen = min(position + 1, length);
     const int near = min(p.sinks, max(seen, 0)) + max(0, seen - max(first, p.sinks));
 
+#pragma unroll 1
     for (int i = thread; i < G * D; i += THREADS) s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
     if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
     if (thread == 0) s.visited = s.deferred = s.gathered = 0;
@@ -236,7 +237,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         __threadfence();
         if (!deciding) merge_blocks(p, s, part, (float*)behind);
         // The next step finds everything as this one did.
+#pragma unroll 1
         for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
+#pragma unroll 1
         for (int i = thread; i < 2 * rankers * BINS; i += THREADS) p.histogram[(i64)unit * 2 * G * BINS + i] = 0;
     }
     STAMP(11);

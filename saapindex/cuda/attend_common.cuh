@@ -25,7 +25,12 @@ __device__ __forceinline__ u32 ordered(float x) {
 __device__ __forceinline__ float unordered(u32 x) {
     return x == 0 ? -INFINITE : __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
 }
-__device__ __forceinline__ float exponential(float x) { return exp2f(x * LOG2E); }
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float exponential(float x) { return power_of_two(x * LOG2E); }
 
 __device__ __forceinline__ u32 load_acquire(const u32* p) {
     u32 x;
@@ -156,14 +161,17 @@ __device__ __forceinline__ int fine_bin_of(float weight, int bin) {
     return min(BINS - 1, max(0, (int)(((weight - LOWEST) * PER_NAT - (float)bin) * BINS)));
 }
 
-// Find the bin in which the cut falls: all bins above weigh `reached`, with it they weigh more than `limit`.
-// `counts` holds the BINS / THREADS bins of each thread, from the top down; -1 where everything fits.
+// Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh
+// more than `limit`; -1 where everything fits.
 #define RUN ((BINS + THREADS - 1) / THREADS)
-__device__ __forceinline__ void find_bin(Shared& s, const int* counts, int limit) {
-    const int lane = threadIdx.x % WARP, begin = threadIdx.x * RUN;
-    int sum = 0;
+__device__ __noinline__ void find_bin(Shared& s, int limit) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, begin = threadIdx.x * RUN;
+    int counts[RUN], sum = 0;
 #pragma unroll
-    for (int i = 0; i < RUN; ++i) sum += counts[i];
+    for (int i = 0; i < RUN; ++i) {
+        counts[i] = begin + i < BINS ? s.histogram[BINS - 1 - begin - i] : 0;
+        sum += counts[i];
+    }
     int before = sum;
 #pragma unroll
     for (int step = 1; step < WARP; step <<= 1) {
@@ -171,12 +179,10 @@ __device__ __forceinline__ void find_bin(Shared& s, const int* counts, int limit
         if (lane >= step) before += other;
     }
     int* warps = (int*)s.reduced;
-    __syncthreads();
-    if (lane == WARP - 1) warps[threadIdx.x / WARP] = before;
+    if (lane == WARP - 1) warps[warp] = before;
     if (threadIdx.x == 0) s.boundary = -1, s.reached = limit, s.owned = 0;
     __syncthreads();
-    for (int w = 0; w < threadIdx.x / WARP; ++w) before += warps[w];
-    before -= sum;
+    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
     if (before <= limit && before + sum > limit) {
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {

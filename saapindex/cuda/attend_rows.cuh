@@ -172,11 +172,16 @@ __device__ __forceinline__ void attend_ahead(
 // Gather this block's share of the sinks and the recent keys that the query sees, from the `start`-th on; returns
 // where it stopped for want of room. Rows below zero stand for places of near keys.
 __device__ __forceinline__ int gather_near(const Step& p, Shared& s, int start, int end, int first, int position) {
-    const int sinks = p.sinks < position + 1 ? p.sinks : position + 1, recent = max(first, p.sinks);
-    const int count = min(end - start, QUEUE);
+    const int sinks = min(p.sinks, position + 1), recent = max(first, p.sinks), count = min(end - start, QUEUE);
+    const int turned = (u32)(recent - p.sinks) % (u32)p.ring;  // where the first recent key is in the ring
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += THREADS) {
-        const int at = start + i < sinks ? start + i : recent + start + i - sinks;
-        s.rows[i] = -1 - (at < p.sinks ? at : p.sinks + (int)((u32)(at - p.sinks) % (u32)p.ring));
+        int place = start + i;
+        if (place >= sinks) {
+            place += turned - sinks;
+            place += place < p.ring ? p.sinks : p.sinks - p.ring;
+        }
+        s.rows[i] = -1 - place;
     }
     if (threadIdx.x == 0) s.gathered = max(count, 0);
     __syncthreads();
@@ -211,6 +216,7 @@ __device__ __forceinline__ int gather_whole(
 ) {
     const i64 row = (i64)part.stream * p.most_pages;
     const int end = min(part.page_count(), start + QUEUE / LANES);
+#pragma unroll 1
     for (int i = threadIdx.x; i < (end - start) * LANES; i += THREADS) {
         const int page = part.page(start + i / LANES), label = p.labels[row + page], lane = i % LANES;
         if (lane >= (label & 31)) continue;
@@ -303,9 +309,7 @@ __device__ __forceinline__ void reduce_block(const Step& p, Shared& s, const Par
     float* own = reduction + warp * G * (D + 1);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        float top = s.reduced[0][g];
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][g]);
+        const float top = warp_max(lane < WARPS ? s.reduced[lane][g] : -INFINITE);
         if (threadIdx.x == 0) s.reference[g] = top;
         refer(mine, g, top > -INFINITE ? top : 0.f);
         float sum = member == 0 ? mine.extra[g] : 0.f;
@@ -326,7 +330,7 @@ __device__ __forceinline__ void reduce_block(const Step& p, Shared& s, const Par
     float* left = p.partial + ((i64)part.unit * part.blocks + part.block) * G * (D + 2);
     for (int i = threadIdx.x; i < G * (D + 1); i += THREADS) {
         float sum = 0.f;
-#pragma unroll
+#pragma unroll 4
         for (int w = 0; w < WARPS; ++w) sum += reduction[w * G * (D + 1) + i];
         left[i / (D + 1) * (D + 2) + i % (D + 1)] = sum;
     }
@@ -336,11 +340,14 @@ __device__ __forceinline__ void reduce_block(const Step& p, Shared& s, const Par
 // Merge what the blocks of a unit found, and write the result.
 __device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* weights) {
     const float* parts = p.partial + (i64)part.unit * part.blocks * G * (D + 2);
+#pragma unroll 1
     for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
         const int lane = threadIdx.x % WARP;
         float peak = -INFINITE, sum = 0.f;
+#pragma unroll 1
         for (int b = lane; b < part.blocks; b += WARP) peak = fmaxf(peak, __ldcg(parts + (b * G + g) * (D + 2) + D + 1));
         peak = warp_max(peak);
+#pragma unroll 1
         for (int b = lane; b < part.blocks; b += WARP) {
             const float* one = parts + (b * G + g) * (D + 2);
             const float weight = peak > -INFINITE ? exponential(__ldcg(one + D + 1) - peak) : 0.f;
@@ -357,7 +364,7 @@ __device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* 
     for (int i = threadIdx.x; i < G * D; i += THREADS) {
         const int g = i / D;
         float out = 0.f;
-#pragma unroll 8
+#pragma unroll 4
         for (int b = 0; b < part.blocks; ++b)
             out = fmaf(weights[b * G + g], __ldcg(parts + (b * G + g) * (D + 2) + i % D), out);
         store_out(p.out, (i64)part.unit * G * D + i, out * s.bound[g]);

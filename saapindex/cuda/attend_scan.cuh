@@ -13,6 +13,7 @@ __device__ void gather_pages(const Step& p, Shared& s, const Part& part, const i
     __syncthreads();
     const i64 row = (i64)part.stream * p.most_pages;
     const int end = min(start + ROUND, count);
+#pragma unroll 1
     for (int i = start + threadIdx.x; i < end; i += THREADS) {
         const int page = part.page(i), label = p.labels[row + page], place = p.pages[row + page];
         if (taken[label >> 5]) s.queue[atomicAdd(&s.queued, 1)] = make_int2(place, label);
@@ -56,11 +57,12 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
     for (int start = 0; start < count; start += ROUND) {
         gather_pages(p, s, part, taken, start, count);
         const int queued = s.queued, before = s.visited;
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < DEPTH; ++k) {
             fetch_pages(p, s, stage + k * 2 * PAGE_BYTES, 2 * (warp + k * WARPS), queued);
             commit_copies();
         }
+#pragma unroll 1
         for (int pair = warp, k = 0; 2 * pair < queued; pair += WARPS, k = (k + 1) % DEPTH) {
             u8* pages = stage + k * 2 * PAGE_BYTES;
             float centers[TURNS][2];
@@ -74,6 +76,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
             wait_copies<DEPTH - 1>();
             __syncwarp();
             int sums[2][4] = {};
+#pragma unroll 1
             for (int c = 0; c < s.chunks; ++c) {
                 u32 quads[2];
 #pragma unroll
@@ -104,7 +107,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
                     const int key = row + 8 * r;
                     const bool there = key < lanes;
                     const int exponent = pages[j * PAGE_BYTES + WORDS * LANES * 4 + key];
-                    const float f = base * exp2f((exponent - 128) / 16.f);
+                    const float f = base * power_of_two((exponent - 128) / 16.f);
                     float weights[2], estimates[2];
                     bool hot = false;
 #pragma unroll
@@ -178,6 +181,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
     if (deferred) s.deferred = 1;
     // All blocks of a unit take the same lists, so each knows how many keys are visited in all.
     int scanned = 0;
+#pragma unroll 1
     for (int list = threadIdx.x; list < p.lists; list += THREADS) scanned += taken[list];
     scanned = warp_sum_int(scanned);
     if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = scanned;
@@ -207,15 +211,13 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
 // Find the bin of a histogram of the unit in which the cut falls: keys of higher bins are kept.
 __device__ __forceinline__ void find_boundary(const Step& p, Shared& s, const Part& part, int number, int limit) {
     const int* all = p.histogram + ((i64)part.unit * 2 * G + number) * BINS;
-    const int begin = threadIdx.x * RUN;
-    int counts[RUN];
-#pragma unroll
-    for (int i = 0; i < RUN; ++i) counts[i] = begin + i < BINS ? __ldcg(all + BINS - 1 - begin - i) : 0;
-    find_bin(s, counts, limit);
+    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = __ldcg(all + i);
+    __syncthreads();
+    find_bin(s, limit);
 }
 
 // Let a key be fetched: gather it, or note its position.
-__device__ __forceinline__ void keep(const Step& p, Shared& s, i64 places, int at, bool hot) {
+__device__ __noinline__ void keep(const Step& p, Shared& s, i64 places, int at, bool hot) {
     const i64 place = places + at;
     if (p.policy == UNION) {
         if (p.kept[place]) return;
@@ -255,6 +257,7 @@ __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranke
     int* fine = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker + 1) * BINS;
     const int rankers = p.policy == UNION ? G : 1;
     const int open = (int)min(s.limit / rankers, (i64)0x7fffffff) - s.reached, boundary = s.boundary;
+#pragma unroll 1
     for (; start < total && s.gathered <= QUEUE - CHUNK - OWN; start += CHUNK) {
         u16 bins[4];
         const int begin = start + 4 * threadIdx.x;
@@ -271,7 +274,7 @@ __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranke
                     if (bins[i] != NO_KEY && p.bins[(places + begin + i) * rankers] == NO_KEY) bins[i] &= ~HOT;
                 }
             }
-#pragma unroll
+#pragma unroll 1
             for (int i = 0; i < 4; ++i) {
                 if (bins[i] == NO_KEY) continue;
                 const int bin = bins[i] & (BINS - 1);
@@ -310,6 +313,7 @@ __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, in
     const float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
     find_boundary(p, s, part, 2 * ranker + 1, open);
     const int fine = s.boundary, left = open - s.reached;
+#pragma unroll 1
     for (int i = warp; i < owned; i += WARPS) {
         if (s.own[i] < 0) continue;
         const float weight = s.own_weights[i];
@@ -319,6 +323,7 @@ __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, in
             const int at = s.own[i] & ~OWN_HOT;
             const int id = p.ids[p.visited[(places + at) / LANES].x * LANES + at % LANES];
             int better = 0;
+#pragma unroll 2
             for (int c = lane; c < count; c += WARP) {
                 const float2 other = __ldcg(candidates + c);
                 if (fine_bin_of(other.x, boundary) == fine)
@@ -334,6 +339,7 @@ __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, in
 // The keys of this block that were deferred and not kept.
 __device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part& part) {
     const int rankers = p.policy == UNION ? G : 1;
+#pragma unroll 1
     for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
         const i64 place = part.first_place + i;
         const u32 bin = p.bins[place * rankers];

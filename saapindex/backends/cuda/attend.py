@@ -314,7 +314,7 @@ def attend_streams(
         everything=everything,
         stamps=stamps,
     )
-    _launch(argument, queries, streams, code, space, {} if stamps is None else {"STAMPS": 1})
+    _launch(argument, queries, streams, code, space, scaling, {} if stamps is None else {"STAMPS": 1})
 
 
 def select_streams(
@@ -331,7 +331,7 @@ def select_streams(
     argument = step(
         queries, streams, code, scaling, limits, space, queries, queries, everything=everything, deciding=True
     )
-    _launch(argument, queries, streams, code, space, {})
+    _launch(argument, queries, streams, code, space, scaling, {})
 
 
 def _launch(
@@ -340,6 +340,7 @@ def _launch(
     streams: Streams,
     code: DeviceCode,
     space: Workspace,
+    scaling: Scaling,
     macros: dict[str, int],
 ) -> None:
     units, group, d = queries.shape[0] * queries.shape[1], *queries.shape[2:]
@@ -355,6 +356,7 @@ def _launch(
         ELEMENT=_element(streams.keys),
         QUERY=_element(queries),
         THREADS=space.threads,
+        **({"CAPPED": 1} if scaling.softcap else {}),
         **macros,
     )
     run((units * space.blocks,), (space.threads,), (argument,), shared_mem=shared)
