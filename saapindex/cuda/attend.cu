@@ -99,7 +99,8 @@ struct Shared {
     u32 peaks[G], largest[G];
     float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G];
     int offsets[G];           // sum of (2^b - 1) a8
-    int chunks, queued, gathered, owned, visited, boundary, reached, deferred, unit_deferred, last;
+    u32 slot;
+    int chunks, queued, gathered, resolved, owned, visited, boundary, reached, deferred, unit_deferred, last;
     i64 scan, left, limit;
 };
 
@@ -137,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
 #pragma unroll 1
     for (int i = thread; i < G * D; i += THREADS) s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
     if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
-    if (thread == 0) s.visited = s.deferred = s.gathered = 0;
+    if (thread == 0) s.visited = s.deferred = s.gathered = s.resolved = 0;
     __syncthreads();
 
     Partial mine;
@@ -165,6 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
             start = gather_sure(p, s, part, ranker, start, total);
             done = start >= total;
             if (done) {
+                publish_candidates(p, s, part, ranker);
                 arrive(counters + BARRIER);
                 met += p.blocks;
                 wait(counters + BARRIER, met);
@@ -176,6 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
                     done = false;
                 }
             }
+            resolve(p, s, part);
         }
         if (!deciding) attend_gathered(p, s, part, mine);
         if (!done) continue;

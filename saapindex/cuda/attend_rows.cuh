@@ -205,7 +205,7 @@ __device__ __forceinline__ void attend_gathered(const Step& p, Shared& s, const 
         attend_ahead(p, s, mine, keys, values);
     }
     __syncthreads();
-    if (threadIdx.x == 0) s.gathered = 0;
+    if (threadIdx.x == 0) s.gathered = s.resolved = 0;
     __syncthreads();
 }
 

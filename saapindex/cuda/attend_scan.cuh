@@ -216,29 +216,44 @@ __device__ __forceinline__ void find_boundary(const Step& p, Shared& s, const Pa
     find_bin(s, limit);
 }
 
-// Let a key be fetched: gather it, or note its position.
-__device__ __noinline__ void keep(const Step& p, Shared& s, i64 places, int at, bool hot) {
-    const i64 place = places + at;
+// Let the key at a place of this block be fetched.
+__device__ __forceinline__ void keep(const Step& p, Shared& s, const Part& part, int at, bool hot) {
     if (p.policy == UNION) {
-        if (p.kept[place]) return;
-        p.kept[place] = 1;
+        if (p.kept[part.first_place + at]) return;
+        p.kept[part.first_place + at] = 1;
     }
-    const int2 entry = p.visited[place / LANES];
-    const int row = entry.x * LANES + at % LANES;
-    if (p.bits) {
-        const int id = p.ids[row], unit = blockIdx.x / p.blocks;
-        atomicOr(p.bits + (i64)unit * p.width + (id >> 5), 1u << (id & 31));
-        return;
-    }
-    s.rows[atomicAdd(&s.gathered, 1)] = row;
-    if (!p.remainder) return;
-    if (hot) {
-        p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
-        return;
-    }
-    const Group estimates = load_group(p.estimates + place * G);
+    s.rows[atomicAdd(&s.gathered, 1)] = at | (hot ? OWN_HOT : 0);
+}
+
+// Turn the places that were gathered since the last time into rows, or note their positions. Their estimates do
+// not count any more.
+__device__ void resolve(const Step& p, Shared& s, const Part& part) {
+    const int count = s.gathered;
+#pragma unroll 1
+    for (int i = s.resolved + threadIdx.x; i < count; i += THREADS) {
+        const bool hot = s.rows[i] & OWN_HOT;
+        const int at = s.rows[i] & ~OWN_HOT;
+        const i64 place = part.first_place + at;
+        const int row = __ldcg(&p.visited[place / LANES].x) * LANES + at % LANES;
+        if (p.bits) {
+            const int id = p.ids[row];
+            atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
+            continue;
+        }
+        s.rows[i] = row;
+        if (!p.remainder) continue;
+        if (hot) {
+            p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
+            continue;
+        }
+        const Group estimates = load_group(p.estimates + place * G);
 #pragma unroll
-    for (int g = 0; g < G; ++g) atomicAdd(p.masses + place / LANES * G + g, -exponential(estimates.x[g] - s.basis[g]));
+        for (int g = 0; g < G; ++g)
+            atomicAdd(p.masses + place / LANES * G + g, -exponential(estimates.x[g] - s.basis[g]));
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) s.resolved = s.gathered = p.bits ? 0 : count;
+    __syncthreads();
 }
 
 __device__ __forceinline__ float key_weight(const Step& p, const Shared& s, i64 place, int ranker) {
@@ -248,15 +263,12 @@ __device__ __forceinline__ float key_weight(const Step& p, const Shared& s, i64 
     return pooled(weights.x, p.policy, ranker);
 }
 
-// Gather the keys of this block above the cut, from place `start` on, and hand those in its bin to all blocks.
-// Returns where it stopped for want of room, or the end.
+// Gather the keys of this block above the cut, from place `start` on, and note those in its bin. Returns where it
+// stopped for want of room, or the end.
 __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranker, int start, int total) {
     const i64 places = part.first_place;
-    u32* count = p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker;
-    float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
-    int* fine = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker + 1) * BINS;
-    const int rankers = p.policy == UNION ? G : 1;
-    const int open = (int)min(s.limit / rankers, (i64)0x7fffffff) - s.reached, boundary = s.boundary;
+    const int rankers = p.policy == UNION ? G : 1, boundary = s.boundary;
+    const bool open = s.limit / rankers > s.reached;
 #pragma unroll 1
     for (; start < total && s.gathered <= QUEUE - CHUNK - OWN; start += CHUNK) {
         u16 bins[4];
@@ -274,30 +286,47 @@ __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranke
                     if (bins[i] != NO_KEY && p.bins[(places + begin + i) * rankers] == NO_KEY) bins[i] &= ~HOT;
                 }
             }
-#pragma unroll 1
+#pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (bins[i] == NO_KEY) continue;
                 const int bin = bins[i] & (BINS - 1);
+                if (bins[i] == NO_KEY) continue;
                 if (bin > boundary) {
-                    keep(p, s, places, begin + i, bins[i] & HOT);
-                } else if (bin == boundary && open > 0) {
+                    keep(p, s, part, begin + i, bins[i] & HOT);
+                } else if (bin == boundary && open) {
                     const int own = atomicAdd(&s.owned, 1);
-                    if (own >= OWN) continue;
-                    const u32 slot = atomicAdd(count, 1u);
-                    s.own[own] = slot < CANDIDATES ? (begin + i) | (bins[i] & HOT ? OWN_HOT : 0) : -1;
-                    if (slot >= CANDIDATES) continue;
-                    const i64 place = places + begin + i;
-                    const int row = p.visited[place / LANES].x * LANES + (begin + i) % LANES;
-                    const float weight = key_weight(p, s, place, ranker);
-                    candidates[slot] = make_float2(weight, __int_as_float(p.ids[row]));
-                    s.own_weights[own] = weight;
-                    atomicAdd(fine + fine_bin_of(weight, boundary), 1);
+                    if (own < OWN) s.own[own] = (begin + i) | (bins[i] & HOT ? OWN_HOT : 0);
                 }
             }
         }
         __syncthreads();
     }
     return start;
+}
+
+// Hand the keys in the bin of the cut to all blocks.
+__device__ void publish_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
+    float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
+    int* fine = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker + 1) * BINS;
+    const int owned = min(s.owned, OWN);
+    if (!owned) return;  // the same in all threads
+    if (threadIdx.x == 0)
+        s.slot = atomicAdd(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker, (u32)owned);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < owned; i += THREADS) {
+        const u32 slot = s.slot + i;
+        const int at = s.own[i] & ~OWN_HOT;
+        const i64 place = part.first_place + at;
+        const int row = __ldcg(&p.visited[place / LANES].x) * LANES + at % LANES;
+        const float weight = key_weight(p, s, place, ranker);
+        s.own_weights[i] = weight;
+        if (slot >= CANDIDATES) {
+            s.own[i] = -1;
+            continue;
+        }
+        candidates[slot] = make_float2(weight, __int_as_float(p.ids[row]));
+        atomicAdd(fine + fine_bin_of(weight, s.boundary), 1);
+    }
 }
 
 // Gather the best candidates of this block, judged against those of all blocks: first by their counts in fine
@@ -331,7 +360,7 @@ __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, in
             }
             kept = warp_sum_int(better) < left;
         }
-        if (kept && lane == 0) keep(p, s, places, s.own[i] & ~OWN_HOT, s.own[i] & OWN_HOT);
+        if (kept && lane == 0) keep(p, s, part, s.own[i] & ~OWN_HOT, s.own[i] & OWN_HOT);
     }
     __syncthreads();
 }
