@@ -136,8 +136,10 @@ def _visited(step, r):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _estimates(step, r):  # type: ignore[no-untyped-def]
-    return _floats(step.estimates + 4 * r * step.g * step.slots, (step.g, step.slots))
+def _estimates(step, r, part):  # type: ignore[no-untyped-def]
+    """Of the pages of one task: (g, its slots), side by side so that loops over them are SIMD."""
+    slots = SCANNED * LANES
+    return _floats(step.estimates + 4 * (r * step.slots + part * slots) * step.g, (step.g, slots))
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -245,16 +247,15 @@ def _near_rows(step, r, part, rows):  # type: ignore[no-untyped-def]
 def _scan(step, r, part):  # type: ignore[no-untyped-def]
     """Estimate the logits of the keys in some of the pages, and score them."""
     pages, labels, counts = _visited(step, r)
-    here = slice(part * SCANNED, min((part + 1) * SCANNED, pages.shape[0]))
-    if here.start >= here.stop:
+    start, stop = part * SCANNED, min((part + 1) * SCANNED, pages.shape[0])
+    if start >= stop:
         return
     head, factors, g = r // step.tokens % step.heads, _factors(step, r), step.g
-    keys = slice(here.start * LANES, here.stop * LANES)
-    estimates = _estimates(step, r)[:, keys]
+    estimates = _estimates(step, r, part)
     scan_pages(
-        pages[here],
-        labels[here],
-        counts[here],
+        pages[start:stop],
+        labels[start:stop],
+        counts[start:stop],
         _pool(step),
         step.span,
         step.shift,
@@ -269,7 +270,8 @@ def _scan(step, r, part):  # type: ignore[no-untyped-def]
         estimates,
     )
     if step.policy != UNION:
-        pool(estimates, _floats(step.norms + 4 * r * g, (g,)), step.policy, _scores(step, r)[keys])
+        scores = _scores(step, r)[start * LANES : stop * LANES]
+        pool(estimates, _floats(step.norms + 4 * r * g, (g,)), step.policy, scores)
 
 
 @njit(cache=True, nogil=True)
@@ -321,18 +323,22 @@ def _choose(step, r):  # type: ignore[no-untyped-def]
     for keys in _longs(step.taken + 8 * r * step.nlist, (step.nlist,)):
         scanned += keys
     limit = max(_longs(step.left, (s + 1,))[s] - scanned * step.code_bytes, 0) // step.row_bytes
-    kept, estimates = np.zeros(slots, np.bool_), _estimates(step, r)
-    if step.policy == UNION:
-        for h in range(step.g):
-            _keep(step, pages, estimates[h, :slots], limit // step.g, kept)
-    else:
-        _keep(step, pages, _scores(step, r)[:slots], limit, kept)
-    for slot in range(slots):
-        if kept[slot]:
-            rows[n] = np.int64(pages[slot // LANES]) * LANES + slot % LANES
-            n += 1
-            for h in range(step.g):
-                estimates[h, slot] = -np.inf
+    kept, scores, block = np.zeros(slots, np.bool_), _scores(step, r)[:slots], SCANNED * LANES
+    for h in range(step.g if step.policy == UNION else 1):
+        if step.policy == UNION:  # each head by its own estimates
+            limit = limit // step.g if h == 0 else limit
+            for part in range((slots + block - 1) // block):
+                end = min(block, slots - part * block)
+                scores[part * block : part * block + end] = _estimates(step, r, part)[h, :end]
+        _keep(step, pages, scores, limit, kept)
+    for part in range((slots + block - 1) // block):
+        estimates = _estimates(step, r, part)
+        for i in range(min(block, slots - part * block)):
+            if kept[part * block + i]:
+                rows[n] = np.int64(pages[part * SCANNED + i // LANES]) * LANES + i % LANES
+                n += 1
+                for h in range(step.g):
+                    estimates[h, i] = -np.inf
     _longs(step.kept_counts, (r + 1,))[r] = n
 
 
@@ -361,17 +367,18 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
     if first >= last:
         return
     out[:] = 0
+    sums[:] = 0
     for h in range(g):
-        row = _estimates(step, r)[h]
-        peaks[h] = min(bounds[h], largest(row[first * LANES : last * LANES]))
-        sums[h] = 0
+        row = _estimates(step, r, part)[h]
+        peaks[h] = min(bounds[h], largest(row[: (last - first) * LANES]))
         if peaks[h] == -np.inf:
             continue
         start = first
         for p in range(first, last):
             label = labels[p]
             if p + 1 == last or labels[p + 1] != label:
-                weight = bounded_sum(row[start * LANES : (p + 1) * LANES], bounds[h], peaks[h])
+                run = row[(start - first) * LANES : (p + 1 - first) * LANES]
+                weight = bounded_sum(run, bounds[h], peaks[h])
                 sums[h] += weight
                 add_mean(weight, means[label], mean_scales[label], out[h])
                 start = p + 1
@@ -382,7 +389,7 @@ def _do(address: int, stage: int, task: int) -> None:
     step = carray(pointer(address), 1, STEP)[0]
     if stage == PLAN and task % (step.near_parts + 1) == 0:
         _plan(step, task // (step.near_parts + 1))
-    elif stage == PLAN or stage == FETCH:
+    elif stage in (PLAN, FETCH):
         # One call for both, since all that it calls is compiled at every place that calls it.
         rows = np.empty(CHUNK, np.int64)
         if stage == PLAN:
@@ -445,7 +452,7 @@ def _count_parts(step, scan, left, sizes, sinks, recent):  # type: ignore[no-unt
     scans = step.refine and not step.everything
     step.scan_parts = (pages + SCANNED - 1) // SCANNED if scans else 0
     step.parts = step.near_parts + step.kept_parts + (step.scan_parts + 1 if step.remainder else 0)
-    step.slots = pages * LANES if scans else 0
+    step.slots = step.scan_parts * SCANNED * LANES
 
 
 @njit(cache=True, nogil=True)

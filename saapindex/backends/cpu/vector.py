@@ -81,10 +81,7 @@ class _Emitter:
         """Load stored elements as floats; with a mask, only where it is set, and zero elsewhere."""
         width, bits = (4, _I32) if kind == FLOAT32 else (2, _I16)
         raw = ir.VectorType(bits, LANES)
-        if mask is None:
-            x = self.load(address, raw, width)
-        else:
-            x = self._masked_load(address, raw, width, mask)
+        x = self.load(address, raw, width) if mask is None else self._masked_load(address, raw, width, mask)
         if kind == FLOAT32:
             return self.builder.bitcast(x, _FLOATS)
         if kind == FLOAT16:
@@ -387,16 +384,6 @@ def float_of(typingctx, bits):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], _FLOAT)
 
     return types.float32(types.int32), codegen
-
-
-@intrinsic
-def byte_at(typingctx, address):  # type: ignore[no-untyped-def]
-    """Return the uint8 at an address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _Emitter(builder).load(args[0], _I8, 1)
-
-    return types.uint8(types.int64), codegen
 
 
 @intrinsic
