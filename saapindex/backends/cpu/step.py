@@ -24,7 +24,6 @@ from saapindex.backends.cpu.attend import (
     attend_chunk,
     bounded_sum,
     kind_of,
-    largest,
     merge_parts,
     rest_of_lists,
 )
@@ -39,7 +38,7 @@ from saapindex.backends.cpu.codes import (
     visited_pages,
 )
 from saapindex.backends.cpu.heap import worse
-from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, pool, rank, visit, worst_kept
+from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, largest, pool, rank, visit, worst_kept
 from saapindex.backends.cpu.vector import (
     atomic_add,
     atomic_read,
