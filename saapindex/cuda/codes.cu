@@ -7,7 +7,7 @@
 #define TINY 1e-30f
 
 // Grid (ceil(n / (WARPS * ROWS)), heads), WARPS * WARP threads. Residuals are (heads, n, d), forward is (heads, d, r).
-extern "C" __global__ void __launch_bounds__(WARPS* WARP)
+extern "C" __global__ void __launch_bounds__(WARPS* WARP, 2)
 encode(const float* __restrict__ residuals, const float* __restrict__ forward, const float* __restrict__ step,
        const i64* __restrict__ widths, const float* __restrict__ base, u32* __restrict__ words, u8* __restrict__ exponents,
        int n, int d, int r, int w) {

@@ -58,7 +58,7 @@ route_scores(const float* __restrict__ features, const float* __restrict__ table
 
 // The `p` best lists of a query, and if `sizes` is given the plan of its scan: grid q, THREADS threads; dynamic
 // shared memory for `room` entries, a power of two that is at least p.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 route_select(const float* __restrict__ scores, i64* __restrict__ lists, float* __restrict__ best, int nlist, int p,
              int room, const i64* __restrict__ sizes, int* __restrict__ before, int* __restrict__ takes) {
     extern __shared__ i64 ids[];

@@ -1,4 +1,4 @@
-"""What only a device has: its arrays and streams, types of 16 bits, sizes that need many blocks of threads."""
+"""What only a device has: its arrays and streams, types of 16 bits, sizes that need many thread blocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from saapindex.backends import get_ops
 from saapindex.backends.base import LANES, Lists, to_blocks
 from saapindex.backends.cuda.assign import assign_heads, prepare
+from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.rope import rotate
 from saapindex.devices import check_device, current, device_of
 from saapindex.errors import InvalidInputError
@@ -247,27 +248,30 @@ def test_devices_have_names(cupy):
 
 
 @pytest.mark.torch
-def test_kernels_run_on_the_stream_of_torch(cupy, torch, ops):
-    """A graph of torch holds the rotation, and replays it on what its input then holds."""
-    x = torch.randn(50, 16, device="cuda")
-    tables = [cupy.asarray(v) for v in (np.arange(50), 0.1 ** np.arange(8.0), np.ones(8))]
-    with current(x):
-        known = ops.rotate(cupy.from_dlpack(x), *tables, False)  # compiles
-    pool = cupy.cuda.MemoryPool()
-    graph = torch.cuda.CUDAGraph()
-    before = pool.malloc
-    del before
-    with torch.cuda.graph(graph):
-        stream = torch.cuda.current_stream()
+def test_a_graph_of_torch_holds_kernels(cupy, torch):
+    """Kernels that are launched on torch's stream are captured, and replay on what their input then holds."""
+    x, out = torch.randn(50, 16, device="cuda"), torch.zeros(50, 16, device="cuda")
+    positions, turns, ones = cupy.arange(50), cupy.asarray(0.1 ** np.arange(8.0)), cupy.ones(8)
+    views = [cupy.from_dlpack(tensor) for tensor in (x, out)]
+    run = kernel("rope", "rotate", ELEMENT=2)
+    sizes = np.int64(50), np.int32(16), np.int32(8), np.int32(0)
+
+    def launch():
         with current(x):
-            assert cupy.cuda.get_current_stream().ptr == stream.cuda_stream
-            y = x + 1
-            view = cupy.from_dlpack(y)
-            del view
+            stream = cupy.cuda.get_current_stream()
+            assert stream.ptr == torch.cuda.current_stream().cuda_stream
+            run((2,), (256,), (views[0], np.int64(16), positions, turns, ones, views[1], *sizes))
+
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    x.normal_()
     graph.replay()
     torch.cuda.synchronize()
-    np.testing.assert_array_equal(y.cpu().numpy(), x.cpu().numpy() + 1)
-    assert known.shape == (50, 16)
+    known = REFERENCE.rotate(x.cpu().numpy(), np.arange(50), np.pi * turns.get(), np.ones(8), False)
+    np.testing.assert_allclose(out.cpu().numpy(), known, atol=1e-5)
 
 
 @pytest.mark.torch
