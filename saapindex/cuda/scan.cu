@@ -7,7 +7,7 @@
 // Compiled with -DD=... (dimensions).
 
 // What a query reads of its lists: grid q, THREADS threads.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 scan_plan(const i64* __restrict__ probes, const i64* __restrict__ sizes, const i64* __restrict__ limits, int p,
           int* __restrict__ before, int* __restrict__ takes) {
     __shared__ Scratch scratch;
@@ -59,10 +59,10 @@ __device__ __forceinline__ float block_score(const element* __restrict__ vectors
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) {
             if (L2) {
-                const float difference = x - y[j];
-                sums[j] = fmaf(difference, difference, sums[j]);
+                const float difference = add(x, -y[j]);
+                sums[j] = multiply_add(difference, difference, sums[j]);
             } else {
-                sums[j] = fmaf(x, y[j], sums[j]);
+                sums[j] = multiply_add(x, y[j], sums[j]);
             }
         }
     }
@@ -74,12 +74,12 @@ __device__ __forceinline__ float block_score(const element* __restrict__ vectors
 #pragma unroll
         for (int i = 0; i < half; ++i) {
             const float sent = upper ? sums[i] : sums[i + half], kept = upper ? sums[i + half] : sums[i];
-            sums[i] = kept + __shfl_xor_sync(FULL, sent, step);
+            sums[i] = add(kept, __shfl_xor_sync(FULL, sent, step));
         }
         key += upper ? half : 0;
     }
-    const float sum = sums[0] + __shfl_xor_sync(FULL, sums[0], PARTS);
-    return L2 ? 0.f - sum : sum;
+    const float sum = add(sums[0], __shfl_xor_sync(FULL, sums[0], PARTS));
+    return L2 ? -sum : sum;
 }
 
 // Grid (q, splits), THREADS threads; dynamic shared memory for `room` + `capacity` entries and the query.
@@ -147,7 +147,7 @@ __device__ void scan_split(const float* queries, const element* vectors, const i
     const i64 out = (number * gridDim.y + blockIdx.y) * k;
     for (int i = threadIdx.x; i < k; i += THREADS) {
         const float score = i < kept ? unordered(best_keys[i]) : -INFINITE;
-        scores[out + i] = L2 ? 0.f - score : score;
+        scores[out + i] = L2 ? -score : score;
         found[out + i] = i < kept ? best_ids[i] : -1;
     }
 }
@@ -168,7 +168,7 @@ scan_l2(SCAN_ARGUMENTS, int k, int room, int capacity, float* __restrict__ score
 }
 
 // The k best of what the splits of a query found: grid q, THREADS threads; dynamic shared memory for `room`.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 scan_merge(const float* __restrict__ scores, const i64* __restrict__ found, int n, int k, int room, int l2,
            float* __restrict__ best, i64* __restrict__ best_found) {
     __shared__ Scratch scratch;
@@ -178,12 +178,12 @@ scan_merge(const float* __restrict__ scores, const i64* __restrict__ found, int 
     scores += number * n, found += number * n;
     const int count = collect(n, k, keys, ids, scratch, [&](int i, u32& key, i64& id) {
         id = found[i];
-        key = id == -1 ? 0 : ordered(l2 ? 0.f - scores[i] : scores[i]);
+        key = id == -1 ? 0 : ordered(l2 ? -scores[i] : scores[i]);
     });
     sort_entries(count, room, keys, ids);
     for (int i = threadIdx.x; i < k; i += THREADS) {
         const float score = i < count ? unordered(keys[i]) : -INFINITE;
-        best[number * k + i] = l2 ? 0.f - score : score;
+        best[number * k + i] = l2 ? -score : score;
         best_found[number * k + i] = i < count ? ids[i] : -1;
     }
 }
@@ -225,7 +225,7 @@ __device__ void range_split(const float* queries, const element* vectors, const 
             const i64 place = out + block_scan(hit, total, scratch);
             if (hit && starts) {
                 const int block = (i + threadIdx.x) / LANES;
-                scores[place] = L2 ? 0.f - score : score;
+                scores[place] = L2 ? -score : score;
                 found[place] = ids[blocks.start[block] + threadIdx.x % LANES];
             }
             out += total;

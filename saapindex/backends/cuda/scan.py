@@ -17,16 +17,18 @@ __all__ = ["best_of", "planned", "range_scan", "ready", "scan"]
 _STEP = 512  # keys that a block of threads reads at once
 _MOST = 2048  # results of a query that a block of threads sorts
 _BLOCKS = 8  # blocks of keys that are worth a block of threads
+_MERGED = 3000  # results of all parts of a query that are worth merging
 _ROUNDS = 4  # blocks of threads for each multiprocessor
 
 
-def _splits(q: int, p: int, lists: Lists) -> int:
+def _splits(q: int, p: int, lists: Lists, k: int = 1) -> int:
     """Return in how many parts the scan of a query is cut, so that the device is busy."""
     cupy = get_cupy()
     blocks = len(lists.ids) // LANES * p // max(len(lists.sizes), 1)
     device = cupy.cuda.Device()
     threads = _ROUNDS * device.attributes["MultiProcessorCount"]
-    return int(min(max(1, -(-threads // max(q, 1))), max(1, blocks // _BLOCKS), 256))
+    most = min(-(-threads // max(q, 1)), blocks // _BLOCKS, _MERGED // k, 256)
+    return max(1, most)
 
 
 def planned(lists: Lists, probes: Any, limits: Any) -> tuple[Any, Any]:
@@ -54,7 +56,7 @@ def best_of(
     if k > _MOST:
         return _best_of_many(queries, lists, probes, before, takes, k, l2)
     best, found = cupy.empty((q, k), np.float32), cupy.empty((q, k), np.int64)
-    splits = _splits(q, p, lists)
+    splits = _splits(q, p, lists, k)
     room, capacity = power_of_two(k), max(2048, k + 2 * _STEP)
     shared = (room + capacity) * ENTRY + 4 * lists.vectors.shape[1]
     some, some_found = best, found
