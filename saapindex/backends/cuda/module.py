@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from saapindex.errors import InvalidInputError, MissingDependencyError
+from saapindex.devices import get_cupy
+from saapindex.errors import InvalidInputError
 
 __all__ = ["ELEMENTS", "get_cupy", "kernel", "options", "source"]
 
@@ -17,7 +18,9 @@ ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
 
 
 def source(file: str) -> str:
-    """Return the CUDA source of an operation with `common.cuh` and its own headers in it: caches see no includes.
+    """Return the CUDA source of an operation with `common.cuh` before it, and what it includes in it.
+
+    Compilers' caches see no includes, and NVRTC needs a path for them.
 
     Examples
     --------
@@ -28,7 +31,8 @@ def source(file: str) -> str:
     path = folder / f"{file}.cu"
     if not path.is_file():
         raise InvalidInputError(f"there is no CUDA source {file}.cu")
-    text = re.sub(r'^#include "(.+)"$', lambda found: (folder / found[1]).read_text(), path.read_text(), flags=re.M)
+    include = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+    text = include.sub(lambda found: (folder / found[1]).read_text(), path.read_text())
     return (folder / "common.cuh").read_text() + "\n" + text
 
 
@@ -43,39 +47,18 @@ def options(macros: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
     return ("--std=c++17", *(f"-D{name}={value}" for name, value in macros))
 
 
-def get_cupy() -> Any:
-    """Return CuPy.
-
-    Raises
-    ------
-    MissingDependencyError
-        If it is not installed, or there is no device; the message says what to do.
-    """
-    try:
-        import cupy
-    except ImportError as error:
-        raise MissingDependencyError(
-            "CUDA needs CuPy: pip install 'saapindex[cuda]' (cupy-cuda13x, or cupy-cuda12x for CUDA 12)"
-        ) from error
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise MissingDependencyError(f"CUDA finds no device: {error}; use the backend 'cpu'") from error
-    if not count:
-        raise MissingDependencyError("CUDA finds no device; use the backend 'cpu'")
-    return cupy
-
-
 @functools.cache
 def _module(file: str, device: int, macros: tuple[tuple[str, Any], ...]) -> Any:
     return get_cupy().RawModule(code=source(file), options=options(macros), backend="nvrtc")
 
 
 @functools.cache
-def _kernel(file: str, name: str, device: int, shared: int, macros: tuple[tuple[str, Any], ...]) -> Any:
+def _kernel(file: str, name: str, device: int, large: bool, macros: tuple[tuple[str, Any], ...]) -> Any:
+    cupy = get_cupy()
     found = _module(file, device, macros).get_function(name)
-    if shared > 48 * 1024:
-        found.max_dynamic_shared_size_bytes = shared
+    if large:  # all that there is: whoever asks for less later must not take it away
+        most = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+        found.max_dynamic_shared_size_bytes = most - found.shared_size_bytes
     return found
 
 
@@ -87,9 +70,9 @@ def kernel(file: str, name: str, *, shared: int = 0, **macros: Any) -> Any:
     file, name
         Where it is, and its name there.
     shared
-        The most dynamic shared memory it will be launched with, in bytes.
+        The dynamic shared memory it will be launched with, in bytes.
     **macros
         What is defined when it is compiled.
     """
     device = get_cupy().cuda.runtime.getDevice()
-    return _kernel(file, name, device, shared, tuple(sorted(macros.items())))
+    return _kernel(file, name, device, shared > 16 * 1024, tuple(sorted(macros.items())))
