@@ -7,7 +7,6 @@ import pytest
 
 from saapindex.attention.streams import from_streams, to_streams
 
-
 SETTINGS = {"window": 31, "sinks": 2, "dense_below": 64, "dtype": "float32"}
 
 
