@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from saapindex.errors import InvalidInputError, MissingDependencyError
+from saapindex.devices import get_cupy
+from saapindex.errors import InvalidInputError
 
 __all__ = ["ELEMENTS", "get_cupy", "kernel", "options", "source"]
 
@@ -16,7 +18,9 @@ ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
 
 
 def source(file: str) -> str:
-    """Return the CUDA source of an operation with `common.cuh` before it: compilers' caches see no includes.
+    """Return the CUDA source of an operation with `common.cuh` before it, and what it includes in it.
+
+    Compilers' caches see no includes, and NVRTC needs a path for them.
 
     Examples
     --------
@@ -27,7 +31,8 @@ def source(file: str) -> str:
     path = folder / f"{file}.cu"
     if not path.is_file():
         raise InvalidInputError(f"there is no CUDA source {file}.cu")
-    return (folder / "common.cuh").read_text() + "\n" + path.read_text()
+    text = re.sub(r'#include "(\w+\.cuh)"', lambda found: (folder / found[1]).read_text(), path.read_text())
+    return (folder / "common.cuh").read_text() + "\n" + text
 
 
 def options(macros: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
@@ -39,29 +44,6 @@ def options(macros: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
     ('--std=c++17', '-DD=128')
     """
     return ("--std=c++17", *(f"-D{name}={value}" for name, value in macros))
-
-
-def get_cupy() -> Any:
-    """Return CuPy.
-
-    Raises
-    ------
-    MissingDependencyError
-        If it is not installed, or there is no device; the message says what to do.
-    """
-    try:
-        import cupy
-    except ImportError as error:
-        raise MissingDependencyError(
-            "CUDA needs CuPy: pip install 'saapindex[cuda]' (cupy-cuda13x, or cupy-cuda12x for CUDA 12)"
-        ) from error
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise MissingDependencyError(f"CUDA finds no device: {error}; use the backend 'cpu'") from error
-    if not count:
-        raise MissingDependencyError("CUDA finds no device; use the backend 'cpu'")
-    return cupy
 
 
 @functools.cache
