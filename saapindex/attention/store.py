@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from saapindex.arrays import ArrayLike, as_numpy, integers
 from saapindex.attention.batch import Batch
 from saapindex.attention.layer import LayerCodebook
-from saapindex.attention.memory import MemoryStatement, statement
+from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.sequence import Keeping, Sequence
 from saapindex.attention.tensors import STORED, element_type, stored
 from saapindex.backends import get_ops
@@ -111,10 +111,9 @@ class AttentionStore:
     @property
     def list_sizes(self) -> NDArray[np.int64]:
         """Keys in each list, int64 (batch, kv_heads, nlist)."""
-        shape = self.batch, self.codebook.heads, self.codebook.nlist
         if self._batch is None:
-            return np.zeros(shape, np.int64)
-        return self._batch.lists.sizes.reshape(shape).copy()
+            return np.zeros((self.batch, self.codebook.heads, self.codebook.nlist), np.int64)
+        return self._batch.list_sizes.copy()
 
     def _start(self, dtype: str) -> Batch:
         """Return the batch as it is, or empty sequences that store `dtype`."""
@@ -161,15 +160,7 @@ class AttentionStore:
                 f"a sequence would have {ends.max()} keys, expected less than {_POSITIONS_END}"
             )
         self._warn_of_positions(int(ends.max()))
-        grown = []
-        for b, sequence in enumerate(batch.sequences):
-            new_keys, new_values = keys[b], values[b]
-            if wanted is not None and not wanted[b].all():
-                new_keys, new_values = new_keys[:, wanted[b]], new_values[:, wanted[b]]
-            if new_keys.shape[1]:
-                sequence = sequence.added(batch.keeping, new_keys, new_values)
-            grown.append(sequence)
-        self._batch, self._dtype = Batch(batch.keeping, grown, batch), dtype
+        self._batch, self._dtype = batch.added(keys, values, wanted), dtype
 
     def _wanted(self, n: int, lengths: ArrayLike | None, mask: ArrayLike | None) -> NDArray[np.bool_] | None:
         """Which of `n` new keys belong to each sequence, (batch, n); None for all."""
@@ -216,7 +207,7 @@ class AttentionStore:
         if self._batch is None:
             empty = np.zeros((self.codebook.heads, 0, self.codebook.d), STORED[self._dtype or "float32"])
             return empty, empty.copy()
-        return self._batch.sequences[sequence].content(self._batch.keeping)
+        return self._batch.content(sequence)
 
     def truncate(self, n: ArrayLike, sequence: int | None = None) -> None:
         """Keep the first `n` keys of every sequence, or of one; a shorter sequence stays as it is.
@@ -241,11 +232,7 @@ class AttentionStore:
             self._check_sequences(np.array([sequence]))
         if self._batch is None:
             return
-        kept = [
-            old.truncated(self._batch.keeping, int(length)) if sequence in (None, b) else old
-            for b, (old, length) in enumerate(zip(self._batch.sequences, wanted, strict=True))
-        ]
-        self._batch = Batch(self._batch.keeping, kept, self._batch)
+        self._batch = self._batch.truncated(wanted, sequence)
 
     def reorder(self, order: ArrayLike) -> None:
         """Let sequence `i` be what sequence ``order[i]`` was: beams that go on, or a part of the batch.
@@ -261,8 +248,7 @@ class AttentionStore:
         if self._batch is None:
             self._count = len(numbers)
         else:
-            chosen = [self._batch.sequences[i] for i in numbers]
-            self._batch = Batch(self._batch.keeping, chosen, self._batch)
+            self._batch = self._batch.reordered(numbers)
 
     def fork(self, sequences: ArrayLike | None = None) -> Self:
         """Return an index of its own that begins with these sequences, by default all, and shares their
@@ -302,7 +288,7 @@ class AttentionStore:
         """Return what is held, in bytes, and how much more it is than plain keys and values."""
         if self._batch is None:
             return MemoryStatement(plain=0, pages=0, used=0, statistics=0)
-        return statement(self._batch)
+        return self._batch.memory()
 
     @property
     def nbytes(self) -> int:
