@@ -109,6 +109,7 @@ class DeviceBatch:
         self._made: tuple[Any, int] | None = None
         self._space: AppendSpace | None = None
         self.spaces: dict[Any, Any] = {}  # what `attend` works in
+        self._sink_logits: Array | None = None
         self.reserved = 0
         self._set_forms()
         self._learn()
@@ -159,7 +160,10 @@ class DeviceBatch:
                     pool.arrays.get(name, array if name == "sinks" else xp.asarray(array))
                     for name, array in host._asdict().items()
                 ),
-                [None if s.lists.centroids is None else xp.asarray(s.lists.centroids) for s in batch.sequences],
+                [
+                    None if s.lists.centroids is None else xp.asarray(s.lists.centroids)
+                    for s in batch.sequences
+                ],
             )
             pool.hold(made.streams.pages[slots(made.streams, xp)])
         pool.settle()
@@ -239,7 +243,9 @@ class DeviceBatch:
             self._adapt(keys, values, count, entering)
             if int(entering.max()) > self._step_space().order.shape[1]:
                 with allocating(f"what the entering of {entering.max()} keys needs"):
-                    space = AppendSpace.empty(self.streams, int(entering.max()), self.keeping.xp, self._counters)
+                    space = AppendSpace.empty(
+                        self.streams, int(entering.max()), self.keeping.xp, self._counters
+                    )
         self._launch(keys, values, fresh, space, many=int(entering.sum()) * self.keeping.heads >= _MANY)
         self._known = lengths, start
         if entering.any():
@@ -249,7 +255,9 @@ class DeviceBatch:
 
     def _captured(self, keys: Array, values: Array, wanted: Any) -> Self:
         if wanted is not None:
-            raise InvalidInputError("lengths and masks cannot be captured in a graph, expected keys for all sequences")
+            raise InvalidInputError(
+                "lengths and masks cannot be captured in a graph, expected keys for all sequences"
+            )
         if not self.reserved:
             raise InvalidInputError(
                 "an addition is captured in a graph, but no room was reserved for it: call reserve(tokens) before, "
@@ -263,7 +271,9 @@ class DeviceBatch:
         self, keys: Array, values: Array, fresh: Array | None, space: AppendSpace | None, *, many: bool
     ) -> None:
         made = self._argument() if space is None else self._arguments(space)
-        append_streams(with_keys(made, keys, values, fresh), keys.shape[3], self._own["near_keys"].dtype, many=many)
+        append_streams(
+            with_keys(made, keys, values, fresh), keys.shape[3], self._own["near_keys"].dtype, many=many
+        )
 
     def _argument(self) -> Any:
         version = self.keeping.pool.version
@@ -401,7 +411,9 @@ class DeviceBatch:
         rows = xp.asarray((numbers[:, None] * heads + np.arange(heads)).reshape(-1))
         with allocating(f"the copies that {len(numbers)} sequences need"):
             own = {
-                name: array if name == "sinks" else array[xp.asarray(numbers) if name in _BY_SEQUENCE else rows]
+                name: array
+                if name == "sinks"
+                else array[xp.asarray(numbers) if name in _BY_SEQUENCE else rows]
                 for name, array in self._own.items()
             }
             streams = Streams(**own, **self.keeping.pool.arrays)
@@ -456,6 +468,12 @@ class DeviceBatch:
             used=pool.used * pool.page_nbytes,
             statistics=sum(array.nbytes for array in (*held, *scratch)) + self.keeping.book.nbytes,
         )
+
+    def sinks_on_device(self, logits: NDArray[np.float32]) -> Array:
+        """Return learned logits on the device, the same array each time."""
+        if self._sink_logits is None:
+            self._sink_logits = self.keeping.xp.asarray(logits)
+        return self._sink_logits
 
     @property
     def _buffers(self) -> list[Array]:

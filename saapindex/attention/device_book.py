@@ -87,7 +87,10 @@ class DeviceBook:
         xp, pairs = self.xp, self.forms.turns.shape[1]
         turn = positions[:, None].astype(np.float64) * self.forms.turns[head]
         angle, factor = 2 * math.pi * (turn - xp.rint(turn)), self.forms.amplitudes[head]
-        cosine, sine = (xp.cos(angle) * factor).astype(np.float32), (xp.sin(angle) * factor).astype(np.float32)
+        cosine, sine = (
+            (xp.cos(angle) * factor).astype(np.float32),
+            (xp.sin(angle) * factor).astype(np.float32),
+        )
         first, second = slice(0, pairs), slice(pairs, 2 * pairs)
         if self.forms.interleaved:
             first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
@@ -161,7 +164,9 @@ def _turns(views: Any) -> tuple[NDArray[np.float64], NDArray[np.float32], bool] 
         return None
     layouts = {(view.rope.layout, view.rope.dim) for view in moving if view.rope is not None}
     if len(layouts) > 1:
-        raise InvalidInputError(f"heads of one layer have embeddings of layouts {sorted(layouts)}, expected one")
+        raise InvalidInputError(
+            f"heads of one layer have embeddings of layouts {sorted(layouts)}, expected one"
+        )
     [(layout, dim)] = layouts
     turns, factors = np.zeros((len(views), dim // 2)), np.ones((len(views), dim // 2), np.float32)
     for h, view in enumerate(views):

@@ -77,7 +77,9 @@ def _converted(array: Any, given: str, kind: str, xp: Any) -> Any:
     if kind != "bfloat16":
         return array.astype(STORED[kind])
     bits = xp.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
+    rounded = ((bits + (0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(
+        np.uint16
+    )
     return xp.where(xp.isnan(array), np.uint16(_EXPONENT), rounded)
 
 

@@ -65,11 +65,23 @@ struct State {
     int* heavy;         // (S * min(M, L)): tasks for whole blocks
     int2* work;         // (S * (P + L)): stream and page to be coded anew
     int* counters;
+    i64* stamps;  // with -DSTAMPS: nanoseconds at the beginning of each phase
 
     i64 key_batch, key_head, key_token, value_batch, value_head, value_token;  // strides in elements
     int batch, heads, lists, room, ring, sinks, kept, flush, dense_below;
     int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, unused;
 };
+
+#ifdef STAMPS
+__device__ __forceinline__ void stamp(const State& a, int phase) {
+    i64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.stamps[phase] = now;
+}
+#define STAMP(phase) stamp(a, phase)
+#else
+#define STAMP(phase)
+#endif
 
 // What one launch does to a sequence: keys `first` to `until` leave the ring.
 struct Plan {
@@ -740,6 +752,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
             if (blockIdx.x == 0) atomicOr(a.counters + STATUS, NO_PLACE);
         }
     __syncthreads();
+    STAMP(0);
     if (due) {
         u32 target = blocks;
         if (!a.labels_in) {
@@ -755,11 +768,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
         }
         grid_barrier(a, target);  // every block has seen the counters that the next phase changes
         target += blocks;
+        STAMP(1);
         for (int s = blockIdx.x; s < streams; s += blocks)
             if (plans[s / a.heads].until > plans[s / a.heads].first) place(a, plans[s / a.heads], s, (int*)rest);
         grid_barrier(a, target);
         target += blocks;
 
+        STAMP(2);
         const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
         for (int i = blockIdx.x; i < heavies; i += blocks) enter_by_block(a, plans, a.heavy[i], rest);
         for (int i = warps - 1 - warp; i < tasks; i += warps) {
@@ -772,6 +787,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
         grid_barrier(a, target);
         target += blocks;
 
+        STAMP(3);
         int skip = blockIdx.x;
         for (int s = 0; s < streams; ++s) {
             const Plan& plan = plans[s / a.heads];
@@ -802,6 +818,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
             encode_tile(a, s, list, row, (float*)rest);
         }
         grid_barrier(a, target);
+        STAMP(4);
         for (int i = warp; i < tasks; i += warps) add_squares(a, a.tasks[i]);
         if (!a.labels_in)
             for (i64 i = (i64)blockIdx.x * THREADS + tid; i < (i64)streams * a.most; i += (i64)blocks * THREADS) {
@@ -811,6 +828,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
     }
     store_near(a, plans, warp, warps);
 
+    STAMP(5);
     // The last block to come here changes what the others have read.
     __syncthreads();
     if (tid == 0) {

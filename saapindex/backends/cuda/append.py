@@ -12,14 +12,26 @@ from saapindex.backends.cuda.module import ELEMENTS, get_cupy, kernel
 from saapindex.backends.cuda.streams import Streams
 from saapindex.errors import InvalidInputError
 
-__all__ = ["APPEND", "AppendRules", "AppendSpace", "Forms", "PagesInPool", "append_streams", "argument", "most_pages"]
+__all__ = [
+    "APPEND",
+    "AppendRules",
+    "AppendSpace",
+    "Forms",
+    "PagesInPool",
+    "append_streams",
+    "argument",
+    "most_pages",
+]
 
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 
 THREADS = 256
 COUNTERS = 6
 """int32 counters of a state. The first is its status: 0, or what `STATUS` names."""
-STATUS = {1: "keys that were due stayed out of the lists, for want of pages", 2: "keys were lost, for want of room"}
+STATUS = {
+    1: "keys that were due stayed out of the lists, for want of pages",
+    2: "keys were lost, for want of room",
+}
 _KEYS, _LISTS, _SLAB, _CODED, _WINDOW = 64, 128, 16, 32, 2048  # as in append.cu
 _TABLES = 48 * 1024
 _SHARED_MOST = 96 * 1024
@@ -32,7 +44,7 @@ _STREAMS = (
 _POINTERS = [
     *_STREAMS,
     *"holders free available forms bias forward step base widths turns amplitudes new_keys new_values fresh".split(),
-    *"labels_in best order rows tasks heavy work counters".split(),
+    *"labels_in best order rows tasks heavy work counters stamps".split(),
 ]
 _STRIDES = "key_batch key_head key_token value_batch value_head value_token".split()
 _INTEGERS = (
@@ -203,7 +215,9 @@ def with_keys(
     return made
 
 
-def append_streams(made: np.ndarray[Any, Any], d: int, dtype: np.dtype[Any], *, many: bool) -> None:
+def append_streams(
+    made: np.ndarray[Any, Any], d: int, dtype: np.dtype[Any], *, many: bool, stamps: Array | None = None
+) -> None:
     """Append: `made` is what `argument` and `with_keys` return.
 
     Allocates nothing and waits for nothing, so that it can be captured in a graph.
@@ -216,13 +230,21 @@ def append_streams(made: np.ndarray[Any, Any], d: int, dtype: np.dtype[Any], *, 
         Dimension of a key, and what it is stored in.
     many
         Whether thousands of keys enter the lists, so that more blocks pay.
+    stamps
+        (6,) int64, written: nanoseconds at the beginning of each phase. Slower.
     """
+    made["stamps"] = _address(stamps)
     shared = shared_bytes(d, int(made["lists"][0]), int(made["coded_dimensions"][0]), int(made["batch"][0]))
     device = get_cupy().cuda.runtime.getDevice()
     multiprocessors, most = _limits(device)
     blocks = multiprocessors * (2 if many and 2 * (shared + 2048) <= most else 1)
-    names = {np.dtype(np.float16): "float16", np.dtype(np.uint16): "bfloat16", np.dtype(np.float32): "float32"}
-    run = kernel("append", "append", shared=shared, D=d, ELEMENT=ELEMENTS[names[np.dtype(dtype)]])
+    names = {
+        np.dtype(np.float16): "float16",
+        np.dtype(np.uint16): "bfloat16",
+        np.dtype(np.float32): "float32",
+    }
+    macros = {} if stamps is None else {"STAMPS": 1}
+    run = kernel("append", "append", shared=shared, D=d, ELEMENT=ELEMENTS[names[np.dtype(dtype)]], **macros)
     run((blocks,), (THREADS,), (made,), shared_mem=shared)
 
 

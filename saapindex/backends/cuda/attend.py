@@ -70,7 +70,9 @@ class DeviceCode(NamedTuple):
             np.swapaxes(code.inverse, 1, 2)[:, :most],
             (array[:, :most] for array in (code.step, code.spread, code.distortion)),
         )
-        floats = [np.ascontiguousarray(array, np.float32) for array in (rows, steps, code.base, spread, distortion)]
+        floats = [
+            np.ascontiguousarray(array, np.float32) for array in (rows, steps, code.base, spread, distortion)
+        ]
         whole = [np.ascontiguousarray(array, np.int32) for array in (code.widths, coded)]
         return cls(*(xp.asarray(array) for array in (*floats, *whole)))
 
@@ -234,7 +236,11 @@ def _address(array: Array | None) -> int:
 
 
 def _element(array: Array) -> int:
-    names = {np.dtype(np.float16): "float16", np.dtype(np.uint16): "bfloat16", np.dtype(np.float32): "float32"}
+    names = {
+        np.dtype(np.float16): "float16",
+        np.dtype(np.uint16): "bfloat16",
+        np.dtype(np.float32): "float32",
+    }
     return ELEMENTS[names[array.dtype]]
 
 
