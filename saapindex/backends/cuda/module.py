@@ -52,10 +52,12 @@ def _module(file: str, device: int, macros: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @functools.cache
-def _kernel(file: str, name: str, device: int, shared: int, macros: tuple[tuple[str, Any], ...]) -> Any:
+def _kernel(file: str, name: str, device: int, large: bool, macros: tuple[tuple[str, Any], ...]) -> Any:
+    cupy = get_cupy()
     found = _module(file, device, macros).get_function(name)
-    if shared > 48 * 1024:
-        found.max_dynamic_shared_size_bytes = shared
+    if large:  # all that there is: whoever asks for less later must not take it away
+        most = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+        found.max_dynamic_shared_size_bytes = most - found.shared_size_bytes
     return found
 
 
@@ -67,9 +69,9 @@ def kernel(file: str, name: str, *, shared: int = 0, **macros: Any) -> Any:
     file, name
         Where it is, and its name there.
     shared
-        The most dynamic shared memory it will be launched with, in bytes.
+        The dynamic shared memory it will be launched with, in bytes.
     **macros
         What is defined when it is compiled.
     """
     device = get_cupy().cuda.runtime.getDevice()
-    return _kernel(file, name, device, shared, tuple(sorted(macros.items())))
+    return _kernel(file, name, device, shared > 16 * 1024, tuple(sorted(macros.items())))
