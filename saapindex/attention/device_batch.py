@@ -237,19 +237,20 @@ class DeviceBatch:
         lengths, first = self.lengths + count, self.first
         start = self.keeping.window_start(lengths, first)
         entering = start - first
-        space = None
-        if entering.any():
+        space = labels = None
+        most, many = int(entering.max(initial=0)), int(entering.sum()) * self.keeping.heads >= _MANY
+        if most:
             self._make_room(entering)
-            self._adapt(keys, values, count, entering)
-            if int(entering.max()) > self._step_space().order.shape[1]:
-                with allocating(f"what the entering of {entering.max()} keys needs"):
-                    space = AppendSpace.empty(
-                        self.streams, int(entering.max()), self.keeping.xp, self._counters
-                    )
-        self._launch(keys, values, fresh, space, many=int(entering.sum()) * self.keeping.heads >= _MANY)
+            with allocating(f"what the entering of {most} keys needs"):
+                if most > self._step_space().order.shape[1]:
+                    space = AppendSpace.empty(self.streams, most, self.keeping.xp, self._counters)
+                self._adapt(keys, count, entering)
+                if space is not None:
+                    labels = self._labels(keys, count, entering, most)
+        self._launch(keys, values, fresh, labels, space, many=many)
         self._known = lengths, start
-        if entering.any():
-            self._begun += most_pages(int(entering.max()), self.keeping.book.codebook.nlist)
+        if most:
+            self._begun += most_pages(most, self.keeping.book.codebook.nlist)
             self.keeping.pool.bound -= self._need(entering)
         return self
 
@@ -263,16 +264,26 @@ class DeviceBatch:
                 "an addition is captured in a graph, but no room was reserved for it: call reserve(tokens) before, "
                 "with as many tokens as all replays will add"
             )
-        self._launch(keys, values, None, None, many=False)
+        self._launch(keys, values, None, None, None, many=False)
         self._known = None
         return self
 
     def _launch(
-        self, keys: Array, values: Array, fresh: Array | None, space: AppendSpace | None, *, many: bool
+        self,
+        keys: Array,
+        values: Array,
+        fresh: Array | None,
+        labels: Array | None,
+        space: AppendSpace | None,
+        *,
+        many: bool,
     ) -> None:
         made = self._argument() if space is None else self._arguments(space)
         append_streams(
-            with_keys(made, keys, values, fresh), keys.shape[3], self._own["near_keys"].dtype, many=many
+            with_keys(made, keys, values, fresh, labels),
+            keys.shape[3],
+            self._own["near_keys"].dtype,
+            many=many,
         )
 
     def _argument(self) -> Any:
@@ -340,21 +351,41 @@ class DeviceBatch:
             self._argument()
         self.reserved = tokens
 
-    def _adapt(self, keys: Array, values: Array, count: Ints, entering: Ints) -> None:
+    def _entering(self, b: int, keys: Array, count: int, m: int) -> list[Array]:
+        """Return the `m` keys of a sequence that enter the lists, (H, n, d) each: from the ring, then new ones."""
+        start, length = int(self.first[b]), int(self.lengths[b])
+        split, skip = min(max(length, start), start + m), keys.shape[2] - count - length
+        near = self._near(b, start, split)[0]
+        return [near, keys[b, :, split + skip : start + m + skip]]
+
+    def _adapt(self, keys: Array, count: Ints, entering: Ints) -> None:
         """Fit the centroids of sequences whose lists are empty to their entering keys."""
         keeping, book = self.keeping, self.keeping.book
         wanted = (self.first == keeping.sinks) & (entering >= ADAPT_FROM * book.codebook.nlist)
         if not keeping.adapt or not wanted.any():
             return
-        for b in np.flatnonzero(wanted):
-            start, end = int(self.first[b]), int(self.first[b] + entering[b])
-            split = min(int(self.lengths[b]), end)
-            near = self._near(int(b), start, split)[0]
-            skip = keys.shape[2] - int(count[b]) - int(self.lengths[b])
-            parts = [near, keys[b, :, max(split, start) + skip : end + skip]] if end > split else [near]
-            entering_keys = wide(keeping.xp.concatenate(parts, axis=1), keeping.xp)
-            self.centroids[b] = book.adapt(entering_keys, start, keeping.adapt)
+        for b in np.flatnonzero(wanted).tolist():
+            parts = self._entering(b, keys, int(count[b]), int(entering[b]))
+            found = wide(keeping.xp.concatenate(parts, axis=1), keeping.xp)
+            self.centroids[b] = book.adapt(found, int(self.first[b]), keeping.adapt)
         self._set_forms()
+
+    def _labels(self, keys: Array, count: Ints, entering: Ints, most: int) -> Array | None:
+        """Return the lists of many entering keys, (S, most), if tensor cores can tell them."""
+        book, heads, xp = self.keeping.book, self.keeping.heads, self.keeping.xp
+        if not book.by_tensor_cores:
+            return None
+        labels = xp.empty((len(self._own["counts"]), most), np.int32)
+        for b in np.flatnonzero(entering).tolist():
+            of = slice(b * heads, (b + 1) * heads)
+            own = None if self._forms is None else (self._forms[0][of], self._forms[1][of])
+            at = 0
+            for part in self._entering(b, keys, int(count[b]), int(entering[b])):
+                n = part.shape[1]
+                if n:
+                    labels[of, at : at + n] = book.assign(part, own)
+                at += n
+        return labels
 
     def _set_forms(self) -> None:
         """Lay out the forms of all sequences, if some have their own."""

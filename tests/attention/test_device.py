@@ -29,7 +29,9 @@ def same(host, device):
     np.testing.assert_array_equal(one.lengths, device.lengths)
     np.testing.assert_array_equal(one.first, other.first)
     for b, (a, c) in enumerate(zip(one.sequences, other.sequences, strict=True)):
-        for x, y, z in zip(a.content(one.keeping), c.content(other.keeping), device.reconstruct(b), strict=True):
+        for x, y, z in zip(
+            a.content(one.keeping), c.content(other.keeping), device.reconstruct(b), strict=True
+        ):
             np.testing.assert_array_equal(x, y)
             np.testing.assert_array_equal(x, as_host(z))
         for name in STATISTICS:
@@ -171,7 +173,12 @@ def operate(pairs, op, seed, data):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@given(operations=OPERATIONS, window=st.integers(0, 40), flush=st.integers(1, 40), below=st.sampled_from([0, 100]))
+@given(
+    operations=OPERATIONS,
+    window=st.integers(0, 40),
+    flush=st.integers(1, 40),
+    below=st.sampled_from([0, 100]),
+)
 @settings(max_examples=12, deadline=None)
 def test_any_operations(make_codebook, data, dtype, operations, window, flush, below):
     host, device = pair(make_codebook(), dtype, 2, window=window, flush=flush, dense_below=below, adapt=2)
@@ -197,7 +204,9 @@ class TestGraphs:
             index.add(k[:, :, :500], v[:, :, :500])
         device.reserve(self.STEPS + 8)
         kind = getattr(torch, dtype)
-        keys, values, queries = (torch.zeros(2, h, n, 16, dtype=kind, device="cuda") for h, n in ((2, 1), (2, 1), (6, 1)))
+        keys, values, queries = (
+            torch.zeros(2, h, n, 16, dtype=kind, device="cuda") for h, n in ((2, 1), (2, 1), (6, 1))
+        )
         q = torch.randn(2, 6, 16, device="cuda").to(kind)
         queries = queries[:, :, 0]
         queries.copy_(q)
@@ -302,7 +311,9 @@ class TestBoundary:
                 for given in (q, cupy.asarray(q), torch.from_numpy(q).cuda()):
                     out, lse = device.attend(given, **how)
                     assert type(out) is type(given)
-                    out, lse = (x.cpu().numpy() if isinstance(x, torch.Tensor) else as_host(x) for x in (out, lse))
+                    out, lse = (
+                        x.cpu().numpy() if isinstance(x, torch.Tensor) else as_host(x) for x in (out, lse)
+                    )
                     np.testing.assert_allclose(out, want, rtol=1e-3, atol=1e-3)
                     np.testing.assert_allclose(lse, want_lse, rtol=1e-3, atol=1e-3)
 
