@@ -50,21 +50,26 @@ def keys_of(book: LayerCodebook, n: int, dtype: str, seed: int) -> Any:
     return x[None].to(getattr(torch, dtype))
 
 
+def elapsed(run: Any) -> float:
+    """Return the microseconds that `run` takes on the device."""
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e3 * float(start.elapsed_time(end))
+
+
 def median(run: Any, times: int, before: Any = None) -> float:
     """Return the median time of `run` in microseconds, by events."""
     found = []
-    for i in range(times + 2):
+    for _ in range(times + 2):
         if before:
             before()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if i >= 2:
-            found.append(1e3 * start.elapsed_time(end))
-    return float(np.median(found))
+        found.append(elapsed(run))
+    return float(np.median(found[2:]))
 
 
 def stamped(batch: DeviceBatch, keys: Any, values: Any, *, many: bool) -> list[float]:
@@ -82,7 +87,8 @@ def prefill(book: LayerCodebook, dtype: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for adapt in (0, 3):
         index = AttentionIndex(book, dtype=dtype, adapt=adapt, device="cuda")
-        with torch.cuda.stream(torch.cuda.Stream()):
+        stream: Any = torch.cuda.Stream
+        with torch.cuda.stream(stream()):
             found["milliseconds" if not adapt else "milliseconds with 3 Lloyd steps"] = (
                 median(lambda index=index: index.add(k, v), 7 if not adapt else 3, index.reset) / 1e3
             )
@@ -135,25 +141,11 @@ def steps(book: LayerCodebook, dtype: str, context: int) -> dict[str, Any]:
     for i in range(2 * FLUSH + 40):
         for target, source in zip(new, (more, values), strict=True):
             target.copy_(source[:, :, i : i + 1])
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    empty = []
+        times.append(elapsed(graph.replay))
     nothing = torch.cuda.CUDAGraph()
     with torch.cuda.graph(nothing):
         new[0].add_(0)
-    for _ in range(200):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        nothing.replay()
-        end.record()
-        end.synchronize()
-        empty.append(1e3 * start.elapsed_time(end))
+    empty = [elapsed(nothing.replay) for _ in range(200)]
     flushes = []
     for i in range(12):
         for target, source in zip(rows, (more, values), strict=True):
@@ -168,13 +160,13 @@ def steps(book: LayerCodebook, dtype: str, context: int) -> dict[str, Any]:
     kinds = np.uint16 if dtype == "bfloat16" else None
     arrays = [cupy.asarray(x.view(torch.int16)).view(kinds) if kinds else cupy.asarray(x) for x in rows]
     phases = [stamped(batch, *arrays, many=False) for _ in range(3)]
-    times = np.sort(times)
+    times.sort()
     return {
         "lengths": index.lengths.tolist(),
         "token, one of 20 in a graph": single,
         "token, a graph of one (median)": float(np.median(times)),
         "another kernel in a graph of one": float(np.median(empty)),
-        "token with a flush of 256": [float(x) for x in times[-2:]],
+        "token with a flush of 256": times[-2:],
         "256 tokens with a flush of 256": [round(x, 1) for x in sorted(flushes)],
         "phases (assign, place, enter, encode, finish)": phases,
     }

@@ -1,4 +1,4 @@
-"""Attention and selection of an index on a device: queries in, one launch, outputs in the caller's framework."""
+"""Attention and selection of an index on a device: one launch, and outputs in the caller's framework."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.arrays import ArrayLike, as_array
-from saapindex.attention.device_batch import DeviceBatch, allocating
+from saapindex.attention.device_batch import DeviceBatch
+from saapindex.attention.device_keeping import allocating
 from saapindex.attention.device_tensors import buffer, placed
 from saapindex.attention.limits import reading
 from saapindex.attention.selection import packed
@@ -141,7 +142,7 @@ def _join(out: Array, lse: Array, logits: Array, xp: Any) -> None:
 def select_on_device(
     batch: DeviceBatch, q: ArrayLike, device: int, scaling: Scaling, wanted: AttendParameters, ops: Ops
 ) -> tuple[Array, Array, Array]:
-    """Choose keys for queries, (B, q_heads, d): ids, (S, most), lengths, (S,), and lists, (S, most), as `select`.
+    """Choose keys for queries, (B, q_heads, d): ids, lengths and lists of each stream, as `select` returns them.
 
     The host waits for the device.
     """
@@ -170,16 +171,16 @@ def select_on_device(
 def _visited(
     batch: DeviceBatch, x: Floats, scaling: Scaling, wanted: AttendParameters, ops: Ops, everything: bool
 ) -> Ints:
-    """Return the lists that are visited: on the host, from their statistics, since the kernel keeps no record."""
+    """Return the visited lists: from their statistics, on the host, since the kernel keeps no record."""
     streams, book = batch.streams, batch.keeping.book.codebook
     sizes = as_host(streams.sizes).astype(np.int64)
     if everything:
         return packed(sizes > 0)[0]
     lists = PagedLists(
-        *(
-            as_host(array)
-            for array in (streams.anchors, streams.anchor_scales, streams.means, streams.mean_scales)
-        ),
+        anchors=as_host(streams.anchors),
+        anchor_scales=as_host(streams.anchor_scales),
+        means=as_host(streams.means),
+        mean_scales=as_host(streams.mean_scales),
         spreads=as_host(streams.squares) / np.maximum(sizes, 1).astype(np.float32),
         sizes=sizes,
         starts=np.zeros_like(sizes),

@@ -1,4 +1,4 @@
-"""The codebook of a layer on a device: how keys are assigned there, coded, and how centroids are fitted to them."""
+"""The codebook of a layer on a device: how keys are assigned and coded there, and centroids fitted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DeviceBook:
     def own_forms(self, centroids: Array) -> tuple[Array, Array]:
         """Return forms and bias for centroids of one sequence, (H, L, d) on the device."""
         found = [self._device_form(h, centroids[h]) for h in range(self.codebook.heads)]
-        return tuple(self.xp.stack(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+        return tuple(self.xp.stack(part) for part in zip(*found, strict=True))
 
     def _device_form(self, head: int, centroids: Array) -> tuple[Array, Array]:
         """`assignment_form` on the device."""
@@ -77,7 +77,7 @@ class DeviceBook:
         return forms.astype(np.float32), (-(forms * exact).sum(axis=1) / 2).astype(np.float32)
 
     @cached_property
-    def _metric(self) -> Array | None:
+    def _metric(self) -> Any:
         return None if self.codebook.metric is None else self.xp.asarray(self.codebook.metric)
 
     @property
@@ -115,11 +115,12 @@ class DeviceBook:
 
     def view(self, keys: Array, head: int, positions: Array) -> Array:
         """Return keys of a head, float32 (n, d), as they are assigned."""
-        if self.forms.turns is None:
+        turns, amplitudes = self.forms.turns, self.forms.amplitudes
+        if turns is None or amplitudes is None:
             return keys
-        xp, pairs = self.xp, self.forms.turns.shape[1]
-        turn = positions[:, None].astype(np.float64) * self.forms.turns[head]
-        angle, factor = 2 * math.pi * (turn - xp.rint(turn)), self.forms.amplitudes[head]
+        xp, pairs = self.xp, turns.shape[1]
+        turn = positions[:, None].astype(np.float64) * turns[head]
+        angle, factor = 2 * math.pi * (turn - xp.rint(turn)), amplitudes[head]
         cosine, sine = (
             (xp.cos(angle) * factor).astype(np.float32),
             (xp.sin(angle) * factor).astype(np.float32),

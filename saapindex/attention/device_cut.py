@@ -28,7 +28,7 @@ def slots(streams: Streams, xp: Any) -> Array:
 
 
 def copy_open_pages(streams: Streams, pool: DevicePool, xp: Any) -> None:
-    """Give streams that share all pages with others copies of those that are not full, and hold the full ones."""
+    """Let streams hold the full pages that others hold too, and copy those that are not full."""
     there = slots(streams, xp)
     open_ = there & (streams.labels & 31 < LANES)
     old = streams.pages[open_]
@@ -40,7 +40,7 @@ def copy_open_pages(streams: Streams, pool: DevicePool, xp: Any) -> None:
 
 
 def in_lists(streams: Streams, s: int, first: int, last: int, xp: Any) -> tuple[Array, Array, Array]:
-    """Return page of the pool, lane and position of each key of a stream at positions ``first : last`` in lists."""
+    """Return page in the pool, lane and position of a stream's keys in lists at ``first : last``."""
     count = int(streams.counts[s])
     pages, lanes = streams.pages[s, :count], streams.labels[s, :count] & 31
     ids = streams.ids[pages]

@@ -138,7 +138,7 @@ class AttentionIndex(AttentionStore):
         if self._batch is None:
             out, lse = np.zeros_like(x), np.full(x.shape[:3], -np.inf, np.float32)
         else:
-            out, lse = self._attend(self._batch, x, last, wanted, near)
+            out, lse = self._attend(self.host_batch, x, last, wanted, near)
         if near and self.sink_logits is not None:
             out, lse = self._with_sinks(out, lse, g)
         shape = tuple(q.shape)
@@ -212,10 +212,11 @@ class AttentionIndex(AttentionStore):
             parts = [none, np.zeros(shape, np.int64), none]
             start, ends = zeros + self.sinks, zeros
         else:
-            how = self._batch.reading(wanted)
-            found = select(self._batch, x, self._scaling, how, everything=wanted.budget == 1)
+            batch = self.host_batch
+            how = batch.reading(wanted)
+            found = select(batch, x, self._scaling, how, everything=wanted.budget == 1)
             parts = [part.reshape(*shape, *part.shape[1:]) for part in found]
-            start, ends = self._batch.first.copy(), self.lengths
+            start, ends = batch.first.copy(), self.lengths
         ids, lengths, partitions, start, ends = (give_back(part, q) for part in (*parts, start, ends))
         return Selection(ids, lengths, partitions, self.sinks, start, ends)
 
@@ -267,7 +268,7 @@ class AttentionIndex(AttentionStore):
         count, heads = tuple(getattr(q, "shape", ()))[1:2], self.codebook.heads
         if not count or not count[0] or count[0] % heads:
             raise InvalidInputError(
-                f"q has {count[0] if count else 'no'} query heads, expected a multiple of the {heads} KV heads"
+                f"q has {count[0] if count else 0} query heads, expected a multiple of the {heads} KV heads"
             )
         if self.sink_logits is not None and count[0] != len(self.sink_logits):
             raise InvalidInputError(

@@ -24,7 +24,8 @@ from saapindex.lists.paged import PagePool
 from saapindex.params import AttendParameters, check_choice, check_integer
 
 if TYPE_CHECKING:
-    from saapindex.attention.device_batch import DeviceBatch, DeviceKeeping
+    from saapindex.attention.device_batch import DeviceBatch
+    from saapindex.attention.device_keeping import DeviceKeeping
 
 __all__ = ["DENSE_BELOW", "AttentionStore"]
 
@@ -148,6 +149,13 @@ class AttentionStore:
 
         return DeviceBatch.empty(self._device_keeping(dtype), self._count)
 
+    @property
+    def host_batch(self) -> Batch:
+        """The sequences of an index on the host that has keys."""
+        if not isinstance(self._batch, Batch):
+            raise InvalidInputError(f"the index is on {self.device}, expected one with keys on the host")
+        return self._batch
+
     def _empty(self, dtype: str) -> Batch:
         """Return empty sequences on the host."""
         book = self.codebook
@@ -159,8 +167,8 @@ class AttentionStore:
         return Batch(keeping, [Sequence.empty(keeping)] * self._count)
 
     def _device_keeping(self, dtype: str) -> DeviceKeeping:
-        from saapindex.attention.device_batch import DeviceKeeping, allocating
         from saapindex.attention.device_book import DeviceBook
+        from saapindex.attention.device_keeping import DeviceKeeping, allocating
         from saapindex.lists.device_pool import DevicePool
 
         xp, book = get_cupy(), self.codebook
@@ -171,7 +179,7 @@ class AttentionStore:
         return DeviceKeeping(found, pool, dtype, *rules, xp)
 
     def to(self, device: str) -> Self:
-        """Return the index on another device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; a copy, even if it is there.
+        """Return a copy of the index on a device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
 
         Raises
         ------
@@ -187,12 +195,11 @@ class AttentionStore:
         batch = moved._batch
         if isinstance(batch, DeviceBatch):
             with self._current():
-                batch = batch.to_host(self._empty(str(self._dtype)).keeping)
+                moved._batch = batch.to_host(self._empty(str(self._dtype)).keeping)
         moved._device, moved._model = number, None
         if number is not None:
             with moved._current():
-                batch = DeviceBatch.of(moved._device_keeping(str(self._dtype)), batch)
-        moved._batch = batch
+                moved._batch = DeviceBatch.of(moved._device_keeping(str(self._dtype)), moved.host_batch)
         return moved
 
     def reserve(self, tokens: int) -> None:
@@ -262,7 +269,7 @@ class AttentionStore:
         shape = self.batch, self.codebook.heads, n, self.codebook.d
         if self._device is None:
             return stored(value, name, shape, dtype)
-        from saapindex.attention.device_batch import capturing
+        from saapindex.attention.device_keeping import capturing
         from saapindex.attention.device_tensors import placed
 
         # The host would wait for the answer, which a single step must not.
