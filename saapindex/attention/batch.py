@@ -84,6 +84,10 @@ class Batch:
         """Return a batch whose sequence `i` is number ``numbers[i]`` of this one."""
         return Batch(self.keeping, [self.sequences[i] for i in numbers], self)
 
+    def cleared(self) -> Batch | None:
+        """Return the batch without keys: none at all, so that memory is free again."""
+        return None
+
     def forked(self, numbers: Ints | None = None) -> Batch:
         """Return a batch of these sequences, by default all, that changes independently."""
         return self if numbers is None else self.reordered(numbers)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from saapindex.attention.batch import Batch
 from saapindex.attention.device_arrays import BY_PAGE, BY_SEQUENCE, POOLED, DeviceArrays
-from saapindex.attention.device_cut import copy_open_pages, cut_lists, slots, wide
+from saapindex.attention.device_cut import EMPTY, copy_open_pages, cut_lists, slots
 from saapindex.attention.device_keeping import DeviceKeeping, allocating, capturing
 from saapindex.attention.sequence import Keeping
 from saapindex.attention.streams import as_host, from_streams, to_streams
@@ -179,7 +179,7 @@ class DeviceBatch(DeviceArrays):
             return
         for b in np.flatnonzero(wanted).tolist():
             parts = self._entering(b, keys, int(count[b]), int(entering[b]))
-            found = wide(keeping.xp.concatenate(parts, axis=1), keeping.xp)
+            found = parts[1] if not parts[0].shape[1] else keeping.xp.concatenate(parts, axis=1)
             self.centroids[b] = book.adapt(found, int(self.first[b]), keeping.adapt)
         self._set_forms()
 
@@ -214,13 +214,25 @@ class DeviceBatch(DeviceArrays):
         for b in np.flatnonzero(start < first).tolist():
             of = range(b * keeping.heads, (b + 1) * keeping.heads)
             cut_lists(self.streams, keeping.pool, of, int(start[b]), int(first[b]), int(lengths[b]), base, xp)
-            if start[b] == keeping.sinks:
+            if start[b] == keeping.sinks:  # no key is in lists
                 self.centroids[b] = None
         if (start < first).any():
             keeping.pool.settle()
             self._set_forms()
         self._own["lengths"][...] = xp.asarray(lengths.astype(np.int32))
         self._own["first"][...] = xp.asarray(start.astype(np.int32))
+        self._learn()
+        return self
+
+    def cleared(self) -> Self:
+        """Forget every key, and keep the memory for others."""
+        self.keeping.pool.abandon(self._own["pages"].copy(), self._own["counts"].copy())
+        for name in ("lengths", "counts", "sizes", "coded", *EMPTY):
+            self._own[name].fill(0)
+        self._own["first"].fill(self.keeping.sinks)
+        self._own["last"].fill(-1)
+        self.centroids = [None] * len(self.centroids)
+        self._set_forms()
         self._learn()
         return self
 

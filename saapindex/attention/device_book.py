@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saapindex.attention.device_cut import wide
 from saapindex.attention.layer import ADAPT_POINTS, LayerCodebook
 from saapindex.backends.cuda.append import Forms
+from saapindex.backends.cuda.assign import accumulate, assign_heads, prepare
 from saapindex.backends.cuda.attend import DeviceCode
 from saapindex.errors import InvalidInputError
 from saapindex.partition import View
@@ -95,8 +97,6 @@ class DeviceBook:
         own
             Forms and bias of the sequence, (H, L, d) and (H, L), by default those of the codebook.
         """
-        from saapindex.backends.cuda.assign import assign_heads, prepare
-
         xp, (forms, bias) = self.xp, own or (self.forms.forms, self.forms.bias)
         if keys.dtype != np.float32 or keys.shape[2] > 128:
             return assign_heads(keys, prepare(forms, bias))[0].astype(np.int32)
@@ -139,7 +139,7 @@ class DeviceBook:
         Parameters
         ----------
         keys
-            (H, m, d) float32, at positions from `first` up.
+            (H, m, d) as stored, at positions from `first` up.
         niter
             Steps.
 
@@ -154,27 +154,42 @@ class DeviceBook:
         if book.spherical:
             moved = _unit(moved, xp)
         for h in range(book.heads):
-            x = self.view(xp.ascontiguousarray(keys[h, ::step]), h, positions)
-            forms, _ = self._device_form(h, x)
-            norms = (x * forms).sum(axis=1)
+            x = keys[h, ::step]
+            if not (self.by_tensor_cores and x.dtype.itemsize == 2):
+                x = self.view(wide(xp.ascontiguousarray(x), xp), h, positions)
             for _ in range(niter):
-                forms, bias = self._device_form(h, moved[h])
-                scores = x @ forms.T + bias
-                labels = scores.argmax(axis=1)
-                best = xp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
-                counts = xp.bincount(labels, minlength=book.nlist)
-                sums = xp.zeros((book.nlist, book.d), np.float64)
-                xp.add.at(sums, labels, x.astype(np.float64))
-                filled = counts > 0
+                labels, best = self._nearest(x, h, moved[h])
+                sums, counts = self._sums(x, labels)
                 mean = (sums / xp.maximum(counts, 1)[:, None]).astype(np.float32)
-                moved[h] = xp.where(filled[:, None], mean, moved[h])
-                empty = xp.flatnonzero(~filled)
+                moved[h] = xp.where((counts > 0)[:, None], mean, moved[h])
+                empty = xp.flatnonzero(counts == 0)
                 if len(empty):
+                    seen = wide(x, xp)
+                    norms = (seen * self._device_form(h, seen)[0]).sum(axis=1)
                     error = xp.sqrt(norms) - best if book.spherical else xp.maximum(norms - 2 * best, 0)
-                    moved[h, empty] = x[xp.asarray(_draw(error, len(empty), rng))]
+                    moved[h, empty] = seen[xp.asarray(_draw(error, len(empty), rng))]
                 if book.spherical:
                     moved[h] = _unit(moved[h], xp)
         return moved
+
+    def _nearest(self, x: Array, head: int, centroids: Array) -> tuple[Array, Array]:
+        """Return the list of each key, (n, d), and its score."""
+        forms, bias = self._device_form(head, centroids)
+        if self.by_tensor_cores:
+            labels, best = assign_heads(x[None], prepare(forms[None], bias[None]))
+            return labels[0], best[0]
+        scores = x @ forms.T + bias
+        labels = scores.argmax(axis=1)
+        return labels, self.xp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
+
+    def _sums(self, x: Array, labels: Array) -> tuple[Array, Array]:
+        """Return the sum of the keys of each list, (L, d) float64, and how many they are."""
+        if self.xp is not np:
+            found: tuple[Array, Array] = accumulate(x, labels, self.codebook.nlist)
+            return found
+        sums = np.zeros((self.codebook.nlist, x.shape[1]))
+        np.add.at(sums, labels, x.astype(np.float64))
+        return sums, np.bincount(labels, minlength=self.codebook.nlist)
 
 
 def _draw(weights: Array, count: int, rng: np.random.Generator) -> NDArray[np.int64]:

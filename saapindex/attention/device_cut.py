@@ -10,9 +10,11 @@ from saapindex.backends.base import LANES
 from saapindex.backends.cuda.streams import Streams
 from saapindex.lists.device_pool import DevicePool
 
-__all__ = ["copy_open_pages", "cut_lists", "in_lists", "near_places", "slots"]
+__all__ = ["EMPTY", "copy_open_pages", "cut_lists", "in_lists", "near_places", "slots"]
 
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
+EMPTY = ("anchors", "anchor_scales", "sums", "means", "mean_scales", "squares")
+"""What is zero where no key is in lists."""
 _TABLES = ("pages", "labels", "orders", "before")
 
 
@@ -72,7 +74,7 @@ def cut_lists(
         streams.near_values[s, places] = streams.values[page, lane]
         _cut_stream(streams, pool, s, start, base[s - of.start], xp)
     if not int(streams.sizes[of.start : of.stop].sum()):
-        for name in ("anchors", "anchor_scales", "sums", "means", "mean_scales", "squares"):
+        for name in EMPTY:
             getattr(streams, name)[of.start : of.stop] = 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def placed(
     given, array = element_type(value, name), raw(value)
     if given != kind:
         array = _converted(array, given, kind, cupy)
-    if check and array.size and not bool(_finite(array, kind, cupy).all()):
+    if check and array.size and not bool(_finite(device, kind == "bfloat16")(array)):
         raise InvalidInputError(
             f"{name} holds NaN, infinity or what {kind} cannot hold, expected finite values"
         )
@@ -83,10 +84,12 @@ def _converted(array: Any, given: str, kind: str, xp: Any) -> Any:
     return xp.where(xp.isnan(array), np.uint16(_EXPONENT), rounded)
 
 
-def _finite(array: Any, kind: str, xp: Any) -> Any:
-    if kind == "bfloat16":
-        return (array & np.uint16(_EXPONENT)) != np.uint16(_EXPONENT)
-    return xp.isfinite(array)
+@functools.cache
+def _finite(device: int, bits: bool) -> Any:
+    """Return a kernel that tells whether all elements are finite, without an array as large as theirs."""
+    good = f"(x & {_EXPONENT}) != {_EXPONENT}" if bits else "isfinite((float)x)"
+    name = "bits_finite" if bits else "all_finite"
+    return get_cupy().ReductionKernel("T x", "bool y", good, "a && b", "y = a", "true", name)
 
 
 def buffer(model: ArrayLike, shape: tuple[int, ...], dtype: str, device: int) -> tuple[ArrayLike, Any]:

@@ -206,7 +206,7 @@ class AttentionStore:
         """Make room on the device for so many more keys of every sequence.
 
         Adding tokens one by one then never waits for the device nor takes memory, and can be captured in a
-        graph; a graph is good until the next call of `reserve`, `reset`, `reorder` to another number of
+        graph; a graph is good until the next call of `reserve`, of `reorder` to another number of
         sequences, or an addition outside of it that needs more room. On the host this does nothing.
 
         Parameters
@@ -406,8 +406,9 @@ class AttentionStore:
             raise InvalidInputError(f"there is no sequence {strange[0]}, expected 0 to {self.batch - 1}")
 
     def reset(self) -> None:
-        """Forget every key."""
-        self._batch = None
+        """Forget every key. On a device the memory is kept for the next ones, and a graph stays good."""
+        with self._current():
+            self._batch = None if self._batch is None else self._batch.cleared()
 
     def memory(self) -> MemoryStatement:
         """Return what is held, in bytes, and how much more it is than plain keys and values."""

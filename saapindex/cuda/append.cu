@@ -15,11 +15,12 @@
 #define WORDS ((ROW_WORDS + WARP - 1) / WARP)       // of them, those of a lane of a warp
 #define PART (4 / (int)sizeof(element))             // elements of a word
 #define MINE (WORDS * PART)                         // elements of a lane
-#define AHEAD (WORDS > 4 ? 2 : 4)                   // rows that a warp has in flight
+#define AHEAD (WORDS > 4 ? 2 : WORDS > 2 ? 4 : 8)   // rows that a warp has in flight
 #define KEYS 64                                     // of a tile of the assignment
 #define LISTS 128
 #define SLAB 16
-#define CODED 32                                    // keys of a tile of the encoding
+#define CODED LANES                                 // keys of a tile of the encoding
+#define LISTS_EACH 4                               // of a thread that places keys
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
 #define TINY 1e-30f
@@ -196,18 +197,18 @@ __device__ void grid_barrier(const State& a, u32 target) {
 }
 
 // Exclusive sum over the block, and the total; every thread must call it.
-__device__ int block_scan(int x, int* scratch, int* total) {
+__device__ u64 block_scan(u64 x, u64* scratch, u64* total) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int sum = x;
+    u64 sum = x;
 #pragma unroll
     for (int step = 1; step < WARP; step <<= 1) {
-        const int left = __shfl_up_sync(FULL, sum, step);
+        const u64 left = __shfl_up_sync(FULL, sum, step);
         if (lane >= step) sum += left;
     }
     __syncthreads();
     if (lane == WARP - 1) scratch[warp] = sum;
     __syncthreads();
-    int before = 0, all = 0;
+    u64 before = 0, all = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
         if (w < warp) before += scratch[w];
@@ -224,14 +225,17 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
     float* fs = xs + D * (KEYS + 4);       // [SLAB][LISTS + 4]
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     __syncthreads();
-    for (int r = warp; r < KEYS; r += WARPS) {
-        const bool there = key0 + r < m;
-        u32 words[WORDS] = {};
-        if (there) load_row(entering_key(a, plan, s, plan.first + key0 + r), lane, words);
+    for (int r0 = warp * AHEAD; r0 < KEYS; r0 += WARPS * AHEAD) {
+        u32 words[AHEAD][WORDS] = {};
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u)
+            if (key0 + r0 + u < m) load_row(entering_key(a, plan, s, plan.first + key0 + r0 + u), lane, words[u]);
 #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             const int at = element_of(lane, i);
-            if (at < D) xs[at * (KEYS + 4) + r] = there ? part_of(words[i / PART], i % PART) : 0.f;
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u)
+                if (at < D) xs[at * (KEYS + 4) + r0 + u] = part_of(words[u][i / PART], i % PART);
         }
     }
     if (a.turns) {
@@ -316,76 +320,105 @@ __device__ __forceinline__ int label_of(const State& a, int s, int i) {
     return a.labels_in ? a.labels_in[at] : (int)~(u32)a.best[at];
 }
 
+// Keys, new pages and lists with new keys, summed up at once.
+#define PAGES_AT 26
+#define LISTS_AT 46
+__device__ __forceinline__ int keys_in(u64 sums) { return (int)(sums & ((1ull << PAGES_AT) - 1)); }
+__device__ __forceinline__ int pages_in(u64 sums) { return (int)(sums >> PAGES_AT & ((1ull << (LISTS_AT - PAGES_AT)) - 1)); }
+__device__ __forceinline__ int lists_in(u64 sums) { return (int)(sums >> LISTS_AT); }
+
+__device__ __forceinline__ int full_pages(int keys) { return (keys + LANES - 1) / LANES; }
+
 // Phase 2: sort the entering keys of a stream by list and enter the pages that they need into the tables.
-__device__ void place(const State& a, const Plan& plan, int s, int* shared) {
+__device__ void place(const State& a, const Plan& plan, int s, char* shared) {
     const int m = plan.until - plan.first, L = a.lists, tid = threadIdx.x;
     const int lane = tid % WARP, warp = tid / WARP;
-    int* scratch = shared;           // [WARPS] and 2 more
-    int* counts = shared + 16;       // [tables][L]: of each part of the keys
+    u64* scratch = (u64*)shared;             // [WARPS]
+    int* taken = (int*)(scratch + WARPS);    // top of the stack of free pages, number of the first task
+    int* counts = taken + 4;                 // [tables][L]: of each part of the keys
     const int part = (m + a.tables * WARP - 1) / (a.tables * WARP) * WARP;
     for (int i = tid; i < a.tables * L; i += THREADS) counts[i] = 0;
     __syncthreads();
-    for (int i = tid; i < m; i += THREADS) atomicAdd(counts + i / part * L + label_of(a, s, i), 1);
-    __syncthreads();
+    for (int t = 0; t < a.tables; ++t)
+#pragma unroll 4
+        for (int i = t * part + tid; i < min(m, (t + 1) * part); i += THREADS)
+            atomicAdd(counts + t * L + label_of(a, s, i), 1);
     int sorted = 0, held = a.counts[s];
-    for (int j0 = 0; j0 < L; j0 += THREADS) {
-        const int j = j0 + tid;
-        const i64 list = (i64)s * L + j;
-        int count = 0, old = 0;
-        if (j < L) {
-            for (int t = 0; t < a.tables; ++t) count += counts[t * L + j];
-            old = a.sizes[list];
+    for (int j0 = 0; j0 < L; j0 += THREADS * LISTS_EACH) {
+        int count[LISTS_EACH], old[LISTS_EACH], coded[LISTS_EACH], open[LISTS_EACH];
+        const i64 list = (i64)s * L + j0 + tid * LISTS_EACH;
+        u64 mine = 0;
+#pragma unroll
+        for (int i = 0; i < LISTS_EACH; ++i) {
+            const bool there = j0 + tid * LISTS_EACH + i < L;
+            old[i] = there ? a.sizes[list + i] : 0;
+            coded[i] = there ? a.coded[list + i] : 0;
+            open[i] = there ? a.last[list + i] : -1;
         }
-        const int full = (old + LANES - 1) / LANES, grown = (old + count + LANES - 1) / LANES;
-        int all, all_pages, all_tasks;
-        const int start = sorted + block_scan(count, scratch, &all);
-        const int rank = block_scan(grown - full, scratch, &all_pages), base = held + rank;
-        int number = block_scan(count > 0, scratch, &all_tasks);
         __syncthreads();
+#pragma unroll
+        for (int i = 0; i < LISTS_EACH; ++i) {
+            const int j = j0 + tid * LISTS_EACH + i;
+            count[i] = 0;
+            if (j < L)
+                for (int t = 0; t < a.tables; ++t) count[i] += counts[t * L + j];
+            if (count[i])
+                mine += (u64)count[i] | (u64)(full_pages(old[i] + count[i]) - full_pages(old[i])) << PAGES_AT |
+                        1ull << LISTS_AT;
+        }
+        u64 all;
+        u64 before = block_scan(mine, scratch, &all);
         if (tid == 0) {
-            scratch[WARPS] = atomicSub(a.available, all_pages) - 1;
-            scratch[WARPS + 1] = atomicAdd(a.counters + TASKS, all_tasks);
+            taken[0] = atomicSub(a.available, pages_in(all)) - 1;
+            taken[1] = atomicAdd(a.counters + TASKS, lists_in(all));
         }
         __syncthreads();
-        number += scratch[WARPS + 1];
-        if (count) {
-            int at = start;
+        const int top = taken[0], task0 = taken[1];
+#pragma unroll
+        for (int i = 0; i < LISTS_EACH; ++i) {
+            if (!count[i]) continue;
+            const int j = j0 + tid * LISTS_EACH + i;
+            const int full = full_pages(old[i]), more = full_pages(old[i] + count[i]) - full;
+            const int rank = pages_in(before), number = task0 + lists_in(before);
+            int at = sorted + keys_in(before);
+            Task task = {s, j, at, count[i], old[i], open[i], held + rank, -1, 0};
             for (int t = 0; t < a.tables; ++t) {
                 const int here = counts[t * L + j];
                 counts[t * L + j] = at;
                 at += here;
             }
-            Task task = {s, j, start, count, old, a.last[list], base, -1, 0};
             const i64 table = (i64)s * a.room;
-            if (old % LANES) a.labels[table + task.open] = j << 5 | min(LANES, old + count - (full - 1) * LANES);
-            int previous = task.open;
-            for (int q = full; q < grown; ++q) {
-                const int slot = base + q - full, page = a.free[scratch[WARPS] - rank - (q - full)];
+            if (old[i] % LANES)
+                a.labels[table + open[i]] = j << 5 | min(LANES, old[i] + count[i] - (full - 1) * LANES);
+            for (int q = 0; q < more; ++q) {
+                const int slot = task.base + q, page = a.free[top - rank - q];
                 a.pages[table + slot] = page;
-                a.labels[table + slot] = j << 5 | min(LANES, old + count - q * LANES);
-                a.orders[table + slot] = q;
-                a.before[table + slot] = previous;
+                a.labels[table + slot] = j << 5 | min(LANES, old[i] + count[i] - (full + q) * LANES);
+                a.orders[table + slot] = full + q;
+                a.before[table + slot] = q ? slot - 1 : open[i];
                 a.holders[page] = 1;
-                previous = slot;
             }
-            a.last[list] = previous;
-            a.sizes[list] = old + count;
-            const bool renewed = old + count >= 2 * a.coded[list];
+            if (more) a.last[list + i] = task.base + more - 1;
+            a.sizes[list + i] = old[i] + count[i];
+            const bool renewed = old[i] + count[i] >= 2 * coded[i];
             if (renewed) task.segment = 0;
-            task.heavy = renewed || count > HEAVY;
+            task.heavy = renewed || count[i] > HEAVY;
             a.tasks[number] = task;
             if (task.heavy) a.heavy[atomicAdd(a.counters + HEAVIES, 1)] = number;
+            before += (u64)count[i] | (u64)more << PAGES_AT | 1ull << LISTS_AT;
         }
-        sorted += all;
-        held += all_pages;
+        sorted += keys_in(all);
+        held += pages_in(all);
     }
     __syncthreads();
     if (tid == 0) a.counts[s] = held;
     if (warp < a.tables) {
         int* mine = counts + warp * L;
-        const int end = min(m, (warp + 1) * part);
-        for (int i0 = warp * part; i0 < end; i0 += WARP) {
-            const int i = i0 + lane, list = i < end ? label_of(a, s, i) : -1;
+        const int begin = warp * part, end = min(m, begin + part);
+        int next = begin + lane < end ? label_of(a, s, begin + lane) : -1;
+        for (int i = begin + lane; i - lane < end; i += WARP) {
+            const int list = next;
+            next = i + WARP < end ? label_of(a, s, i + WARP) : -1;
             const u32 same = __match_any_sync(FULL, list);
             const int ahead = __popc(same & ((1u << lane) - 1));
             const int at = list >= 0 ? mine[list] + ahead : 0;
@@ -401,7 +434,7 @@ __device__ void place(const State& a, const Plan& plan, int s, int* shared) {
 }
 
 __device__ __forceinline__ int slot_of(const Task& task, int q) {
-    const int full = (task.old + LANES - 1) / LANES;
+    const int full = full_pages(task.old);
     return q < full ? task.open : task.base + q - full;
 }
 
@@ -512,7 +545,7 @@ __device__ bool own_pages(const State& a, int s, const int* slots, int count, in
 
 // Look up the pages `from` up of a list, at most WINDOW. A block does it.
 __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
-    const int pages = (task.old + task.count + LANES - 1) / LANES, full = (task.old + LANES - 1) / LANES;
+    const int pages = full_pages(task.old + task.count), full = full_pages(task.old);
     const int count = min(WINDOW, pages - from);
     const i64 table = (i64)task.stream * a.room;
     __syncthreads();
@@ -539,7 +572,7 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 list = (i64)s * a.lists + task.list;
     double values[MINE] = {}, keys[MINE] = {};
-    const int pages = (task.old + task.count + LANES - 1) / LANES, full = (task.old + LANES - 1) / LANES;
+    const int pages = full_pages(task.old + task.count), full = full_pages(task.old);
     bool renewed = task.segment >= 0;
     for (int from = 0; renewed && from < full; from += WINDOW) {
         const int count = look_up(a, task, from, slots);
@@ -547,7 +580,7 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
     }
     if (renewed) {
         copy_in<true>(a, plans[s / a.heads], task, warp, WARPS, values, keys);
-        if (threadIdx.x == 0) failed[1] = atomicAdd(a.counters + WORK, pages + pages % 2);
+        if (threadIdx.x == 0) failed[1] = atomicAdd(a.counters + WORK, pages);
         for (int from = 0; from < pages; from += WINDOW) {
             const int count = look_up(a, task, from, slots);
             for (int q = threadIdx.x; q < count; q += THREADS) a.work[failed[1] + from + q] = make_int2(s, slots[q]);
@@ -565,7 +598,6 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
                     if (j0 + u < end) add_row(key[u], keys);
             }
         }
-        if (threadIdx.x == 0 && pages % 2) a.work[failed[1] + pages] = make_int2(-1, 0);
         block_sum(keys, sums);
         if (warp == 0) {
 #pragma unroll
@@ -585,62 +617,63 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
 // A list that has its anchor from this very launch has as many keys as then.
 __device__ __forceinline__ bool is_renewed(const State& a, i64 list) { return a.coded[list] == a.sizes[list]; }
 
-// Phase 4: codes of up to CODED keys of one head, of which thread `r` of the first CODED names stream, list and row.
+// Phase 4: codes of up to CODED keys of a stream, of which thread `r` of the first CODED names list and row.
 __device__ void encode_tile(const State& a, int s, int list, int row, float* shared) {
     float* xs = shared;                       // [D][CODED + 4]
     float* ys = xs + D * (CODED + 4);         // [CODED][R + 1]
-    __shared__ int listed[CODED], rows[CODED], stream;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, R = a.coded_dimensions;
+    __shared__ int listed[CODED], rows[CODED];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, R = a.coded_dimensions, h = s % a.heads;
     __syncthreads();
-    if (threadIdx.x == 0) stream = s;
     if (threadIdx.x < CODED) {
         listed[threadIdx.x] = list;
         rows[threadIdx.x] = row;
     }
     if (!__syncthreads_or(threadIdx.x < CODED && row >= 0)) return;
-    const int h = stream % a.heads;
-    for (int r = warp; r < CODED; r += WARPS) {
-        u32 words[WORDS] = {};
-        const i64 at = (i64)stream * a.lists + listed[r];
-        if (rows[r] >= 0) load_row(a.keys + (i64)rows[r] * D, lane, words);
-        const float scale = rows[r] >= 0 ? a.anchor_scales[at] : 0.f;
+    {
+        u32 words[CODED / WARPS][WORDS] = {};
+        i8 anchor[CODED / WARPS][MINE] = {};
+        float scale[CODED / WARPS];
 #pragma unroll
-        for (int i = 0; i < MINE; ++i) {
-            const int e = element_of(lane, i);
-            if (e >= D) continue;
-            float x = 0.f;
-            if (rows[r] >= 0)
-                x = __fsub_rn(part_of(words[i / PART], i % PART), __fmul_rn((float)a.anchors[at * D + e], scale));
-            xs[e * (CODED + 4) + r] = x;
+        for (int u = 0; u < CODED / WARPS; ++u) {
+            const int r = warp + u * WARPS;
+            const i64 at = (i64)s * a.lists + listed[r];
+            scale[u] = 0.f;
+            if (rows[r] < 0) continue;
+            load_row(a.keys + (i64)rows[r] * D, lane, words[u]);
+            scale[u] = a.anchor_scales[at];
+#pragma unroll
+            for (int i = 0; i < MINE; ++i)
+                if (element_of(lane, i) < D) anchor[u][i] = a.anchors[at * D + element_of(lane, i)];
         }
+#pragma unroll
+        for (int u = 0; u < CODED / WARPS; ++u)
+#pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                const int e = element_of(lane, i);
+                if (e < D)
+                    xs[e * (CODED + 4) + warp + u * WARPS] =
+                        __fsub_rn(part_of(words[u][i / PART], i % PART), __fmul_rn((float)anchor[u][i], scale[u]));
+            }
     }
     int fields = 0;
     for (int w = 0; w < a.words; ++w) fields += 32 / a.widths[h * a.words + w];
     fields = min(fields, R);
     __syncthreads();
     const int c = threadIdx.x % 64, group = threadIdx.x / 64;
-    for (int c0 = 0; c0 < fields; c0 += 128) {
-        float acc[2][8] = {};
-        const bool one = c0 + c < fields, two = c0 + c + 64 < fields;
-        const float* forward = a.forward + (i64)h * D * R + c0 + c;
-        if (one)
-#pragma unroll 8
-            for (int k = 0; k < D; ++k) {
-                const float4 p = *(const float4*)(xs + k * (CODED + 4) + group * 8);
-                const float4 q = *(const float4*)(xs + k * (CODED + 4) + group * 8 + 4);
-                const float x[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
-                const float f = __ldg(forward + (i64)k * R), g = two ? __ldg(forward + (i64)k * R + 64) : 0.f;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    acc[0][i] = fmaf(f, x[i], acc[0][i]);
-                    acc[1][i] = fmaf(g, x[i], acc[1][i]);
-                }
-            }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if (one) ys[(group * 8 + i) * (R + 1) + c0 + c] = acc[0][i];
-            if (two) ys[(group * 8 + i) * (R + 1) + c0 + c + 64] = acc[1][i];
+    for (int c0 = c; c0 < fields; c0 += 64) {
+        float acc[CODED / 4] = {};
+        const float* forward = a.forward + (i64)h * D * R + c0;
+#pragma unroll 16
+        for (int k = 0; k < D; ++k) {
+            const float4 x = *(const float4*)(xs + k * (CODED + 4) + group * 4);
+            const float f = __ldg(forward + k * R);
+            acc[0] = fmaf(f, x.x, acc[0]);
+            acc[1] = fmaf(f, x.y, acc[1]);
+            acc[2] = fmaf(f, x.z, acc[2]);
+            acc[3] = fmaf(f, x.w, acc[3]);
         }
+#pragma unroll
+        for (int i = 0; i < CODED / 4; ++i) ys[(group * 4 + i) * (R + 1) + c0] = acc[i];
     }
     __syncthreads();
     for (int r = warp; r < CODED; r += WARPS) {
@@ -770,7 +803,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
         target += blocks;
         STAMP(1);
         for (int s = blockIdx.x; s < streams; s += blocks)
-            if (plans[s / a.heads].until > plans[s / a.heads].first) place(a, plans[s / a.heads], s, (int*)rest);
+            if (plans[s / a.heads].until > plans[s / a.heads].first) place(a, plans[s / a.heads], s, rest);
         grid_barrier(a, target);
         target += blocks;
 
@@ -803,19 +836,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
             }
             skip -= tiles;
         }
-        const int pairs = a.counters[WORK] / 2;
-        for (; skip < pairs; skip += blocks) {
-            int s = 0, list = 0, row = -1;
-            if (tid < CODED) {
-                const int2 work = a.work[skip * 2 + tid / LANES];
-                s = work.x;
-                if (work.x >= 0) {
-                    const int label = a.labels[(i64)s * a.room + work.y];
-                    list = label >> 5;
-                    if (tid % LANES < (label & 31)) row = a.pages[(i64)s * a.room + work.y] * LANES + tid % LANES;
-                }
-            }
-            encode_tile(a, s, list, row, (float*)rest);
+        const int works = a.counters[WORK];
+        for (; skip < works; skip += blocks) {
+            const int2 work = a.work[skip];
+            const i64 slot = (i64)work.x * a.room + work.y;
+            const int label = a.labels[slot];
+            encode_tile(a, work.x, label >> 5, tid < (label & 31) ? a.pages[slot] * LANES + tid : -1, (float*)rest);
         }
         grid_barrier(a, target);
         STAMP(4);
@@ -826,15 +852,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
                 if (i % a.most < plan.until - plan.first) a.best[i] = 0;
             }
     }
-    store_near(a, plans, warp, warps);
-
     STAMP(5);
-    // The last block to come here changes what the others have read.
+
+    // The last block to come here changes what all have read by now: the lengths, and the counters of a flush.
     __syncthreads();
-    if (tid == 0) {
-        __threadfence();
-        last = atomicAdd(a.counters + TICKET, 1) == blocks - 1;
-    }
+    if (tid == 0) last = atomicAdd(a.counters + TICKET, 1) == blocks - 1;
+    store_near(a, plans, warp, warps);
     __syncthreads();
     if (!last) return;
     for (int b = tid; b < a.batch; b += THREADS) {

@@ -99,9 +99,9 @@ class TestSteps:
     @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
     @pytest.mark.parametrize("dtype", ["float16", "float32"])
     def test_head_sizes(self, make_codebook, data, d, dtype):
-        host, device = pair(make_codebook(nlist=200, words=3, d=d), dtype)
+        host, device = pair(make_codebook(nlist=20, words=3, d=d), dtype)
         rng = np.random.default_rng(0)
-        for n in (700, 1, 2000, 50):
+        for n in (300, 1, 300, 50):
             k, v = data(rng, 1, n, 2, d)
             host.add(k, v)
             device.add(k, v)
@@ -360,6 +360,11 @@ class TestBoundary:
         assert memory.plain == host.memory().plain
         device.reset()
         assert device.lengths.tolist() == [0, 0, 0]
+        for index in (host, device):
+            index.reset()
+            index.add(k, v)
+        same(host, device)
+        whole([device])
 
     def test_too_little_memory_changes_nothing(self, make_codebook, data, cupy):
         host, device = pair(make_codebook(), "float32")
@@ -370,7 +375,7 @@ class TestBoundary:
         pool.free_all_blocks()
         k, v = data(np.random.default_rng(1), 1, 200_000)
         k, v = cupy.asarray(k), cupy.asarray(v)
-        pool.set_limit(size=pool.total_bytes() + (1 << 20))
+        pool.set_limit(size=pool.total_bytes() + (8 << 20))
         try:
             with pytest.raises(DeviceMemoryError, match="pages of"):
                 device.add(k, v)

@@ -32,7 +32,7 @@ STATUS = {
     1: "keys that were due stayed out of the lists, for want of pages",
     2: "keys were lost, for want of room",
 }
-_KEYS, _LISTS, _SLAB, _CODED, _WINDOW = 64, 128, 16, 32, 2048  # as in append.cu
+_KEYS, _LISTS, _SLAB, _CODED, _WINDOW = 64, 128, 16, 16, 2048  # as in append.cu
 _TABLES = 48 * 1024
 _SHARED_MOST = 96 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
@@ -268,7 +268,7 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
     """
     elements = -(-d // 64) * 2  # of a lane, at most
     assign = 4 * d * (_KEYS + 4) + 4 * _SLAB * (_LISTS + 4)
-    place = 64 + 4 * _tables(lists) * lists
+    place = 80 + 4 * _tables(lists) * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
     encode = 4 * d * (_CODED + 4) + 4 * _CODED * (coded + 1)
     shared = max(assign, place, enter, encode) + 16 * (batch + 1)
