@@ -34,8 +34,8 @@ BY_SEQUENCE = ("lengths", "first")
 class DeviceArrays:
     """The sequences of an index on a device, in arrays that stay where they are.
 
-    What the host knows without waiting for the device: lengths, as long as no step was captured in a graph, and
-    how many pages are free at least.
+    What the host knows without waiting for the device: lengths, as long as no step was captured in a graph,
+    and how many pages are free at least.
 
     Parameters
     ----------
@@ -53,6 +53,7 @@ class DeviceArrays:
         self._own = {name: array for name, array in streams._asdict().items() if name not in POOLED}
         self._counters = xp.zeros(6, np.int32)
         self._known: tuple[Ints, Ints] | None = None
+        self._captured_once = False
         self._begun = 0  # pages of a stream, at most
         self._forms: tuple[Array, Array] | None = None
         self._made: tuple[Any, int] | None = None
@@ -72,15 +73,20 @@ class DeviceArrays:
         """Read from the device how long the sequences are; it may have gone on by replays of a graph."""
         lengths, first = (as_host(self._own[name]).astype(np.int64) for name in BY_SEQUENCE)
         self._begun = int(as_host(self._own["counts"]).max(initial=0))
-        self._known = lengths, first
+        found = lengths, first
+        self._set_known(found)
         status = int(self._counters[0])
         if status:
             self._counters[0] = 0
             what = "; ".join(text for bit, text in STATUS.items() if status & bit)
             raise DeviceMemoryError(
-                f"steps of a graph went past what was reserved, so {what}: reserve() more before the capture"
+                f"steps of a graph were not done: {what}; reserve() more before the capture"
             )
-        return self._known
+        return found
+
+    def _set_known(self, found: tuple[Ints, Ints]) -> None:
+        """Note lengths; not if a graph may change them at any time."""
+        self._known = None if self._captured_once else found
 
     @property
     def lengths(self) -> Ints:
@@ -100,7 +106,7 @@ class DeviceArrays:
     @property
     def list_sizes(self) -> Ints:
         """Keys in each list, (B, H, L)."""
-        sizes = as_host(self._own["sizes"]).astype(np.int64)
+        sizes: Ints = as_host(self._own["sizes"]).astype(np.int64)
         return sizes.reshape(len(self.centroids), -1, sizes.shape[1])
 
     def _argument(self) -> Any:
@@ -115,7 +121,7 @@ class DeviceArrays:
         if self._forms is not None:
             forms = forms._replace(forms=self._forms[0], bias=self._forms[1])
         rules = AppendRules(kept_near(keeping.window), keeping.flush, keeping.dense_below)
-        pages = PagesInPool(pool.holders, pool.free, pool.available)
+        pages = PagesInPool(pool.holders, pool.free, pool.available, pool.moved, pool.version)
         return argument(self.streams, pages, forms, rules, space)
 
     def _step_space(self) -> AppendSpace:
@@ -154,6 +160,8 @@ class DeviceArrays:
         grown = {name: xp.zeros((len(self._own["counts"]), room), np.int32) for name in BY_PAGE}
         for name, array in grown.items():
             array[:, :old] = self._own[name]
+        buffers = [*(self._space or ()), *self._buffers]
+        self.keeping.pool.move(*(self._own[name] for name in BY_PAGE), *buffers)
         self._own |= grown
         self._made = self._space = None
         self.spaces.clear()

@@ -142,7 +142,7 @@ def _join(out: Array, lse: Array, logits: Array, xp: Any) -> None:
 def select_on_device(
     batch: DeviceBatch, q: ArrayLike, device: int, scaling: Scaling, wanted: AttendParameters, ops: Ops
 ) -> tuple[Array, Array, Array]:
-    """Choose keys for queries, (B, q_heads, d): ids, lengths and lists of each stream, as `select` returns them.
+    """Choose keys for queries, (B, q_heads, d): ids, lengths and lists of each stream, as `select` does.
 
     The host waits for the device.
     """

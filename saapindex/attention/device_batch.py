@@ -27,7 +27,7 @@ _MANY = 4096  # entering keys of all streams from which on more blocks pay
 
 
 class DeviceBatch(DeviceArrays):
-    """The sequences of an index on a device; unlike `Batch` it changes in place, so that graphs go on with it.
+    """The sequences of an index on a device; unlike `Batch` it changes in place: graphs go on with it.
 
     See `DeviceArrays` for how it is made.
     """
@@ -126,7 +126,7 @@ class DeviceBatch(DeviceArrays):
                 if space is not None:
                     labels = self._labels(keys, count, entering, most)
         self._launch(keys, values, fresh, labels, space, many=many)
-        self._known = lengths, start
+        self._set_known((lengths, start))
         if most:
             self._begun += most_pages(most, self.keeping.book.codebook.nlist)
             self.keeping.pool.bound -= self._need(entering)
@@ -143,7 +143,7 @@ class DeviceBatch(DeviceArrays):
                 "before, with as many tokens as all replays will add"
             )
         self._launch(keys, values, None, None, None, many=False)
-        self._known = None
+        self._known, self._captured_once, self.keeping.pool.captured = None, True, True
         return self
 
     def _launch(
@@ -165,7 +165,7 @@ class DeviceBatch(DeviceArrays):
         )
 
     def _entering(self, b: int, keys: Array, count: int, m: int) -> list[Array]:
-        """Return the `m` keys of a sequence that enter the lists: those of the ring, and new ones, (H, n, d)."""
+        """Return the `m` keys of a sequence that enter the lists, (H, n, d): of the ring, and new ones."""
         start, length = int(self.first[b]), int(self.lengths[b])
         split, skip = min(max(length, start), start + m), keys.shape[2] - count - length
         near = self._near(b, start, split)[0]
@@ -269,7 +269,8 @@ class DeviceBatch(DeviceArrays):
                 mine = array.copy()
                 array[...] = other._own[name]
                 other._own[name] = mine  # goes back to the pool with it
-        self.centroids, self._known = other.centroids, other._known
+        self.centroids = other.centroids
+        self._set_known(other._known or other._learn())
         self._begun = other._begun
         self._set_forms()
         return self

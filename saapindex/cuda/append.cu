@@ -27,7 +27,7 @@
 
 // Counters of a state; the last block of a launch leaves all but STATUS at zero.
 enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, WORK };
-enum { NO_PAGES = 1, NO_PLACE = 2 };
+enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
 
 // Keys of one list that enter in this launch.
 struct Task {
@@ -66,11 +66,12 @@ struct State {
     int* heavy;         // (S * min(M, L)): tasks for whole blocks
     int2* work;         // (S * (P + L)): stream and page to be coded anew
     int* counters;
+    const int* moved;  // how often arrays have moved; `version` when this launch was prepared
     i64* stamps;  // with -DSTAMPS: nanoseconds at the beginning of each phase
 
     i64 key_batch, key_head, key_token, value_batch, value_head, value_token;  // strides in elements
     int batch, heads, lists, room, ring, sinks, kept, flush, dense_below;
-    int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, unused;
+    int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, version;
 };
 
 #ifdef STAMPS
@@ -760,6 +761,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
     for (int b = tid; b < a.batch; b += THREADS) {
         plans[b] = plan_of(a, b);
         due |= plans[b].until > plans[b].first;
+    }
+    if (*a.moved != a.version) {  // a graph that was captured before: what it knows of is gone
+        if (blockIdx.x == 0 && tid == 0) atomicOr(a.counters + STATUS, MOVED);
+        return;
     }
     due = __syncthreads_or(due);
     if (due) {

@@ -33,8 +33,11 @@ class DevicePool:
         (N,) int32, of which the first ``available[0]`` are free pages.
     bound
         So many pages at least are free: what the host knows without waiting for the device.
-    version
-        Changes when arrays move.
+    version, moved
+        How often arrays of the pool, or of streams that have pages in it, have moved: on the host, and on the
+        device, (1,) int32.
+    captured
+        Whether a graph may still know of arrays that have moved: then these are kept.
     shared
         Whether streams may share pages.
     """
@@ -53,6 +56,9 @@ class DevicePool:
         self.available = xp.zeros(1, np.int32)
         self.bound = 0
         self.version = 0
+        self.moved = xp.zeros(1, np.int32)
+        self.captured = False
+        self._gone: list[Array] = []
         self.shared = False
         self._left: list[tuple[Array, Array]] = []
 
@@ -123,9 +129,17 @@ class DevicePool:
             if len(self.arrays[name]) < old + more:  # not so if an attempt to grow has failed halfway
                 grown = xp.empty((old + more, *shape), kind)
                 grown[:old] = self.arrays[name][:old]
+                self.move(self.arrays[name])
                 self.arrays[name] = grown
-                self.version += 1
         holders, free = xp.zeros(old + more, np.int32), xp.empty(old + more, np.int32)
         holders[:old] = self.holders
+        self.move(self.holders, self.free)
         self.holders, self.free = holders, free
         self.settle()
+
+    def move(self, *old: Array) -> None:
+        """Note that others have taken the place of these arrays: graphs of these do nothing any more."""
+        self.version += 1
+        self.moved[...] = self.version
+        if self.captured:
+            self._gone.extend(old)

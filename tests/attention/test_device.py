@@ -296,6 +296,26 @@ class TestGraphs:
             device.add(k, v)  # and goes on with what it has
             assert device.reconstruct()[0].shape[1] == device.lengths[0]
 
+    def test_a_graph_of_arrays_that_moved_does_nothing(self, make_codebook, data, cupy):
+        host, device = pair(make_codebook(), "float16", adapt=0)
+        k, v = data(np.random.default_rng(1), 1, 2000)
+        for index in (host, device):
+            index.add(k[:, :, :300], v[:, :, :300])
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            device.reserve(16)
+            keys = cupy.asarray(k[:, :, :1].astype(np.float16))
+            stream.synchronize()
+            stream.begin_capture()
+            device.add(keys, keys)
+            graph = stream.end_capture()
+            for index in (host, device):
+                index.add(k, v)
+            graph.launch()
+            with pytest.raises(DeviceMemoryError, match="have moved"):
+                _ = device.lengths
+            same(host, device)
+
 
 class TestBoundary:
     def test_attention_is_that_of_the_host(self, make_codebook, data, torch, cupy):
@@ -308,9 +328,9 @@ class TestBoundary:
             q = rng.standard_normal(shape).astype(np.float32)
             for how in ({"budget": 1.0}, {"budget": 0.3}, {"nprobe": 2}, {"budget": 0.3, "near": False}):
                 want, want_lse = host.attend(q, **how)
-                for given in (q, cupy.asarray(q), torch.from_numpy(q).cuda()):
-                    out, lse = device.attend(given, **how)
-                    assert type(out) is type(given)
+                for asked in (q, cupy.asarray(q), torch.from_numpy(q).cuda()):
+                    out, lse = device.attend(asked, **how)
+                    assert type(out) is type(asked)
                     out, lse = (
                         x.cpu().numpy() if isinstance(x, torch.Tensor) else as_host(x) for x in (out, lse)
                     )

@@ -31,6 +31,7 @@ COUNTERS = 6
 STATUS = {
     1: "keys that were due stayed out of the lists, for want of pages",
     2: "keys were lost, for want of room",
+    4: "nothing was added, since the arrays of the index have moved",
 }
 _KEYS, _LISTS, _SLAB, _CODED, _WINDOW = 64, 128, 16, 16, 2048  # as in append.cu
 _TABLES = 48 * 1024
@@ -44,12 +45,12 @@ _STREAMS = (
 _POINTERS = [
     *_STREAMS,
     *"holders free available forms bias forward step base widths turns amplitudes new_keys new_values fresh".split(),
-    *"labels_in best order rows tasks heavy work counters stamps".split(),
+    *"labels_in best order rows tasks heavy work counters moved stamps".split(),
 ]
 _STRIDES = "key_batch key_head key_token value_batch value_head value_token".split()
 _INTEGERS = (
     "batch heads lists room ring sinks kept flush dense_below words coded_dimensions pairs interleaved own_forms "
-    "most tokens tables unused"
+    "most tokens tables version"
 ).split()
 APPEND = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
@@ -71,11 +72,17 @@ class PagesInPool(NamedTuple):
         (N,) int32: a stack of free pages.
     available
         (1,) int32: its height.
+    moved
+        (1,) int32: how often arrays have moved.
+    version
+        The same as the host knows it.
     """
 
     holders: Array
     free: Array
     available: Array
+    moved: Array
+    version: int
 
 
 class Forms(NamedTuple):
@@ -173,7 +180,7 @@ def argument(
     """Return the argument of the kernel, but for the new keys."""
     count, lists = streams.sizes.shape
     heads = len(forms.base)
-    arrays = {**streams._asdict(), **pool._asdict(), **forms._asdict(), **space._asdict()}
+    arrays: dict[str, Any] = {**streams._asdict(), **pool._asdict(), **forms._asdict(), **space._asdict()}
     numbers = {
         "batch": count // heads,
         "heads": heads,
@@ -189,6 +196,7 @@ def argument(
         "own_forms": len(forms.forms) != heads,
         "most": space.order.shape[1],
         "tables": _tables(lists),
+        "version": pool.version,
     }
     made = np.zeros(1, APPEND)
     for name in _POINTERS:
