@@ -2,7 +2,7 @@
 
 ::
 
-    python bench/cuda_ops.py            # needs a CUDA device, CuPy and torch; three minutes
+    python bench/cuda_ops.py    # needs a CUDA device, CuPy and torch; compares with faiss-gpu if it is there
 
 Every time is the median of replays of a CUDA graph, so that launches from Python do not count; the device
 runs nothing else. A kernel's floors are the bytes that it must move at the bandwidth of a large copy, and its
@@ -11,9 +11,13 @@ multiply-adds at the rate of a large matrix product, both measured in the same r
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,21 @@ import cupy
 import numpy as np
 import torch
 import typer
+from torch.utils.dlpack import from_dlpack
 
+import saapindex as sx
 from saapindex.backends import get_ops
-from saapindex.backends.base import LANES, Lists
 from saapindex.backends.cuda.assign import assign_heads, prepare
 from saapindex.devices import current
 
 RESULTS = Path(__file__).parent / "results"
+try:
+    faiss: Any = importlib.import_module("faiss")
+    importlib.import_module("faiss.contrib.torch_utils")
+    if not hasattr(faiss, "StandardGpuResources"):  # the build for CPUs
+        faiss = None
+except ImportError:
+    faiss = None
 HEADS, TOKENS, D, NLIST = 8, 131_072, 128, 1024
 
 
@@ -50,12 +62,12 @@ def microseconds(run: Callable[[], Any], repeats: int = 20) -> float:
             end.record()
             end.synchronize()
             times.append(cupy.cuda.get_elapsed_time(begin, end) * 1e3)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def torch_microseconds(run: Callable[[], Any], repeats: int = 20) -> float:
     """Return the median time of what torch does, replayed from a graph."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
         for _ in range(3):
             run()
@@ -65,13 +77,13 @@ def torch_microseconds(run: Callable[[], Any], repeats: int = 20) -> float:
         run()
     times = []
     for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def ceilings() -> dict[str, float]:
@@ -81,7 +93,7 @@ def ceilings() -> dict[str, float]:
     found = {"copy GB/s": 2 * x.nbytes / torch_microseconds(lambda: y.copy_(x)) / 1e3}
     for name, dtype in (("float16", torch.float16), ("float32", torch.float32)):
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-        found[f"{name} TFLOP/s"] = 2 * 8192**3 / torch_microseconds(lambda a=a, b=b: a @ b, 5) / 1e6
+        found[f"{name} TFLOP/s"] = 2 * 8192**3 / torch_microseconds(partial(torch.matmul, a, b), 5) / 1e6
     return found
 
 
@@ -99,20 +111,24 @@ def kernels(limits: dict[str, float]) -> list[dict[str, Any]]:
     ops, rows = get_ops("cuda"), []
 
     def add(name: str, run: Callable[[], Any], moved: float, flops: float = 0, rate: str = "float32") -> None:
-        time = microseconds(run)
+        took = microseconds(run)
         memory, arithmetic = moved / limits["copy GB/s"] / 1e3, flops / limits[f"{rate} TFLOP/s"] / 1e6
         floor = max(memory, arithmetic)
-        row = {"kernel": name, "us": time, "GB/s": moved / time / 1e3, "TFLOP/s": flops / time / 1e6}
+        row = {"kernel": name, "us": took, "GB/s": moved / took / 1e3, "TFLOP/s": flops / took / 1e6}
         rows.append(
-            {**row, "memory floor us": memory, "arithmetic floor us": arithmetic, "share": floor / time}
+            {**row, "memory floor us": memory, "arithmetic floor us": arithmetic, "share": floor / took}
         )
-        print(f"{name:48s} {time:9.1f} us   floor {floor:8.1f}   {floor / time:5.2f}", flush=True)
+        print(f"{name:48s} {took:9.1f} us   floor {floor:8.1f}   {floor / took:5.2f}", flush=True)
 
     n, total = TOKENS, HEADS * TOKENS
     half_turns = [cupy.asarray(v) for v in (10000.0 ** -(np.arange(D // 2) / (D // 2)), np.ones(D // 2))]
     for dtype in ("bfloat16", "float32"):
         x, positions = stored((total, D), dtype), cupy.arange(total) % n
-        add(f"rotate {dtype}", lambda x=x, p=positions: ops.rotate(x, p, *half_turns, False), 2 * x.nbytes)
+        add(
+            f"rotate {dtype}",
+            partial(ops.rotate, x, positions, half_turns[0], half_turns[1], False),
+            2 * x.nbytes,
+        )
     for d in (D, 64, 256):
         for dtype in ("bfloat16", "float16"):
             x = stored((HEADS, n, d), dtype)
@@ -121,25 +137,25 @@ def kernels(limits: dict[str, float]) -> list[dict[str, Any]]:
             ready = prepare(centroids, bias)
             moved, flops = x.nbytes + total * 12, 2 * 2 * total * NLIST * d
             name = f"assign {dtype}, d {d}, 8 heads of 128k"
-            add(name, lambda x=x, r=ready: assign_heads(x, r), moved, flops, "float16")
+            add(name, partial(assign_heads, x, ready), moved, flops, "float16")
         if d == D:
             one = x[0], centroids[0], bias[0]
             few = x[:, :256]
             flops = 4 * 2048 * NLIST * d
             name = "assign float16, 8 heads of 256"
-            add(name, lambda x=few, r=ready: assign_heads(x, r), 2 * centroids.nbytes, flops, "float16")
-            add("prepare 8 heads of 1024", lambda c=centroids, b=bias: prepare(c, b), 2 * centroids.nbytes)
+            add(name, partial(assign_heads, few, ready), 2 * centroids.nbytes, flops, "float16")
+            add("prepare 8 heads of 1024", partial(prepare, centroids, bias), 2 * centroids.nbytes)
             wide, flops = one[0].astype(np.float32), 2 * n * NLIST * d
             name = "assign float32, one head of 128k"
-            add(name, lambda x=wide, o=one: ops.assign(x, *o[1:]), wide.nbytes, flops)
+            add(name, partial(ops.assign, wide, one[1], one[2]), wide.nbytes, flops)
             labels, _ = ops.assign(*one)
             name = "accumulate float16, one head of 128k"
-            add(name, lambda x=one[0], c=labels: ops.accumulate(x, c, NLIST), one[0].nbytes)
+            add(name, partial(ops.accumulate, one[0], labels, NLIST), one[0].nbytes)
     code = fitted()
     residuals = cupy.random.standard_normal((HEADS, n, D), dtype=np.float32)
     coded = code.step.shape[1]
     name, flops = f"encode, 3 words, {coded} dimensions, 8 heads of 128k", 2 * total * D * coded
-    add(name, lambda: ops.encode(residuals, code), residuals.nbytes, flops)
+    add(name, partial(ops.encode, residuals, code), residuals.nbytes, flops)
     return rows
 
 
@@ -168,64 +184,113 @@ def attention_like(n: int, q: int, d: int) -> tuple[Any, Any]:
     return keys, (wanted + offset) @ mixing
 
 
-def lists_of(keys: Any, nlist: int) -> tuple[Lists, Any, Any]:
-    """Partition keys by k-means; return lists in float16, the means as blocks, and the sizes."""
-    ops = get_ops("cuda")
-    n, d = keys.shape
-    centroids = keys[cupy.random.permutation(n)[:nlist]]
-    for _ in range(8):
-        labels, _ = ops.assign(keys, centroids, -(centroids**2).sum(axis=1) / 2)
-        sums, counts = ops.accumulate(keys, labels, nlist)
-        centroids = cupy.where(
-            counts[:, None] > 0, sums / cupy.maximum(counts, 1)[:, None], centroids
-        ).astype(np.float32)
-    labels, _ = ops.assign(keys, centroids, -(centroids**2).sum(axis=1) / 2)
-    sums, counts = ops.accumulate(keys, labels, nlist)
-    room = -(-counts // LANES) * LANES
-    offsets = cupy.cumsum(room) - room
-    order = cupy.argsort(labels)
-    rank = cupy.arange(n) - (cupy.cumsum(counts) - counts)[labels[order]]
-    rows = offsets[labels[order]] + rank
-    total = int(room.sum())
-    flat, ids = cupy.zeros((total, d), np.float16), cupy.zeros(total, np.int64)
-    flat[rows], ids[rows] = keys[order].astype(np.float16), order
-    vectors = cupy.ascontiguousarray(flat.reshape(-1, LANES, d).transpose(0, 2, 1))
-    means = (sums / cupy.maximum(counts, 1)[:, None]).astype(np.float32)
-    padded = cupy.zeros((-(-nlist // LANES) * LANES, d), np.float32)
-    padded[:nlist] = means
-    table = cupy.ascontiguousarray(padded.reshape(-1, LANES, d).transpose(0, 2, 1))
-    return Lists(vectors, ids, offsets, counts), table, cupy.where(counts > 0, 0, -np.inf).astype(np.float32)
+def wall_microseconds(run: Callable[[], Any], repeats: int = 50) -> float:
+    """Return the median time of a call from Python until its results are there."""
+    times = []
+    for _ in range(repeats + 5):
+        cupy.cuda.Device().synchronize()
+        begin = time.perf_counter()
+        run()
+        cupy.cuda.Device().synchronize()
+        times.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(times[5:])
+
+
+def least_nprobe(recall: Callable[[int], float], nlist: int) -> int:
+    """Return the least number of lists that reaches a recall of 0.9."""
+    tried = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
+    return next((p for p in tried if recall(p) >= 0.9), nlist)
+
+
+def brute_force(queries: Any, keys: Any, k: int) -> Any:
+    """Return the best of all inner products, by a matrix product and torch's topk."""
+    return (queries @ keys.T).topk(k)
 
 
 def searches(n: int, nlist: int) -> list[dict[str, Any]]:
-    """Time `search` at recall@10 of 0.9 beside brute force: a float16 matrix product and torch's topk."""
-    ops, rows = get_ops("cuda"), []
-    keys, queries = attention_like(n, 1024, D)
-    lists, table, bias = lists_of(keys, nlist)
-    exact = cupy.from_dlpack(torch.from_dlpack(queries @ keys.T).topk(10)[1])
+    """Time searches at recall@10 of 0.9 beside Faiss's IVF on the same device, and brute force."""
+    keys, queries = attention_like(n, 5120, D)
+    queries, training = queries[:1024], queries[1024:]
+    exact = cupy.from_dlpack(from_dlpack(queries @ keys.T).topk(10)[1])
 
-    def recall(p: int) -> float:
-        _, found = ops.search(queries, queries, table, bias, p, lists, 10, False)
-        return float((found[:, :, None] == exact[:, None, :]).any(axis=2).mean())
+    def recall(found: Any) -> float:
+        return float((cupy.asarray(found)[:, :, None] == exact[:, None, :]).any(axis=2).mean())
 
-    tried = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, nlist)
-    nprobe = next((p for p in tried if recall(p) >= 0.9), nlist)
-    half_keys, half_queries = torch.from_dlpack(keys).half(), torch.from_dlpack(queries).half()
-    read = float(lists.sizes[ops.route(queries, table, bias, nprobe)[0]].sum(axis=1).mean())
-    setting = {"keys": n, "nlist": nlist, "nprobe": nprobe, "recall@10": recall(nprobe), "keys read": read}
-    for k in (10, 100):
-        for batch in (1, 32, 1024):
-            part = cupy.ascontiguousarray(queries[:batch])
-            ours = microseconds(lambda p=part, k=k: ops.search(p, p, table, bias, nprobe, lists, k, False))
-            routing = microseconds(lambda p=part: ops.route(p, table, bias, nprobe))
-            theirs = torch_microseconds(lambda b=batch, k=k: (half_queries[:b] @ half_keys.T).topk(k))
-            times = {"search us": ours, "of it routing us": routing, "brute force us": theirs}
-            speed = batch * read * D * 2 / max(ours - routing, 1e-9) / 1e3
-            rows.append(
-                {**setting, "k": k, "batch": batch, **times, "times": theirs / ours, "scan GB/s": speed}
-            )
-            print(rows[-1], flush=True)
+    index = sx.IndexSAAP(D, nlist, dtype="float16", device="cuda")
+    begin = time.perf_counter()
+    index.train(keys.get(), xq_train=training.get())
+    trained = time.perf_counter()
+    index.add(keys.get())
+    seconds = {"train s": trained - begin, "add s": time.perf_counter() - trained}
+    index.nprobe = least_nprobe(
+        lambda p: recall(index.search(queries, 10, params=sx.SearchParameters(nprobe=p))[1]), nlist
+    )
+    theirs = {name: faiss_index(name, keys, nlist, recall, queries) for name in FAISS} if faiss else {}
+    half_keys, half_queries = from_dlpack(keys).half(), from_dlpack(queries).half()
+    read = float(index.route(queries)[1].mean())
+    routing = index._routing
+    assert routing is not None
+    held, bias = index.ops.hold(index._state.lists.view), routing.bias(index.params.rank)  # type: ignore[attr-defined]
+    table, bias = cupy.asarray(routing.table), cupy.asarray(bias)
+    found = recall(index.search(queries, 10)[1])
+    setting = {
+        "keys": n,
+        "nlist": nlist,
+        "nprobe": index.nprobe,
+        "recall@10": found,
+        "keys read": read,
+        **seconds,
+    }
+    rows, ops = [], get_ops("cuda")
+    for k, batch in itertools.product((10, 100), (1, 32, 1024)):
+        part = cupy.ascontiguousarray(queries[:batch])
+        replayed = microseconds(partial(ops.search, part, part, table, bias, index.nprobe, held, k, False))
+        routed = microseconds(partial(ops.route, part, table, bias, index.nprobe))
+        brute = torch_microseconds(partial(brute_force, half_queries[:batch], half_keys, k))
+        row: dict[str, Any] = {
+            **setting,
+            "k": k,
+            "batch": batch,
+            "call us": wall_microseconds(partial(index.search, part, k)),
+            "kernels us": replayed,
+            "of it routing us": routed,
+            "scan GB/s": batch * read * D * 2 / max(replayed - routed, 1e-9) / 1e3,
+            "brute force kernels us": brute,
+            "times brute force": brute / replayed,
+        }
+        tensor = from_dlpack(part)
+        for name, other in theirs.items():
+            call = wall_microseconds(partial(other["index"].search, tensor, k))
+            about = {"nprobe": other["nprobe"], "recall@10": other["recall"], "call us": call}
+            row[name] = {**about, "times": call / row["call us"], "times kernels": call / replayed}
+        rows.append(row)
+        print(row, flush=True)
     return rows
+
+
+FAISS = ("Faiss GPU IVFFlat", "Faiss GPU IVF SQfp16")
+
+
+def faiss_index(
+    name: str, keys: Any, nlist: int, recall: Callable[[Any], float], queries: Any
+) -> dict[str, Any]:
+    """Return Faiss's index of these keys on the device, with the least `nprobe` for a recall of 0.9."""
+    resources = faiss.StandardGpuResources()
+    if name == FAISS[0]:
+        index = faiss.GpuIndexIVFFlat(resources, D, nlist, faiss.METRIC_INNER_PRODUCT)
+    else:
+        half = faiss.ScalarQuantizer.QT_fp16
+        index = faiss.GpuIndexIVFScalarQuantizer(resources, D, nlist, half, faiss.METRIC_INNER_PRODUCT)
+    on_host, asked = keys.get(), from_dlpack(queries)
+    index.train(on_host)
+    index.add(on_host)
+
+    def reached(p: int) -> float:
+        index.nprobe = p
+        return recall(cupy.from_dlpack(index.search(asked, 10)[1]))
+
+    nprobe = least_nprobe(reached, nlist)
+    return {"index": index, "nprobe": nprobe, "recall": reached(nprobe), "resources": resources}
 
 
 def main(out: Path = RESULTS / "cuda-ops.json") -> None:
@@ -239,6 +304,7 @@ def main(out: Path = RESULTS / "cuda-ops.json") -> None:
             "cupy": cupy.__version__,
             "ceilings": limits,
             "kernels": kernels(limits),
+            "faiss": faiss.__version__ if faiss else "not here: brute force alone",
             "search": [*searches(131_072, 512), *searches(1_048_576, 2048)],
         }
     out.parent.mkdir(exist_ok=True)

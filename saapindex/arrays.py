@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from saapindex.devices import device_of, get_cupy
 from saapindex.errors import InvalidInputError
 
-__all__ = ["ArrayLike", "as_array", "as_numpy", "check_out", "give_back", "integers", "vectors"]
+__all__ = ["ArrayLike", "as_array", "as_numpy", "check_out", "fill", "give_back", "integers", "vectors"]
 
 ArrayLike: TypeAlias = Any
 """A NumPy or CuPy array, a torch tensor, or anything that speaks DLPack or the buffer protocol."""
@@ -201,6 +201,14 @@ def check_out(
     if not (getattr(array.flags, "writeable", True) and array.flags.c_contiguous):
         raise InvalidInputError(f"{name} is read-only or not C-contiguous, expected a writable buffer")
     return array
+
+
+def fill(buffer: Any, result: Any) -> None:
+    """Copy `result` to a buffer, wherever either is."""
+    if isinstance(buffer, np.ndarray):
+        buffer[...] = result if isinstance(result, np.ndarray) else result.get()
+    else:
+        buffer[...] = get_cupy().asarray(result)
 
 
 def give_back(result: NDArray[Any], model: ArrayLike) -> ArrayLike:

@@ -157,6 +157,7 @@ class DeviceArrays:
 
     def _widen(self, room: int) -> None:
         xp, old = self.keeping.xp, self._own["pages"].shape[1]
+        room = -(-room // LANES) * LANES
         grown = {name: xp.zeros((len(self._own["counts"]), room), np.int32) for name in BY_PAGE}
         for name, array in grown.items():
             array[:, :old] = self._own[name]

@@ -97,21 +97,8 @@ class DeviceBook:
         own
             Forms and bias of the sequence, (H, L, d) and (H, L), by default those of the codebook.
         """
-        xp, (forms, bias) = self.xp, own or (self.forms.forms, self.forms.bias)
-        if keys.dtype != np.float32 or keys.shape[2] > 128:
-            return assign_heads(keys, prepare(forms, bias))[0].astype(np.int32)
-        # In two parts of 16 bits side by side, against every centroid twice: no other digit is lost.
-        labels = xp.empty(keys.shape[:2], np.int32)
-        twice = xp.concatenate([forms, forms], axis=2)
-        for h, x in enumerate(keys):
-            factor = xp.exp2(14 - xp.ceil(xp.log2(xp.maximum(xp.abs(x).max(), np.float32(1e-30)))))
-            scaled = x * factor
-            parts = xp.empty((1, len(x), 2 * x.shape[1]), np.float16)
-            parts[0, :, : x.shape[1]] = scaled
-            scaled -= parts[0, :, : x.shape[1]]
-            parts[0, :, x.shape[1] :] = scaled
-            labels[h] = assign_heads(parts, prepare(twice[h : h + 1], bias[h : h + 1] * factor))[0][0]
-        return labels
+        forms, bias = own or (self.forms.forms, self.forms.bias)
+        return assign_heads(keys, prepare(forms, bias))[0].astype(np.int32)
 
     def view(self, keys: Array, head: int, positions: Array) -> Array:
         """Return keys of a head, float32 (n, d), as they are assigned."""

@@ -18,8 +18,11 @@
 #define AHEAD (WORDS > 4 ? 2 : WORDS > 2 ? 4 : 8)   // rows that a warp has in flight
 #define KEYS 64                                     // of a tile of the assignment
 #define LISTS 128
-#define SLAB 16
-#define CODED LANES                                 // keys of a tile of the encoding
+#define SLAB 32
+#define PAD 8                                       // keeps the lanes of a product on different banks
+#define FEW LANES                                   // keys of a tile of the encoding, after a flush
+#define MANY (D <= 128 ? 64 : 32)                   // and after a prompt
+#define SHEAF (MANY / LANES)                        // pages of such a tile
 #define LISTS_EACH 4                               // of a thread that places keys
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
@@ -64,14 +67,14 @@ struct State {
     int *order, *rows;  // (S, M): entering keys sorted by list, and the row that each went to
     Task* tasks;        // (S * min(M, L))
     int* heavy;         // (S * min(M, L)): tasks for whole blocks
-    int2* work;         // (S * (P + L)): stream and page to be coded anew
+    int2* work;         // (S * (P + 4 L)): stream and page to be coded anew
     int* counters;
     const int* moved;  // how often arrays have moved; `version` when this launch was prepared
     i64* stamps;  // with -DSTAMPS: nanoseconds at the beginning of each phase
 
     i64 key_batch, key_head, key_token, value_batch, value_head, value_token;  // strides in elements
     int batch, heads, lists, room, ring, sinks, kept, flush, dense_below;
-    int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, version;
+    int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, version, many;
 };
 
 #ifdef STAMPS
@@ -219,12 +222,43 @@ __device__ u64 block_scan(u64 x, u64* scratch, u64* total) {
     return before + sum - x;
 }
 
-// Phase 1: the best list of a tile of keys among a tile of lists.
+// x as the sum of two numbers that tensor cores take; the second is zero for keys of 16 bits.
+__device__ __forceinline__ u32 to_tf32(float x) {
+    u32 y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ void split(float x, u32& high, u32& low) {
+    high = to_tf32(x);
+    low = to_tf32(x - __uint_as_float(high));
+}
+
+// c += a b for a of 16 x 8 and b of 8 x 8.
+__device__ __forceinline__ void multiply(float* c, const u32* a, const u32* b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Phase 1: the best list of a tile of keys among a tile of lists. Products on tensor cores, of which each takes as
+// many digits as float32 has: forms, and keys in float32, in two parts.
 __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, int list0, float* shared) {
     const int m = plan.until - plan.first, h = s % a.heads;
-    float* xs = shared;                    // [D][KEYS + 4]
-    float* fs = xs + D * (KEYS + 4);       // [SLAB][LISTS + 4]
+    float* xs = shared;                         // [D][KEYS + PAD]
+    float* fs = xs + D * (KEYS + PAD);          // [SLAB][LISTS + PAD]
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const i64 own = (i64)(a.own_forms ? s : h) * a.lists;
+    float4 held[SLAB * LISTS / 4 / THREADS];
+    auto fetch = [&](int k0) {
+#pragma unroll
+        for (int i = 0; i < SLAB * LISTS / 4 / THREADS; ++i) {
+            const int at = threadIdx.x + i * THREADS, list = list0 + at / (SLAB / 4), k = k0 + at % (SLAB / 4) * 4;
+            held[i] = list < a.lists && k < D ? __ldg((const float4*)(a.forms + (own + list) * D + k))
+                                              : make_float4(0.f, 0.f, 0.f, 0.f);
+        }
+    };
+    fetch(0);
     __syncthreads();
     for (int r0 = warp * AHEAD; r0 < KEYS; r0 += WARPS * AHEAD) {
         u32 words[AHEAD][WORDS] = {};
@@ -236,7 +270,7 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
             const int at = element_of(lane, i);
 #pragma unroll
             for (int u = 0; u < AHEAD; ++u)
-                if (at < D) xs[at * (KEYS + 4) + r0 + u] = part_of(words[u][i / PART], i % PART);
+                if (at < D) xs[at * (KEYS + PAD) + r0 + u] = part_of(words[u][i / PART], i % PART);
         }
     }
     if (a.turns) {
@@ -248,71 +282,75 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
             sincospif(2.f * (float)(turn - rint(turn)), &sine, &cosine);
             const float amplitude = a.amplitudes[h * a.pairs + pair];
             const int one = a.interleaved ? 2 * pair : pair, two = a.interleaved ? one + 1 : pair + a.pairs;
-            float *x = xs + one * (KEYS + 4) + r, *y = xs + two * (KEYS + 4) + r;
+            float *x = xs + one * (KEYS + PAD) + r, *y = xs + two * (KEYS + PAD) + r;
             const float u = *x, v = *y;
             *x = u * (cosine * amplitude) - v * (sine * amplitude);
             *y = v * (cosine * amplitude) + u * (sine * amplitude);
         }
     }
-    const i64 own = (i64)(a.own_forms ? s : h) * a.lists;
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    float acc[8][4] = {};
-    float4 held[2];
-    auto fetch = [&](int k0) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int at = threadIdx.x + i * THREADS, list = list0 + at / 4, k = k0 + at % 4 * 4;
-            held[i] = list < a.lists && k < D ? __ldg((const float4*)(a.forms + (own + list) * D + k))
-                                              : make_float4(0.f, 0.f, 0.f, 0.f);
-        }
-    };
-    fetch(0);
+    // A warp has 32 keys and 32 lists; lane 4 g + t has rows g and g + 8 and columns 2 t and 2 t + 1 of each product.
+    const bool two_parts = sizeof(element) == 4 || a.turns;
+    const int g = lane / 4, t = lane % 4, row0 = warp / 4 * 32, column0 = warp % 4 * 32;
+    float acc[2][4][4] = {};
     for (int k0 = 0; k0 < D; k0 += SLAB) {
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < SLAB * LISTS / 4 / THREADS; ++i) {
             const int at = threadIdx.x + i * THREADS;
-            float* to = fs + at % 4 * 4 * (LISTS + 4) + at / 4;
+            float* to = fs + at % (SLAB / 4) * 4 * (LISTS + PAD) + at / (SLAB / 4);
             to[0] = held[i].x;
-            to[LISTS + 4] = held[i].y;
-            to[2 * (LISTS + 4)] = held[i].z;
-            to[3 * (LISTS + 4)] = held[i].w;
+            to[LISTS + PAD] = held[i].y;
+            to[2 * (LISTS + PAD)] = held[i].z;
+            to[3 * (LISTS + PAD)] = held[i].w;
         }
         __syncthreads();
         if (k0 + SLAB < D) fetch(k0 + SLAB);
-        const int depth = min(SLAB, D - k0);
-#pragma unroll 8
-        for (int k = 0; k < depth; ++k) {
-            const float4 x = *(const float4*)(xs + (k0 + k) * (KEYS + 4) + ty * 4);
-            const float4 f = *(const float4*)(fs + k * (LISTS + 4) + tx * 4);
-            const float4 g = *(const float4*)(fs + k * (LISTS + 4) + LISTS / 2 + tx * 4);
-            const float xv[4] = {x.x, x.y, x.z, x.w}, fv[8] = {f.x, f.y, f.z, f.w, g.x, g.y, g.z, g.w};
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
+        for (int k = 0; k < SLAB; k += 8) {
+            if (k0 + k >= D) break;
+            u32 high[2][4], low[2][4];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) acc[i][j] = fmaf(fv[i], xv[j], acc[i][j]);
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float* x = xs + (k0 + k + t + j / 2 * 4) * (KEYS + PAD) + row0 + i * 16 + g + j % 2 * 8;
+                    split(*x, high[i][j], low[i][j]);
+                }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                u32 form[2], rest[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    split(fs[(k + t + i * 4) * (LISTS + PAD) + column0 + j * 8 + g], form[i], rest[i]);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (two_parts) multiply(acc[i][j], low[i], form);
+                    multiply(acc[i][j], high[i], rest);
+                    multiply(acc[i][j], high[i], form);
+                }
+            }
         }
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 4; ++i) {  // rows row0 + 8 i + g
         u64 best = 0;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int list = list0 + (i < 4 ? tx * 4 + i : LISTS / 2 + tx * 4 + i - 4);
+        for (int j = 0; j < 8; ++j) {
+            const int list = list0 + column0 + j / 2 * 8 + 2 * t + j % 2;
             if (list < a.lists) {
-                const u32 bits = __float_as_uint(acc[i][j] + a.bias[own + list]);
+                const u32 bits = __float_as_uint(acc[i / 2][j / 2][i % 2 * 2 + j % 2] + __ldg(a.bias + own + list));
                 const u32 rank = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
                 const u64 found = (u64)rank << 32 | (u32)~list;
                 best = found > best ? found : best;
             }
         }
 #pragma unroll
-        for (int step = 8; step; step >>= 1) {
+        for (int step = 2; step; step >>= 1) {
             const u64 other = __shfl_xor_sync(FULL, best, step);
             best = other > best ? other : best;
         }
-        const int key = key0 + ty * 4 + j;
-        if (tx == 0 && key < m) atomicMax(a.best + (i64)s * a.most + key, best);
+        const int key = key0 + row0 + i * 8 + g;
+        if (t == 0 && key < m) atomicMax(a.best + (i64)s * a.most + key, best);
     }
 }
 
@@ -337,10 +375,11 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
     u64* scratch = (u64*)shared;             // [WARPS]
     int* taken = (int*)(scratch + WARPS);    // top of the stack of free pages, number of the first task
     int* counts = taken + 4;                 // [tables][L]: of each part of the keys
-    const int part = (m + a.tables * WARP - 1) / (a.tables * WARP) * WARP;
-    for (int i = tid; i < a.tables * L; i += THREADS) counts[i] = 0;
+    const int tables = min(a.tables, (m + 4 * WARP - 1) / (4 * WARP));
+    const int part = (m + tables * WARP - 1) / (tables * WARP) * WARP;
+    for (int i = tid; i < tables * L; i += THREADS) counts[i] = 0;
     __syncthreads();
-    for (int t = 0; t < a.tables; ++t)
+    for (int t = 0; t < tables; ++t)
 #pragma unroll 4
         for (int i = t * part + tid; i < min(m, (t + 1) * part); i += THREADS)
             atomicAdd(counts + t * L + label_of(a, s, i), 1);
@@ -362,7 +401,7 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             const int j = j0 + tid * LISTS_EACH + i;
             count[i] = 0;
             if (j < L)
-                for (int t = 0; t < a.tables; ++t) count[i] += counts[t * L + j];
+                for (int t = 0; t < tables; ++t) count[i] += counts[t * L + j];
             if (count[i])
                 mine += (u64)count[i] | (u64)(full_pages(old[i] + count[i]) - full_pages(old[i])) << PAGES_AT |
                         1ull << LISTS_AT;
@@ -383,7 +422,7 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             const int rank = pages_in(before), number = task0 + lists_in(before);
             int at = sorted + keys_in(before);
             Task task = {s, j, at, count[i], old[i], open[i], held + rank, -1, 0};
-            for (int t = 0; t < a.tables; ++t) {
+            for (int t = 0; t < tables; ++t) {
                 const int here = counts[t * L + j];
                 counts[t * L + j] = at;
                 at += here;
@@ -413,7 +452,7 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
     }
     __syncthreads();
     if (tid == 0) a.counts[s] = held;
-    if (warp < a.tables) {
+    if (warp < tables) {
         int* mine = counts + warp * L;
         const int begin = warp * part, end = min(m, begin + part);
         int next = begin + lane < end ? label_of(a, s, begin + lane) : -1;
@@ -553,11 +592,17 @@ __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
     for (int q = max(full, from) + threadIdx.x; q < from + count; q += THREADS) slots[q - from] = task.base + q - full;
     if (from < full) {
         const int held = a.counts[task.stream];
-        for (int slot = threadIdx.x; slot < held; slot += THREADS)
-            if (a.labels[table + slot] >> 5 == task.list) {
-                const int q = a.orders[table + slot] - from;
-                if (q >= 0 && q < count && q + from < full) slots[q] = slot;
-            }
+#pragma unroll 4
+        for (int slot0 = threadIdx.x * 4; slot0 < held; slot0 += THREADS * 4) {  // rooms are multiples of 4
+            const int4 labels = *(const int4*)(a.labels + table + slot0);
+            const int found[4] = {labels.x, labels.y, labels.z, labels.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (found[i] >> 5 == task.list && slot0 + i < held) {
+                    const int q = a.orders[table + slot0 + i] - from;
+                    if (q >= 0 && q < count && q + from < full) slots[q] = slot0 + i;
+                }
+        }
     }
     __syncthreads();
     return count;
@@ -581,10 +626,13 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
     }
     if (renewed) {
         copy_in<true>(a, plans[s / a.heads], task, warp, WARPS, values, keys);
-        if (threadIdx.x == 0) failed[1] = atomicAdd(a.counters + WORK, pages);
+        if (threadIdx.x == 0) failed[1] = atomicAdd(a.counters + WORK, (pages + SHEAF - 1) / SHEAF * SHEAF);
         for (int from = 0; from < pages; from += WINDOW) {
-            const int count = look_up(a, task, from, slots);
+            // They stand there from before where one look was enough.
+            const int count = full && pages <= WINDOW ? pages : look_up(a, task, from, slots);
             for (int q = threadIdx.x; q < count; q += THREADS) a.work[failed[1] + from + q] = make_int2(s, slots[q]);
+            for (int q = pages + threadIdx.x; q % SHEAF && q < pages + SHEAF; q += THREADS)
+                a.work[failed[1] + q] = make_int2(-1, 0);
             const int end = min(task.old - from * LANES, count * LANES);
             for (int j0 = warp * AHEAD; j0 < end; j0 += THREADS / WARP * AHEAD) {
                 u32 key[AHEAD][WORDS];
@@ -618,27 +666,28 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
 // A list that has its anchor from this very launch has as many keys as then.
 __device__ __forceinline__ bool is_renewed(const State& a, i64 list) { return a.coded[list] == a.sizes[list]; }
 
-// Phase 4: codes of up to CODED keys of a stream, of which thread `r` of the first CODED names list and row.
+// Phase 4: codes of up to ROWS keys of a stream, of which thread `r` of the first ROWS names list and row.
+template <int ROWS>
 __device__ void encode_tile(const State& a, int s, int list, int row, float* shared) {
-    float* xs = shared;                       // [D][CODED + 4]
-    float* ys = xs + D * (CODED + 4);         // [CODED][R + 1]
-    __shared__ int listed[CODED], rows[CODED];
+    float* xs = shared;                      // [D][ROWS + 4]
+    float* ys = xs + D * (ROWS + 4);         // [ROWS][R + 1]
+    __shared__ int listed[MANY], rows[MANY];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, R = a.coded_dimensions, h = s % a.heads;
     __syncthreads();
-    if (threadIdx.x < CODED) {
+    if (threadIdx.x < ROWS) {
         listed[threadIdx.x] = list;
         rows[threadIdx.x] = row;
     }
-    if (!__syncthreads_or(threadIdx.x < CODED && row >= 0)) return;
-    {
-        u32 words[CODED / WARPS][WORDS] = {};
-        i8 anchor[CODED / WARPS][MINE] = {};
-        float scale[CODED / WARPS];
+    if (!__syncthreads_or(threadIdx.x < ROWS && row >= 0)) return;
 #pragma unroll
-        for (int u = 0; u < CODED / WARPS; ++u) {
-            const int r = warp + u * WARPS;
+    for (int r0 = warp; r0 < ROWS; r0 += 2 * WARPS) {
+        u32 words[2][WORDS] = {};
+        i8 anchor[2][MINE] = {};
+        float scale[2] = {};
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+            const int r = r0 + u * WARPS;
             const i64 at = (i64)s * a.lists + listed[r];
-            scale[u] = 0.f;
             if (rows[r] < 0) continue;
             load_row(a.keys + (i64)rows[r] * D, lane, words[u]);
             scale[u] = a.anchor_scales[at];
@@ -647,12 +696,12 @@ __device__ void encode_tile(const State& a, int s, int list, int row, float* sha
                 if (element_of(lane, i) < D) anchor[u][i] = a.anchors[at * D + element_of(lane, i)];
         }
 #pragma unroll
-        for (int u = 0; u < CODED / WARPS; ++u)
+        for (int u = 0; u < 2; ++u)
 #pragma unroll
             for (int i = 0; i < MINE; ++i) {
                 const int e = element_of(lane, i);
                 if (e < D)
-                    xs[e * (CODED + 4) + warp + u * WARPS] =
+                    xs[e * (ROWS + 4) + r0 + u * WARPS] =
                         __fsub_rn(part_of(words[u][i / PART], i % PART), __fmul_rn((float)anchor[u][i], scale[u]));
             }
     }
@@ -662,22 +711,25 @@ __device__ void encode_tile(const State& a, int s, int list, int row, float* sha
     __syncthreads();
     const int c = threadIdx.x % 64, group = threadIdx.x / 64;
     for (int c0 = c; c0 < fields; c0 += 64) {
-        float acc[CODED / 4] = {};
+        float acc[ROWS / 4] = {};
         const float* forward = a.forward + (i64)h * D * R + c0;
 #pragma unroll 16
         for (int k = 0; k < D; ++k) {
-            const float4 x = *(const float4*)(xs + k * (CODED + 4) + group * 4);
             const float f = __ldg(forward + k * R);
-            acc[0] = fmaf(f, x.x, acc[0]);
-            acc[1] = fmaf(f, x.y, acc[1]);
-            acc[2] = fmaf(f, x.z, acc[2]);
-            acc[3] = fmaf(f, x.w, acc[3]);
+#pragma unroll
+            for (int i = 0; i < ROWS / 4; i += 4) {
+                const float4 x = *(const float4*)(xs + k * (ROWS + 4) + group * (ROWS / 4) + i);
+                acc[i] = fmaf(f, x.x, acc[i]);
+                acc[i + 1] = fmaf(f, x.y, acc[i + 1]);
+                acc[i + 2] = fmaf(f, x.z, acc[i + 2]);
+                acc[i + 3] = fmaf(f, x.w, acc[i + 3]);
+            }
         }
 #pragma unroll
-        for (int i = 0; i < CODED / 4; ++i) ys[(group * 4 + i) * (R + 1) + c0] = acc[i];
+        for (int i = 0; i < ROWS / 4; ++i) ys[(group * (ROWS / 4) + i) * (R + 1) + c0] = acc[i];
     }
     __syncthreads();
-    for (int r = warp; r < CODED; r += WARPS) {
+    for (int r = warp; r < ROWS; r += WARPS) {
         if (rows[r] < 0) continue;
         const float* y = ys + r * (R + 1);
         float square = 0.f;
@@ -705,6 +757,42 @@ __device__ void encode_tile(const State& a, int s, int list, int row, float* sha
         const float scale = fmaxf(warp_sum(product) / fmaxf(warp_sum(length), TINY), TINY);
         const float exponent = rintf(16.f * log2f(__fdiv_rn(scale, a.base[h]))) + 128.f;
         if (lane == 0) a.exponents[rows[r]] = (u8)(int)fminf(fmaxf(exponent, 0.f), 255.f);
+    }
+}
+
+// All of phase 4: entering keys whose lists keep their anchors, then the pages of lists that have new ones.
+template <int ROWS>
+__device__ void encode(const State& a, const Plan* plans, int streams, float* shared) {
+    const int tid = threadIdx.x, blocks = gridDim.x;
+    int skip = blockIdx.x;  // tiles until the next one of this block
+    for (int s = 0; s < streams; ++s) {
+        const int m = plans[s / a.heads].until - plans[s / a.heads].first, tiles = (m + ROWS - 1) / ROWS;
+        for (; skip < tiles; skip += blocks) {
+            const int j = skip * ROWS + tid;
+            int list = 0, row = -1;
+            if (tid < ROWS && j < m) {
+                list = label_of(a, s, a.order[(i64)s * a.most + j]);
+                if (!is_renewed(a, (i64)s * a.lists + list)) row = a.rows[(i64)s * a.most + j];
+            }
+            encode_tile<ROWS>(a, s, list, row, shared);
+        }
+        skip -= tiles;
+    }
+    const int sheaf = ROWS / LANES, sheaves = a.counters[WORK] / sheaf;
+    for (; skip < sheaves; skip += blocks) {
+        const int s = a.work[skip * sheaf].x;
+        if (s < 0) continue;
+        int list = 0, row = -1;
+        if (tid < ROWS) {
+            const int2 work = a.work[skip * sheaf + tid / LANES];
+            const i64 slot = (i64)s * a.room + work.y;
+            if (work.x >= 0) {
+                const int label = a.labels[slot];
+                list = label >> 5;
+                if (tid % LANES < (label & 31)) row = a.pages[slot] * LANES + tid % LANES;
+            }
+        }
+        encode_tile<ROWS>(a, s, list, row, shared);
     }
 }
 
@@ -815,7 +903,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
         STAMP(2);
         const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
         for (int i = blockIdx.x; i < heavies; i += blocks) enter_by_block(a, plans, a.heavy[i], rest);
-        for (int i = warps - 1 - warp; i < tasks; i += warps) {
+        const int spared = heavies < blocks / 2 ? heavies : 0;  // blocks that have enough to do
+        for (int i = warp - spared * WARPS; i >= 0 && i < tasks; i += warps - spared * WARPS) {
             const Task task = a.tasks[i];
             if (task.heavy) continue;
             double values[MINE] = {};
@@ -826,28 +915,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
         target += blocks;
 
         STAMP(3);
-        int skip = blockIdx.x;
-        for (int s = 0; s < streams; ++s) {
-            const Plan& plan = plans[s / a.heads];
-            const int m = plan.until - plan.first, tiles = (m + CODED - 1) / CODED;
-            for (; skip < tiles; skip += blocks) {
-                const int j = skip * CODED + tid;
-                int list = 0, row = -1;
-                if (tid < CODED && j < m) {
-                    list = label_of(a, s, a.order[(i64)s * a.most + j]);
-                    if (!is_renewed(a, (i64)s * a.lists + list)) row = a.rows[(i64)s * a.most + j];
-                }
-                encode_tile(a, s, list, row, (float*)rest);
-            }
-            skip -= tiles;
-        }
-        const int works = a.counters[WORK];
-        for (; skip < works; skip += blocks) {
-            const int2 work = a.work[skip];
-            const i64 slot = (i64)work.x * a.room + work.y;
-            const int label = a.labels[slot];
-            encode_tile(a, work.x, label >> 5, tid < (label & 31) ? a.pages[slot] * LANES + tid : -1, (float*)rest);
-        }
+        if (a.many)
+            encode<MANY>(a, plans, streams, (float*)rest);
+        else
+            encode<FEW>(a, plans, streams, (float*)rest);
         grid_barrier(a, target);
         STAMP(4);
         for (int i = warp; i < tasks; i += warps) add_squares(a, a.tasks[i]);

@@ -1,8 +1,8 @@
 // Assignment of rows to centroids, scores never in memory; and the sums of rows by label.
 //
-// `assign_tiles` works on tensor cores: rows in 16 bits as they are (bfloat16 scaled by a power of two to float16,
-// which holds its digits), each centroid as the sum of two float16, so that products are those of float32.
-// `assign_plain` takes any type and dimension. Compiled with -DELEMENT, and -DD for the tiles.
+// `assign_many` and `assign_few` work on tensor cores: rows as float16 (bfloat16 scaled by a power of two, which keeps
+// its digits; float32 as the sum of two), each centroid as the sum of two float16, so that scores are those of float32.
+// `assign_plain` takes any type and dimension. Compiled with -DELEMENT, and -DD for tensor cores.
 
 #define THREADS 256
 #define NOTHING 0x7fffffff
@@ -19,7 +19,7 @@ __device__ __forceinline__ float power(int exponent) { return __int_as_float((ex
 // The exponent that brings `largest` there, so small that no power of two overflows.
 __device__ __forceinline__ int exponent_for(float largest) {
     const int have = (int)(__float_as_uint(largest) >> 23) - 126;  // largest < 2^have
-    return largest > 0.f ? min(max(TERM - have, -100), 100) : 0;
+    return largest > 0.f ? min(max(TERM - have, -120), 120) : 0;
 }
 
 // parts[list] = high and low part, (2, PADDED) float16; terms[list] = 2^-exponent and bias. A warp for each of
@@ -47,8 +47,8 @@ assign_split(const float* __restrict__ centroids, const float* __restrict__ bias
 
 // ---- Tensor cores
 
-#if ELEMENT != 2
 #define STAGES 3
+#define ROW_PARTS (ELEMENT == 2 ? 2 : 1)  // of a row: high, and low
 #define TILE (D <= 128 ? 32 : 16)  // lists of a stage
 // Rows of a stage lie half of all banks apart, so that 16-byte reads of two of them do not meet.
 #define STRIDE ((PADDED * 2) % 128 == 64 ? PADDED * 2 : PADDED * 2 + 64)
@@ -71,11 +71,32 @@ __device__ __forceinline__ uint4 read_shared(u32 address) {
     return x;
 }
 
-__device__ __forceinline__ u32 to_float16_pair(u32 pair, float factor) {
-    const float low = bfloat16_to_float((u16)pair) * factor, high = bfloat16_to_float((u16)(pair >> 16)) * factor;
+__device__ __forceinline__ u32 to_float16_pair(float low, float high) {
     u32 both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+
+// Eight elements of a row that lie together: float16 as they are, others by `scale_row`.
+struct Eight {
+#if ELEMENT == 0
+    u32 pairs[4];
+#else
+    float x[8];
+#endif
+};
+
+__device__ __forceinline__ void load_eight(const element* x, bool inside, Eight& out) {
+    const uint4 nothing = make_uint4(0, 0, 0, 0);
+    const uint4 raw = inside ? *(const uint4*)x : nothing;
+#if ELEMENT == 0
+    out.pairs[0] = raw.x, out.pairs[1] = raw.y, out.pairs[2] = raw.z, out.pairs[3] = raw.w;
+#else
+    widen_vector(raw, out.x);
+#if ELEMENT == 2
+    widen_vector(inside ? *(const uint4*)(x + 4) : nothing, out.x + 4);
+#endif
+#endif
 }
 
 // Copy a stage of lists from `first` on.
@@ -105,7 +126,7 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
         if (i < count) load_stage(shared + i * STAGE_BYTES, parts, terms, begin + i * TILE);
         asm volatile("cp.async.commit_group;");
     }
-    u32 a[M][STEPS][2][4];
+    u32 a[ROW_PARTS][M][STEPS][2][4];
     float inverse[M][2], best[M][2];
     int label[M][2];
     x += head * head_stride;
@@ -114,45 +135,41 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + m * 16 + half * 8;
-            uint4 raw[STEPS];
+            Eight raw[STEPS];
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
                 const int k = s * 32 + part * 8;
-                raw[s] = row < n && k < D ? *(const uint4*)(x + row * row_stride + k) : make_uint4(0, 0, 0, 0);
+                load_eight(x + row * row_stride + k, row < n && k < D, raw[s]);
             }
-#if ELEMENT == 1
+            inverse[m][half] = 1.f;
+#if ELEMENT != 0
             float largest = 0.f;
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                const u32 words[4] = {raw[s].x, raw[s].y, raw[s].z, raw[s].w};
+            for (int s = 0; s < STEPS; ++s)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    largest = fmaxf(largest, fabsf(bfloat16_to_float((u16)words[i])));
-                    largest = fmaxf(largest, fabsf(bfloat16_to_float((u16)(words[i] >> 16))));
-                }
-            }
+                for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(raw[s].x[i]));
             largest = fmaxf(largest, __shfl_xor_sync(FULL, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(FULL, largest, 2));
             const int exponent = exponent_for(largest);
             const float factor = power(exponent);
             inverse[m][half] = power(-exponent);
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                raw[s].x = to_float16_pair(raw[s].x, factor);
-                raw[s].y = to_float16_pair(raw[s].y, factor);
-                raw[s].z = to_float16_pair(raw[s].z, factor);
-                raw[s].w = to_float16_pair(raw[s].w, factor);
-            }
-#else
-            inverse[m][half] = 1.f;
 #endif
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                a[m][s][0][half] = raw[s].x;
-                a[m][s][0][2 + half] = raw[s].y;
-                a[m][s][1][half] = raw[s].z;
-                a[m][s][1][2 + half] = raw[s].w;
-            }
+            for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {  // pairs of dimensions
+#if ELEMENT == 0
+                    a[0][m][s][i / 2][i % 2 * 2 + half] = raw[s].pairs[i];
+#else
+                    const float low = raw[s].x[2 * i] * factor, high = raw[s].x[2 * i + 1] * factor;
+                    const u32 pair = to_float16_pair(low, high);
+                    a[0][m][s][i / 2][i % 2 * 2 + half] = pair;
+#if ELEMENT == 2
+                    a[1][m][s][i / 2][i % 2 * 2 + half] = to_float16_pair(
+                        low - float16_to_float((u16)pair), high - float16_to_float((u16)(pair >> 16)));
+#endif
+#endif
+                }
             best[m][half] = -INFINITE;
             label[m][half] = NOTHING;
         }
@@ -173,22 +190,23 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
             for (int m = 0; m < M; ++m)
 #pragma unroll
                 for (int i = 0; i < 8; ++i) sums[m][i / 4][i % 4] = 0.f;
-            // The low part first: its sums are small, and so is what adding to them rounds away.
+            // Low parts first: their sums are small, and so is what adding to them rounds away.
 #pragma unroll
-            for (int low = 1; low >= 0; --low) {
-                const u32 rows = here + (chunk * 16 + quad) * 2 * STRIDE + low * STRIDE + part * 16;
+            for (int pass = ROW_PARTS; pass >= 0; --pass) {
+                const int row_part = pass == 2, list_part = pass == 1;
+                const u32 rows = here + (chunk * 16 + quad) * 2 * STRIDE + list_part * STRIDE + part * 16;
 #pragma unroll
                 for (int s = 0; s < STEPS; ++s) {
                     const uint4 b = read_shared(rows + s * 64), c = read_shared(rows + 16 * STRIDE + s * 64);
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
-                        multiply(sums[m][0], a[m][s][0], b.x, b.y);
-                        multiply(sums[m][1], a[m][s][0], c.x, c.y);
+                        multiply(sums[m][0], a[row_part][m][s][0], b.x, b.y);
+                        multiply(sums[m][1], a[row_part][m][s][0], c.x, c.y);
                     }
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
-                        multiply(sums[m][0], a[m][s][1], b.z, b.w);
-                        multiply(sums[m][1], a[m][s][1], c.z, c.w);
+                        multiply(sums[m][0], a[row_part][m][s][1], b.z, b.w);
+                        multiply(sums[m][1], a[row_part][m][s][1], c.z, c.w);
                     }
                 }
             }
@@ -203,7 +221,7 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
                         float sum = sums[m][i][j];
-#if ELEMENT == 1
+#if ELEMENT != 0
                         sum *= inverse[m][j / 2];
 #endif
                         const float score = fmaf(sum, factor[j % 2], bias[j % 2]);
@@ -246,12 +264,8 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
         assign_rows<m>(x, row_stride, head_stride, n, parts, terms, lists, split_lists, labels, scores);               \
     }
 TILES_KERNEL(assign_few, 1)
-#if D <= 128
-TILES_KERNEL(assign_many, 4)
-#else
-TILES_KERNEL(assign_many, 2)
-#endif
-#endif
+#define MANY (4 / ROW_PARTS / (D <= 128 ? 1 : 2))
+TILES_KERNEL(assign_many, MANY)
 #endif
 
 // ---- Any type and dimension

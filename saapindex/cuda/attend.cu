@@ -1,35 +1,44 @@
 // One step of sparse attention, whole, in one launch: route, select, scan codes, cut, attend, remainder, merge.
 //
-// A unit is one query token of one stream; BLOCKS blocks work on it and meet at barriers of their own, so all of
-// them must be resident at once (the launcher sees to it). Every block keeps its part of the keys from the scan
-// to the end, and nothing but counters, histograms and partial results crosses blocks.
+// A unit is one query token of one stream. `blocks` blocks work on it and meet at barriers of their own, so all
+// of them must be resident at once (the launcher sees to it). Every block keeps its part of the keys from the
+// scan to the end; only inner products, histograms, candidates and partial results cross blocks.
+//
+// Estimates are bounded by the largest exact logit, which is known last. Those below the largest near logit are
+// below the bound in any case and count at once, during the scan; the few others are deferred.
 //
 // Compiled with -DD (head size), -DG (query heads of a KV head), -DWORDS (of a code), -DELEMENT (stored type),
 // -DQUERY (type of queries and output). The definition is saapindex/backends/reference.
 
+#ifndef RESIDENT
+#define RESIDENT 1  // blocks of a multiprocessor
+#endif
 #ifndef THREADS
 #define THREADS 512
 #endif
 #define WARPS (THREADS / WARP)
-#define BINS 4096
-#define LOWEST (-40.f)             // log weights below share a bin
-#define PER_NAT (BINS / 44.f)      // bins of one nat
-#define ROUND 1024                 // pages that a block looks at before it works on those it found
-#define QUEUE 2048                 // keys that a block gathers before it attends to them
-#define CANDIDATES 4096            // keys in the bin in which the cut falls, of a unit
-#define OWN 1024                   // ... of a block
-#define CORRECTION 3.f             // the most that a second-order term adds to a logit
+#define BINS 1024
+#define LOWEST (-40.f)          // log weights below share a bin
+#define PER_NAT (BINS / 44.f)   // bins of a nat
+#define ROUND 1024              // pages that a block looks at before it works on those it found
+#define QUEUE 4096              // keys that a block gathers before it attends to them
+#define CHUNK (4 * THREADS)     // places that a block looks at before it makes room in the queue
+#define CANDIDATES 4096         // keys in the bin in which the cut falls, of a unit
+#define OWN 1024                // ... of a block
+#define CORRECTION 3.f          // the most that a second-order term adds to a logit
+#define SLACK 8.f               // logits may pass the reference by so much before it moves
 #define LOG2E 1.4426950408889634f
-#define RANKERS_MOST G
 
-#define VECTORS (D * (int)sizeof(element) / 16)        // 16-byte loads of a row
-#define PER_LANE ((VECTORS + WARP - 1) / WARP)         // ... of a lane
+#define VECTORS (D * (int)sizeof(element) / 16)         // 16-byte loads of a row
+#define PER_LANE ((VECTORS + WARP - 1) / WARP)          // ... of a lane
 #define POW2(x) ((x) <= 1 ? 1 : (x) <= 2 ? 2 : (x) <= 4 ? 4 : (x) <= 8 ? 8 : (x) <= 16 ? 16 : 32)
-#define TEAM POW2((VECTORS + PER_LANE - 1) / PER_LANE) // lanes that share a row
+#define TEAM POW2((VECTORS + PER_LANE - 1) / PER_LANE)  // lanes that share a row
 #define TEAMS (WARP / TEAM)
-#define HELD (PER_LANE * VECTOR)                       // elements of a row in a lane
-#define AHEAD 4                                        // rows that a team loads at once
-#define FIELDS (8 * WORDS)                             // the most groups of four fields of a code
+#define HELD (PER_LANE * VECTOR)                        // elements of a row in a lane
+#define AHEAD 4                                         // rows that a team loads at once
+#define LOGITS (AHEAD * G)                              // ... and their logits,
+#define OWNED ((LOGITS + TEAM - 1) / TEAM)              // of which a lane owns so many
+#define FIELDS (8 * WORDS)                              // the most groups of four fields of a code
 
 struct Step {
     const int *lengths, *first;
@@ -47,9 +56,10 @@ struct Step {
     const int* positions;  // (B, t), or none: the newest tokens
     void* out;
     float* lse;
-    u32* bits;  // (S, width): the positions that are chosen, instead of attending
+    u32* bits;  // (units, width): the positions that are chosen, instead of attending
     float *dots, *rotated, *estimates;
     int2* visited;
+    u16* bins;
     u8* kept;
     int* histogram;
     float2* candidates;
@@ -59,61 +69,13 @@ struct Step {
     double budget, share;
     float scale, cap, top_p;
     int heads, tokens, lists, ring, sinks, most_pages, coded_most, blocks, width;
-    int code_bytes, row_bytes, nprobe, policy, by_mass, refine, remainder, near, everything;
+    int code_bytes, row_bytes, nprobe, policy, by_mass, refine, remainder, near, everything, cached;
 };
 
 enum { SUM, MAX, UNION };
-// Counters of a unit: barrier, blocks that are done, candidates of each ranker, peaks of each head.
-#define COUNTERS (2 + RANKERS_MOST + 2 * G)
-
-// Order-preserving integers, so that atomicMax works on floats; zero is below all.
-__device__ __forceinline__ u32 ordered(float x) {
-    u32 bits = __float_as_uint(x);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float unordered(u32 x) {
-    return x == 0 ? -INFINITE : __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
-}
-__device__ __forceinline__ float exponential(float x) { return exp2f(x * LOG2E); }
-
-__device__ __forceinline__ u32 load_acquire(const u32* p) {
-    u32 x;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
-}
-
-// All blocks of a unit meet: arrive, do something else, wait.
-__device__ __forceinline__ void arrive(u32* counter) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(counter, 1u);
-    }
-}
-__device__ __forceinline__ void wait(const u32* counter, u32 wanted) {
-    if (threadIdx.x == 0)
-        while (load_acquire(counter) < wanted) {}
-    __syncthreads();
-}
-
-__device__ __forceinline__ float load_query(const void* queries, i64 at) {
-#if QUERY == 0
-    return float16_to_float(((const u16*)queries)[at]);
-#elif QUERY == 1
-    return bfloat16_to_float(((const u16*)queries)[at]);
-#else
-    return ((const float*)queries)[at];
-#endif
-}
-__device__ __forceinline__ void store_out(void* out, i64 at, float x) {
-#if QUERY == 0
-    ((u16*)out)[at] = float_to_float16(x);
-#elif QUERY == 1
-    ((u16*)out)[at] = float_to_bfloat16(x);
-#else
-    ((float*)out)[at] = x;
-#endif
-}
+// Counters of a unit: barrier, blocks that are done, blocks that deferred something, candidates of each ranker,
+// largest near logit of each head, largest exact one.
+enum { BARRIER, DONE, DEFERRED, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NEAREST + G, COUNTERS = LARGEST + G };
 
 #define STAGES 12
 #ifdef STAMPS
@@ -125,120 +87,148 @@ __device__ __forceinline__ void store_out(void* out, i64 at, float x) {
 
 // What the threads of a block share. Arrays of a length known at run time lie behind it.
 struct Shared {
+    int factors[FIELDS][G];  // four int8 of a rounded query each
     float query[G][D];
-    float rotated[G][32 * WORDS];
-    int factors[FIELDS][G];   // four int8 of a rounded query each
-    int offsets[G];           // sum of (2^b - 1) a8
-    float unit[G], second[G], variance[G], norm[G], bound[G];
+    int2 queue[ROUND];       // page in the pool, label
     int histogram[BINS];
-    int2 queue[ROUND];        // page in the pool, label
-    int rows[QUEUE];
-    int own[OWN];             // places of candidates
-    float reduced[WARPS][G];
-    float reached;
-    int queued, gathered, owned, visited, boundary, open, last;
+    int rows[QUEUE];         // keys to attend to,
+    int places[QUEUE];       // where their estimates are, -1 where they do not count yet,
+    u16 labels[QUEUE];       // and their lists
+    int own[OWN];            // candidates
+    float own_weights[OWN];
+    float reduced[WARPS][2 * G];
+    u32 peaks[G], largest[G];
+    float unit[G], second[G], variance[G], norm[G], reference[G], bound[G];
+    int offsets[G];          // sum of (2^b - 1) a8
+    int queued, gathered, owned, visited, boundary, reached, deferred, unit_deferred, last;
     i64 scan, left, limit;
 };
+enum { LISTS_DEFERRED = 1, KEYS_DEFERRED = 2 };
 
+#include "attend_common.cuh"
+#include "attend_rows.cuh"
 #include "attend_select.cuh"
 #include "attend_scan.cuh"
-#include "attend_rows.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ Step p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __grid_constant__ Step p) {
     extern __shared__ __align__(16) u8 memory[];
     Shared& s = *(Shared*)memory;
-    u32* ranks = (u32*)(memory + sizeof(Shared));
-    int* taken = (int*)(ranks + p.lists);
+    int* behind = (int*)(memory + sizeof(Shared));
+    Table table = {(float*)behind, behind + p.lists, behind + 2 * p.lists, (float*)(behind + 3 * p.lists)};
+    int* taken = table.taken;
     float* reduction = (float*)(memory + sizeof(Shared));  // takes the place of both at the end
 
     const int unit = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, thread = threadIdx.x;
     const int stream = unit / p.tokens, sequence = stream / p.heads, head = stream % p.heads;
-    const int length = p.lengths[sequence], first = p.first[sequence];
-    const int position =
-        p.positions ? p.positions[sequence * p.tokens + unit % p.tokens] : length - p.tokens + unit % p.tokens;
+    STAMP(0);
+    const int length = p.lengths[sequence], first = p.first[sequence], pages = p.counts[stream];
+    const int token = unit % p.tokens;
+    const int position = p.positions ? p.positions[sequence * p.tokens + token] : length - p.tokens + token;
     const int in_lists = max(0, first - p.sinks);
     const bool everything = p.everything || (in_lists > 0 && position < first - 1);
     const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr;
+    const int most = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
+    if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
+    const Part part = {unit, block, stream, head, p.blocks, pages, (i64)blockIdx.x * most};
     u32* counters = p.counters + (i64)unit * COUNTERS;
     u32 met = 0;
-    const Part part = {unit, block, stream, sequence, head, p.blocks, p.counts[stream]};
 
-    STAMP(0);
-    for (int i = thread; i < G * D; i += THREADS)
-        s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
-    if (thread == 0) s.visited = 0;
+    for (int i = thread; i < G * D; i += THREADS) s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
+    if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
+    if (thread == 0) s.visited = s.deferred = s.gathered = 0;
     __syncthreads();
 
     Partial mine;
     clear(mine);
     if (sparse) {
         route(p, s, part);
-        arrive(counters);
+        arrive(counters + BARRIER);
         met += p.blocks;
     }
     STAMP(1);
-    if (p.near && !deciding) attend_near(p, s, part, mine, length, first, position);
+    if (p.near && !deciding) {
+        attend_near(p, s, part, mine, length, first, position);
+        if (sparse) publish_peaks(s, mine, s.peaks, counters + NEAREST);
+    }
     STAMP(2);
     if (sparse) {
-        wait(counters, met);
-        STAMP(3);
+        wait(counters + BARRIER, met);
+        arrive(counters + BARRIER);  // near logits are known when all have come here
+        met += p.blocks;
         prepare(p, s, part, in_lists);
-        select_lists(p, s, part, ranks, taken);
+        STAMP(3);
+        select_lists(p, s, part, table);
+        STAMP(4);
+        wait(counters + BARRIER, met);
+        find_reference(p, s, counters, mine);
+        if (p.remainder && !deciding) attend_rest_lists<false>(p, s, part, mine, table);
     }
-    STAMP(4);
     if (everything || (sparse && !p.refine)) {
         attend_pages(p, s, part, mine, taken, everything, position);
     } else if (sparse) {
-        scan(p, s, part, taken);
+        scan(p, s, part, mine, taken);
         STAMP(5);
-        const int rankers = p.policy == UNION ? G : 1;
+        if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
+        arrive(counters + BARRIER);
+        met += p.blocks;
+        wait(counters + BARRIER, met);
+        STAMP(6);
+        const int rankers = p.policy == UNION ? G : 1, total = s.visited * LANES;
         for (int ranker = 0; ranker < rankers; ++ranker) {
-            tally(p, s, part, ranker);
-            arrive(counters);
-            met += p.blocks;
-            wait(counters, met);
-            STAMP(6);
-            find_boundary(p, s, part, ranker);
-            attend_sure(p, s, part, mine, ranker);
-            arrive(counters);
-            met += p.blocks;
-            if (!deciding) attend_gathered(p, s, mine);
-            wait(counters, met);
-            STAMP(7);
-            attend_candidates(p, s, part, mine, ranker);
+            find_boundary(p, s, part, 2 * ranker, (int)min(s.limit / rankers, (i64)0x7fffffff));
+            for (int start = 0, done = false; !done;) {
+                start = gather_sure(p, s, part, ranker, start, total);
+                done = start >= total;
+                if (done) {
+                    arrive(counters + BARRIER);
+                    met += p.blocks;
+                    wait(counters + BARRIER, met);
+                    gather_candidates(p, s, part, ranker);
+                    STAMP(7);
+                    if (ranker < rankers - 1) break;
+                }
+                if (!deciding) attend_gathered<true>(p, s, part, mine);
+            }
         }
     }
     STAMP(8);
-    if (!deciding) {
-        bool bounded = false;
-        if (sparse && p.remainder) {
-            publish_peaks(p, s, part, mine, counters);
-            arrive(counters);
+    if (sparse && p.remainder && !deciding) {
+        if (!p.refine) {  // no barrier has come since lists were deferred
+            if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
+            arrive(counters + BARRIER);
             met += p.blocks;
-            wait(counters, met);
-            bounded = true;
-            STAMP(9);
-            find_bounds(s, counters);
-            rebase(s, mine);
-            attend_rest_lists(p, s, part, mine, taken);
-            if (p.refine) attend_rest_keys(p, s, part, mine);
+            wait(counters + BARRIER, met);
         }
-        STAMP(10);
-        reduce_block(p, s, part, mine, reduction, bounded);
+        if (thread == 0) s.unit_deferred = __ldcg(counters + DEFERRED);
+        __syncthreads();
+        if (s.unit_deferred) {
+            publish_peaks(s, mine, s.largest, counters + LARGEST);
+            arrive(counters + BARRIER);
+            met += p.blocks;
+            if (s.deferred) {
+                wait(counters + BARRIER, met);
+                find_bounds(s, counters);
+                if (s.deferred & LISTS_DEFERRED) attend_rest_lists<true>(p, s, part, mine, table);
+                if (s.deferred & KEYS_DEFERRED) attend_deferred_keys(p, s, part, mine);
+            }
+        }
     }
-    STAMP(11);
+    STAMP(9);
+    if (!deciding) reduce_block(p, s, part, mine, reduction);
+    STAMP(10);
     __syncthreads();
     if (thread == 0) {
         __threadfence();
-        s.last = atomicAdd(counters + 1, 1u) == (u32)p.blocks - 1;
+        s.last = atomicAdd(counters + DONE, 1u) == (u32)p.blocks - 1;
     }
     __syncthreads();
-    if (!s.last) return;
-    __threadfence();
-    if (!deciding) merge_blocks(p, part);
-    // The next step finds everything as this one did.
-    __syncthreads();
-    for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
-    const int rankers = p.policy == UNION ? G : 1;
-    for (int i = thread; i < rankers * BINS; i += THREADS) p.histogram[(i64)unit * RANKERS_MOST * BINS + i] = 0;
+    if (s.last) {
+        __threadfence();
+        if (!deciding) merge_blocks(p, s, part, reduction);
+        // The next step finds everything as this one did.
+        for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
+        const int rankers = p.policy == UNION ? G : 1;
+        for (int i = thread; i < 2 * rankers * BINS; i += THREADS) p.histogram[(i64)unit * 2 * G * BINS + i] = 0;
+    }
+    STAMP(11);
 }

@@ -1,40 +1,118 @@
-// Attend: exactly to rows, by estimates to the rest; and the merging of what warps and blocks found.
+// Attend: exactly to rows, by estimates to the rest; and the merging of what teams, warps and blocks found.
 
-// What a team of lanes has attended to: each lane holds its part of the output.
+// What a team of lanes has attended to. Weights are relative to exp(reference), which moves only when a logit
+// passes it by SLACK. Each lane holds its part of the output, and owns the sums of some of the team's logits:
+// logit n = AHEAD row * G + head is that of lane n / OWNED.
 struct Partial {
-    float peak[G], sum[G], out[G][HELD];
+    float out[G][HELD], reference[G];
+    float extra[G];                     // sums of estimated weights, the same in all lanes
+    float sum[OWNED], peak[OWNED];
+    float owned_reference[OWNED];       // of the heads of these logits
 };
 
 __device__ __forceinline__ void clear(Partial& mine) {
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        mine.peak[g] = -INFINITE;
-        mine.sum[g] = 0.f;
+        mine.reference[g] = -INFINITE;
+        mine.extra[g] = 0.f;
 #pragma unroll
         for (int i = 0; i < HELD; ++i) mine.out[g][i] = 0.f;
     }
+#pragma unroll
+    for (int j = 0; j < OWNED; ++j) {
+        mine.sum[j] = 0.f;
+        mine.peak[j] = mine.owned_reference[j] = -INFINITE;
+    }
 }
 
-// Attend to AHEAD rows of each team; a null key is passed over.
-__device__ __forceinline__ void attend_ahead(
-    const Step& p, const Shared& s, Partial& mine, const element* const* keys, const element* const* values
-) {
+// Express what was found relative to another reference.
+__device__ __forceinline__ void refer(Partial& mine, int g, float reference) {
     const int member = threadIdx.x % TEAM;
-    uint4 raw_keys[AHEAD][PER_LANE], raw_values[AHEAD][PER_LANE];
+    const float shrink = mine.reference[g] > -INFINITE ? exponential(mine.reference[g] - reference) : 0.f;
+    mine.reference[g] = reference;
+    mine.extra[g] *= shrink;
 #pragma unroll
-    for (int a = 0; a < AHEAD; ++a)
+    for (int i = 0; i < HELD; ++i) mine.out[g][i] *= shrink;
 #pragma unroll
-        for (int v = 0; v < PER_LANE; ++v) {
-            const int d = (v * TEAM + member) * VECTOR;
-            const bool there = keys[a] && d < D;
-            raw_keys[a][v] = there ? *(const uint4*)(keys[a] + d) : make_uint4(0, 0, 0, 0);
-            raw_values[a][v] = there ? *(const uint4*)(values[a] + d) : make_uint4(0, 0, 0, 0);
+    for (int j = 0; j < OWNED; ++j)
+        if ((member * OWNED + j) % G == g) {
+            mine.sum[j] *= shrink;
+            mine.owned_reference[j] = reference;
         }
-    float logits[AHEAD][G];
+}
+
+// The mean value of a list, as a lane holds it.
+struct Mean {
+    Bytes raw[PER_LANE];
+    float scale;
+};
+__device__ __forceinline__ Mean load_mean(const Step& p, i64 list) {
+    const int member = threadIdx.x % TEAM;
+    Mean mean;
+    mean.scale = p.mean_scales[list];
+#pragma unroll
+    for (int v = 0; v < PER_LANE; ++v) {
+        const int d = (v * TEAM + member) * VECTOR;
+        mean.raw[v] = Bytes();
+        if (d < D) mean.raw[v] = *(const Bytes*)(p.means + list * D + d);
+    }
+    return mean;
+}
+
+// Add the mean value of a list, with a weight for each head.
+__device__ __forceinline__ void add_mean(Partial& mine, const Mean& mean, const float* weights) {
+#pragma unroll
+    for (int v = 0; v < PER_LANE; ++v) {
+        float x[VECTOR];
+        widen_bytes(mean.raw[v], x);
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i)
+                mine.out[g][v * VECTOR + i] = fmaf(weights[g] * mean.scale, x[i], mine.out[g][v * VECTOR + i]);
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) mine.extra[g] += weights[g];
+}
+
+// Attend to AHEAD rows of each team; bit `a` of `there` says whether there is a row. With SUBTRACT, the rows are
+// those gathered from `start` on, and estimates of them that have been counted are taken back.
+template <bool SUBTRACT>
+__device__ __forceinline__ void attend_ahead(
+    const Step& p, const Shared& s, const Part& part, Partial& mine, const element* const* keys,
+    const element* const* values, u32 there, int start
+) {
+    const int member = threadIdx.x % TEAM, team = threadIdx.x % WARP / TEAM;
+    uint4 raw_keys[AHEAD][PER_LANE], raw_values[AHEAD][PER_LANE];
+    Mean means[SUBTRACT ? AHEAD : 1];
+    float estimates[OWNED];
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
 #pragma unroll
-        for (int g = 0; g < G; ++g) logits[a][g] = 0.f;
+        for (int v = 0; v < PER_LANE; ++v) {
+            const int d = (v * TEAM + member) * VECTOR;
+            const bool load = (there >> a & 1) && d < D;
+            raw_keys[a][v] = load ? *(const uint4*)(keys[a] + d) : make_uint4(0, 0, 0, 0);
+            raw_values[a][v] = load ? *(const uint4*)(values[a] + d) : make_uint4(0, 0, 0, 0);
+        }
+        if (SUBTRACT) {
+            const int label = there >> a & 1 ? s.labels[start + a * TEAMS + team] : 0;
+            means[a] = load_mean(p, (i64)part.stream * p.lists + label);
+        }
+    }
+    if (SUBTRACT) {
+#pragma unroll
+        for (int j = 0; j < OWNED; ++j) {
+            const int n = member * OWNED + j, a = n / G;
+            const int at = n < LOGITS && (there >> a & 1) ? s.places[start + a * TEAMS + team] : -1;
+            estimates[j] = at < 0 ? -INFINITE : __ldcg(p.estimates + (part.first_place + at) * G + n % G);
+        }
+    }
+    float logits[TEAM * OWNED];
+#pragma unroll
+    for (int n = 0; n < TEAM * OWNED; ++n) logits[n] = 0.f;
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
         for (int v = 0; v < PER_LANE; ++v) {
             const int d = (v * TEAM + member) * VECTOR;
@@ -44,34 +122,61 @@ __device__ __forceinline__ void attend_ahead(
             for (int g = 0; g < G; ++g)
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i)
-                    logits[a][g] = fmaf(d < D ? s.query[g][d + i] : 0.f, x[i], logits[a][g]);
+                    logits[a * G + g] = fmaf(d < D ? s.query[g][d + i] : 0.f, x[i], logits[a * G + g]);
         }
+    // Sum over the team and deal out: at every step a lane gives away half of its logits.
+#pragma unroll
+    for (int step = TEAM / 2; step; step >>= 1) {
+        const bool upper = member & step;
+#pragma unroll
+        for (int i = 0; i < TEAM * OWNED / 2; ++i) {
+            const int other = i + step * OWNED;
+            if (i >= step * OWNED) continue;
+            const float given = upper ? logits[i] : logits[other], kept = upper ? logits[other] : logits[i];
+            logits[i] = kept + __shfl_xor_sync(FULL, given, step);
+        }
+    }
+    bool passes = false;
+#pragma unroll
+    for (int j = 0; j < OWNED; ++j) {
+        const int n = member * OWNED + j;
+        const bool valid = n < LOGITS && (there >> (n / G) & 1);
+        logits[j] = valid ? capped(p.scale * logits[j], p.cap) : -INFINITE;
+        mine.peak[j] = fmaxf(mine.peak[j], logits[j]);
+        passes |= valid && !(logits[j] <= mine.owned_reference[j] + SLACK);
+    }
+    if (__any_sync(FULL, passes)) {
 #pragma unroll
         for (int g = 0; g < G; ++g) {
+            float top = -INFINITE;
 #pragma unroll
-            for (int step = TEAM / 2; step; step >>= 1)
-                logits[a][g] += __shfl_xor_sync(FULL, logits[a][g], step);
-            logits[a][g] = keys[a] ? capped(p.scale * logits[a][g], p.cap) : -INFINITE;
+            for (int a = 0; a < AHEAD; ++a) {
+                const int n = a * G + g;
+                top = fmaxf(top, __shfl_sync(FULL, logits[n % OWNED], n / OWNED, TEAM));
+            }
+            if (top > mine.reference[g] + SLACK || (mine.reference[g] == -INFINITE && top > -INFINITE))
+                refer(mine, g, top);
         }
     }
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
-        float top = mine.peak[g];
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a) top = fmaxf(top, logits[a][g]);
-        const float safe = top > -INFINITE ? top : 0.f, shrink = exponential(mine.peak[g] - safe);
-        mine.peak[g] = top;
-        mine.sum[g] *= shrink;
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) mine.out[g][i] *= shrink;
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            logits[a][g] = exponential(logits[a][g] - safe);
-            mine.sum[g] += logits[a][g];
+    for (int j = 0; j < OWNED; ++j) {
+        logits[j] = logits[j] > -INFINITE ? exponential(logits[j] - mine.owned_reference[j]) : 0.f;
+        mine.sum[j] += logits[j];
+        if (SUBTRACT) {
+            estimates[j] = estimates[j] > -INFINITE ? exponential(estimates[j] - mine.owned_reference[j]) : 0.f;
+            mine.sum[j] -= estimates[j];
         }
     }
 #pragma unroll
-    for (int a = 0; a < AHEAD; ++a)
+    for (int a = 0; a < AHEAD; ++a) {
+        float weights[G], taken_back[G];
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            const int n = a * G + g;
+            weights[g] = __shfl_sync(FULL, logits[n % OWNED], n / OWNED, TEAM);
+            if (SUBTRACT)
+                taken_back[g] = means[a].scale * __shfl_sync(FULL, estimates[n % OWNED], n / OWNED, TEAM);
+        }
 #pragma unroll
         for (int v = 0; v < PER_LANE; ++v) {
             float x[VECTOR];
@@ -80,45 +185,58 @@ __device__ __forceinline__ void attend_ahead(
             for (int g = 0; g < G; ++g)
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i)
-                    mine.out[g][v * VECTOR + i] = fmaf(logits[a][g], x[i], mine.out[g][v * VECTOR + i]);
+                    mine.out[g][v * VECTOR + i] = fmaf(weights[g], x[i], mine.out[g][v * VECTOR + i]);
+            if (SUBTRACT) {
+                widen_bytes(means[a].raw[v], x);
+#pragma unroll
+                for (int g = 0; g < G; ++g)
+#pragma unroll
+                    for (int i = 0; i < VECTOR; ++i)
+                        mine.out[g][v * VECTOR + i] = fmaf(-taken_back[g], x[i], mine.out[g][v * VECTOR + i]);
+            }
         }
+    }
 }
 
 // This block's share of the sinks and the recent keys that the query sees.
-__device__ void attend_near(
+__device__ __forceinline__ void attend_near(
     const Step& p, const Shared& s, const Part& part, Partial& mine, int length, int first, int position
 ) {
     const int warp = threadIdx.x / WARP, team = threadIdx.x % WARP / TEAM;
-    const int sinks = min(p.sinks, length), count = sinks + max(0, length - max(first, p.sinks));
+    const int sinks = min(p.sinks, length), recent = max(first, p.sinks), count = sinks + max(0, length - recent);
     const i64 offset = (i64)part.stream * (p.sinks + p.ring) * D;
-    const int begin = (int)((i64)count * part.block / part.blocks), end = (int)((i64)count * (part.block + 1) / part.blocks);
+    const int begin = part.begin(count), end = part.end(count);
     for (int start = begin + warp * AHEAD * TEAMS; start < end; start += WARPS * AHEAD * TEAMS) {
         const element *keys[AHEAD], *values[AHEAD];
+        u32 there = 0;
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
-            const int i = start + a * TEAMS + team, at = i < sinks ? i : max(first, p.sinks) + i - sinks;
+            const int i = start + a * TEAMS + team, at = i < sinks ? i : recent + i - sinks;
             const int place = at < p.sinks ? at : p.sinks + (at - p.sinks) % p.ring;
-            const bool seen = i < end && at <= position;
-            keys[a] = seen ? p.near_keys + offset + (i64)place * D : nullptr;
+            there |= (u32)(i < end && at <= position) << a;
+            keys[a] = p.near_keys + offset + (i64)place * D;
             values[a] = p.near_values + offset + (i64)place * D;
         }
-        attend_ahead(p, s, mine, keys, values);
+        attend_ahead<false>(p, s, part, mine, keys, values, there, 0);
     }
 }
 
 // Attend to the rows that were gathered.
-__device__ void attend_gathered(const Step& p, Shared& s, Partial& mine) {
+template <bool SUBTRACT>
+__device__ __forceinline__ void attend_gathered(const Step& p, Shared& s, const Part& part, Partial& mine) {
     const int warp = threadIdx.x / WARP, team = threadIdx.x % WARP / TEAM, count = s.gathered;
     for (int start = warp * AHEAD * TEAMS; start < count; start += WARPS * AHEAD * TEAMS) {
         const element *keys[AHEAD], *values[AHEAD];
+        u32 there = 0;
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
             const int i = start + a * TEAMS + team;
             const i64 row = i < count ? s.rows[i] : 0;
-            keys[a] = i < count ? p.keys + row * D : nullptr;
+            there |= (u32)(i < count) << a;
+            keys[a] = p.keys + row * D;
             values[a] = p.values + row * D;
         }
-        attend_ahead(p, s, mine, keys, values);
+        attend_ahead<SUBTRACT>(p, s, part, mine, keys, values, there, start);
     }
     __syncthreads();
     if (threadIdx.x == 0) s.gathered = 0;
@@ -126,25 +244,23 @@ __device__ void attend_gathered(const Step& p, Shared& s, Partial& mine) {
 }
 
 // Attend to whole pages: those of visited lists, or everything up to the position of the query.
-__device__ void attend_pages(
+__device__ __forceinline__ void attend_pages(
     const Step& p, Shared& s, const Part& part, Partial& mine, const int* taken, bool everything, int position
 ) {
     const i64 row = (i64)part.stream * p.most_pages;
     const int count = part.page_count(), step = QUEUE / LANES;
-    if (threadIdx.x == 0) s.gathered = 0;
-    __syncthreads();
     for (int start = 0; start < count; start += step) {
         for (int i = threadIdx.x; i < step * LANES; i += THREADS) {
             const int number = start + i / LANES, lane = i % LANES;
             if (number >= count) continue;
-            const int page = part.page(number), label = p.labels[row + page], at = p.pages[row + page] * LANES + lane;
+            const int page = part.page(number), label = p.labels[row + page];
             if (lane >= (label & 31)) continue;
-            if (everything) {
-                if (p.ids[at] > position) continue;
-            } else {
+            if (!everything) {
                 const int some = taken[label >> 5];
                 if (!some || p.orders[row + page] * LANES + lane >= some) continue;
             }
+            const int at = p.pages[row + page] * LANES + lane;
+            if (everything && p.ids[at] > position) continue;
             if (p.bits) {
                 const int id = p.ids[at];
                 atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
@@ -153,205 +269,67 @@ __device__ void attend_pages(
             }
         }
         __syncthreads();
-        attend_gathered(p, s, mine);
+        attend_gathered<false>(p, s, part, mine);
     }
 }
 
-// Gather the keys of this block above the cut, and hand those in its bin to all blocks.
-__device__ void attend_sure(const Step& p, Shared& s, const Part& part, Partial& mine, int ranker) {
-    const i64 places = first_place(p, part);
-    u32* count = p.counters + (i64)part.unit * COUNTERS + 2 + ranker;
-    float2* candidates = p.candidates + ((i64)part.unit * RANKERS_MOST + ranker) * CANDIDATES;
-    if (threadIdx.x == 0) s.gathered = 0;
+// Tell all blocks the largest logit of each head.
+__device__ __forceinline__ void publish_peaks(Shared& s, const Partial& mine, u32* own, u32* all) {
+    const int member = threadIdx.x % TEAM;
+#pragma unroll
+    for (int j = 0; j < OWNED; ++j)
+        if (mine.peak[j] > -INFINITE) atomicMax(own + (member * OWNED + j) % G, ordered(mine.peak[j]));
     __syncthreads();
-    const int total = s.visited * LANES;
-    for (int start = 0; start < total; start += QUEUE) {
-        if (start) attend_gathered(p, s, mine);  // makes room
-        for (int i = start + threadIdx.x; i < min(start + QUEUE, total); i += THREADS) {
-            const i64 place = places + i;
-            const float weight = key_weight(p, s, place, ranker);
-            if (weight == -INFINITE) continue;
-            const int bin = bin_of(weight);
-            if (bin > s.boundary) {
-                keep(p, s, part, place);
-            } else if (bin == s.boundary && s.open) {
-                const int own = atomicAdd(&s.owned, 1);
-                if (own >= OWN) continue;
-                const u32 slot = atomicAdd(count, 1u);
-                s.own[own] = slot < CANDIDATES ? i : -1;
-                if (slot >= CANDIDATES) continue;
-                const int row = p.visited[place / LANES].x * LANES + (int)(place % LANES);
-                candidates[slot] = make_float2(weight, __int_as_float(p.ids[row]));
-            }
-        }
-        __syncthreads();
-    }
+    if (threadIdx.x < G && own[threadIdx.x]) atomicMax(all + threadIdx.x, own[threadIdx.x]);
 }
 
-// Keep the best candidates of this block, judged against those of all blocks, and attend to them.
-__device__ void attend_candidates(const Step& p, Shared& s, const Part& part, Partial& mine, int ranker) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const i64 places = first_place(p, part);
-    const u32 written = __ldcg(p.counters + (i64)part.unit * COUNTERS + 2 + ranker);
-    const int count = (int)min(written, (u32)CANDIDATES), owned = min(s.owned, OWN);
-    const float2* candidates = p.candidates + ((i64)part.unit * RANKERS_MOST + ranker) * CANDIDATES;
-    for (int i = warp; i < owned; i += WARPS) {
-        const int at = s.own[i];
-        if (at < 0) continue;
-        const i64 place = places + at;
-        const float weight = key_weight(p, s, place, ranker);
-        const int id = p.ids[p.visited[place / LANES].x * LANES + (int)(place % LANES)];
-        int better = 0;
-        for (int c = lane; c < count; c += WARP) {
-            const float2 other = __ldcg(candidates + c);
-            better += other.x > weight || (other.x == weight && __float_as_int(other.y) < id);
-        }
-        if (warp_sum_int(better) < s.open && lane == 0) keep(p, s, part, place);
-    }
+// Take the largest near logit as the reference. Estimates up to it are below the bound; without it, none is known
+// to be, and they are taken relative to the norm.
+__device__ __forceinline__ void find_reference(const Step& p, Shared& s, const u32* counters, Partial& mine) {
+    if (threadIdx.x < G) s.reference[threadIdx.x] = unordered(__ldcg(counters + NEAREST + threadIdx.x));
     __syncthreads();
-    if (p.bits) return;
-    attend_gathered(p, s, mine);
-}
-
-// Tell all blocks the largest exact logit, and the largest estimate where there is none.
-__device__ void publish_peaks(const Step& p, Shared& s, const Part& part, const Partial& mine, u32* counters) {
-    const i64 places = first_place(p, part);
-    float peak[G], estimate[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        peak[g] = warp_max(mine.peak[g]);
-        estimate[g] = s.norm[g];
-    }
-    if (p.refine)
-        for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS)
-#pragma unroll
-            for (int g = 0; g < G; ++g) estimate[g] = fmaxf(estimate[g], p.estimates[(places + i) * G + g]);
-#pragma unroll
-    for (int g = 0; g < G; ++g) estimate[g] = warp_max(estimate[g]);
-    if (threadIdx.x % WARP) return;
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        if (peak[g] > -INFINITE) atomicMax(counters + 2 + RANKERS_MOST + g, ordered(peak[g]));
-        if (estimate[g] > -INFINITE) atomicMax(counters + 2 + RANKERS_MOST + G + g, ordered(estimate[g]));
+        const float known = s.reference[g];
+        refer(mine, g, known > -INFINITE ? known : s.norm[g]);
     }
 }
 
-// Estimates count for no more than the largest exact logit; where there is none they are only kept finite.
+// Estimates count for no more than the largest exact logit.
 __device__ void find_bounds(Shared& s, const u32* counters) {
     if (threadIdx.x < G) {
-        const u32 exact = __ldcg(counters + 2 + RANKERS_MOST + threadIdx.x);
-        const u32 other = __ldcg(counters + 2 + RANKERS_MOST + G + threadIdx.x);
-        s.bound[threadIdx.x] = exact ? unordered(exact) : other ? unordered(other) : 0.f;
+        const u32 largest = __ldcg(counters + LARGEST + threadIdx.x);
+        s.bound[threadIdx.x] = largest ? unordered(largest) : INFINITE;
     }
     __syncthreads();
-}
-
-// Express what was found relative to the bound.
-__device__ __forceinline__ void rebase(const Shared& s, Partial& mine) {
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        const float shrink = exponential(mine.peak[g] - s.bound[g]);
-        mine.peak[g] = s.bound[g];
-        mine.sum[g] *= shrink;
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) mine.out[g][i] *= shrink;
-    }
-}
-
-// Add the mean value of a list, with a weight for each head.
-__device__ __forceinline__ void add_mean(const Step& p, Partial& mine, i64 list, const float* weights) {
-    const int member = threadIdx.x % TEAM;
-    const float scale = p.mean_scales[list];
-#pragma unroll
-    for (int v = 0; v < PER_LANE; ++v) {
-        const int d = (v * TEAM + member) * VECTOR;
-        if (d >= D) continue;
-        float x[VECTOR];
-        widen_bytes(p.means + list * D + d, x);
-#pragma unroll
-        for (int g = 0; g < G; ++g)
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i)
-                mine.out[g][v * VECTOR + i] = fmaf(weights[g] * scale, x[i], mine.out[g][v * VECTOR + i]);
-    }
-#pragma unroll
-    for (int g = 0; g < G; ++g) mine.sum[g] += weights[g];
-}
-
-// This block's share of the keys that were not visited, list by list.
-__device__ void attend_rest_lists(const Step& p, const Shared& s, const Part& part, Partial& mine, const int* taken) {
-    const int warp = threadIdx.x / WARP, team = threadIdx.x % WARP / TEAM;
-    const int* sizes = p.sizes + (i64)part.stream * p.lists;
-    const int begin = (int)((i64)p.lists * part.block / part.blocks);
-    const int end = (int)((i64)p.lists * (part.block + 1) / part.blocks);
-    for (int list = begin + warp * TEAMS + team; list < end; list += WARPS * TEAMS) {
-        const int size = sizes[list], rest = size - taken[list];
-        if (rest <= 0) continue;
-        float weights[G];
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            const float logit = fminf(list_logit(p, s, part, list, size, g), s.bound[g]);
-            weights[g] = (float)rest * exponential(logit - s.bound[g]);
-        }
-        add_mean(p, mine, (i64)part.stream * p.lists + list, weights);
-    }
-}
-
-// This block's keys that were visited and not kept.
-__device__ void attend_rest_keys(const Step& p, const Shared& s, const Part& part, Partial& mine) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, half = lane / LANES, team = lane / TEAM;
-    const i64 places = first_place(p, part);
-    for (int e = 2 * warp; e < s.visited; e += 2 * WARPS) {
-        const i64 place = places + (i64)(e + half) * LANES + lane % LANES;
-        const bool counts = e + half < s.visited && !p.kept[place];
-        float weights[G];
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            weights[g] = counts ? exponential(fminf(p.estimates[place * G + g], s.bound[g]) - s.bound[g]) : 0.f;
-#pragma unroll
-            for (int step = LANES / 2; step; step >>= 1) weights[g] += __shfl_xor_sync(FULL, weights[g], step);
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            float mass[G];
-#pragma unroll
-            for (int g = 0; g < G; ++g) mass[g] = __shfl_sync(FULL, weights[g], j * LANES);
-            if (j % TEAMS != team || e + j >= s.visited) continue;
-            const int label = p.visited[places / LANES + e + j].y >> 5;
-            add_mean(p, mine, (i64)part.stream * p.lists + label, mass);
-        }
-    }
 }
 
 // Merge what the teams of a block found, and leave it where the last block of the unit finds it.
-__device__ void reduce_block(
-    const Step& p, Shared& s, const Part& part, Partial& mine, float* reduction, bool bounded
-) {
+__device__ __forceinline__ void reduce_block(const Step& p, Shared& s, const Part& part, Partial& mine, float* reduction) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, member = lane % TEAM;
-    float peak[G];
-#pragma unroll
-    for (int g = 0; g < G; ++g) peak[g] = bounded ? mine.peak[g] : warp_max(mine.peak[g]);
     __syncthreads();
-    if (!bounded) {
-        if (lane == 0)
 #pragma unroll
-            for (int g = 0; g < G; ++g) s.reduced[warp][g] = peak[g];
-        __syncthreads();
-#pragma unroll
-        for (int g = 0; g < G; ++g)
-            for (int w = 0; w < WARPS; ++w) peak[g] = fmaxf(peak[g], s.reduced[w][g]);
+    for (int g = 0; g < G; ++g) {
+        const float top = warp_max(mine.reference[g]);
+        if (lane == 0) s.reduced[warp][g] = top;
     }
+    __syncthreads();
     float* own = reduction + warp * G * (D + 1);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        const float shrink = peak[g] > -INFINITE ? exponential(mine.peak[g] - peak[g]) : 0.f;
-        float sum = mine.sum[g] * shrink;
+        float top = s.reduced[0][g];
 #pragma unroll
-        for (int step = TEAM; step < WARP; step <<= 1) sum += __shfl_xor_sync(FULL, sum, step);
+        for (int w = 1; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][g]);
+        if (threadIdx.x == 0) s.reference[g] = top;
+        refer(mine, g, top > -INFINITE ? top : 0.f);
+        float sum = member == 0 ? mine.extra[g] : 0.f;
+#pragma unroll
+        for (int j = 0; j < OWNED; ++j) sum += (member * OWNED + j) % G == g ? mine.sum[j] : 0.f;
+        sum = warp_sum(sum);
         if (lane == 0) own[g * (D + 1) + D] = sum;
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
-            float x = mine.out[g][i] * shrink;
+            float x = mine.out[g][i];
 #pragma unroll
             for (int step = TEAM; step < WARP; step <<= 1) x += __shfl_xor_sync(FULL, x, step);
             const int d = (i / VECTOR * TEAM + member) * VECTOR + i % VECTOR;
@@ -366,26 +344,36 @@ __device__ void reduce_block(
         for (int w = 0; w < WARPS; ++w) sum += reduction[w * G * (D + 1) + i];
         left[i / (D + 1) * (D + 2) + i % (D + 1)] = sum;
     }
-    if (threadIdx.x == 0)
-#pragma unroll
-        for (int g = 0; g < G; ++g) left[g * (D + 2) + D + 1] = peak[g];
+    if (threadIdx.x < G) left[threadIdx.x * (D + 2) + D + 1] = s.reference[threadIdx.x];
 }
 
 // Merge what the blocks of a unit found, and write the result.
-__device__ void merge_blocks(const Step& p, const Part& part) {
+__device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* weights) {
     const float* parts = p.partial + (i64)part.unit * part.blocks * G * (D + 2);
+    for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
+        const int lane = threadIdx.x % WARP;
+        float peak = -INFINITE, sum = 0.f;
+        for (int b = lane; b < part.blocks; b += WARP) peak = fmaxf(peak, __ldcg(parts + (b * G + g) * (D + 2) + D + 1));
+        peak = warp_max(peak);
+        for (int b = lane; b < part.blocks; b += WARP) {
+            const float* one = parts + (b * G + g) * (D + 2);
+            const float weight = peak > -INFINITE ? exponential(__ldcg(one + D + 1) - peak) : 0.f;
+            weights[b * G + g] = weight;
+            sum = fmaf(weight, __ldcg(one + D), sum);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) {
+            s.bound[g] = sum > 0.f ? 1.f / sum : 0.f;
+            p.lse[(i64)part.unit * G + g] = sum > 0.f ? peak + logf(sum) : -INFINITE;
+        }
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < G * D; i += THREADS) {
-        const int g = i / D, d = i % D;
-        float peak = -INFINITE, sum = 0.f, out = 0.f;
-        for (int b = 0; b < part.blocks; ++b) peak = fmaxf(peak, __ldcg(parts + (b * G + g) * (D + 2) + D + 1));
-        if (peak > -INFINITE)
-            for (int b = 0; b < part.blocks; ++b) {
-                const float* one = parts + (b * G + g) * (D + 2);
-                const float weight = exponential(__ldcg(one + D + 1) - peak);
-                sum = fmaf(weight, __ldcg(one + D), sum);
-                out = fmaf(weight, __ldcg(one + d), out);
-            }
-        store_out(p.out, (i64)part.unit * G * D + i, sum > 0.f ? out / sum : 0.f);
-        if (d == 0) p.lse[(i64)part.unit * G + g] = sum > 0.f ? peak + logf(sum) : -INFINITE;
+        const int g = i / D;
+        float out = 0.f;
+#pragma unroll 8
+        for (int b = 0; b < part.blocks; ++b)
+            out = fmaf(weights[b * G + g], __ldcg(parts + (b * G + g) * (D + 2) + i % D), out);
+        store_out(p.out, (i64)part.unit * G * D + i, out * s.bound[g]);
     }
 }

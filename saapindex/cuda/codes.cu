@@ -1,18 +1,18 @@
 // Transform codes of residuals: see AttentionOps.encode. Compiled with -DCOLUMNS=ceil(R / 32), 1 to 8.
 
 #define WARPS 8
-#define ROWS 4       // of a warp
-#define DEPTH 64     // dimensions of the residuals held at once
-#define WORDS 8      // at most
+#define ROWS 8    // of a warp
+#define DEPTH 16  // dimensions held at once
 #define TINY 1e-30f
 
 // Grid (ceil(n / (WARPS * ROWS)), heads), WARPS * WARP threads. Residuals are (heads, n, d), forward is (heads, d, r).
+// A lane holds every 32nd column of the rows of its warp.
 extern "C" __global__ void __launch_bounds__(WARPS* WARP, 2)
 encode(const float* __restrict__ residuals, const float* __restrict__ forward, const float* __restrict__ step,
        const i64* __restrict__ widths, const float* __restrict__ base, u32* __restrict__ words, u8* __restrict__ exponents,
        int n, int d, int r, int w) {
-    __shared__ float4 tile[WARPS * ROWS][DEPTH / 4];
-    __shared__ u32 packed[WARPS * ROWS][WORDS];
+    __shared__ float4 left[WARPS * ROWS][DEPTH / 4];
+    __shared__ float right[DEPTH][COLUMNS * WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 head = blockIdx.y;
     const int first = blockIdx.x * WARPS * ROWS;
@@ -27,21 +27,23 @@ encode(const float* __restrict__ residuals, const float* __restrict__ forward, c
         __syncthreads();
         for (int i = threadIdx.x; i < WARPS * ROWS * DEPTH; i += WARPS * WARP) {
             const int row = first + i / DEPTH, k = start + i % DEPTH;
-            ((float*)tile[i / DEPTH])[i % DEPTH] = row < n && k < d ? residuals[(i64)row * d + k] : 0.f;
+            ((float*)left[i / DEPTH])[i % DEPTH] = row < n && k < d ? residuals[(i64)row * d + k] : 0.f;
+        }
+        for (int i = threadIdx.x; i < DEPTH * COLUMNS * WARP; i += WARPS * WARP) {
+            const int k = start + i / (COLUMNS * WARP), column = i % (COLUMNS * WARP);
+            right[i / (COLUMNS * WARP)][column] = k < d && column < r ? forward[(i64)k * r + column] : 0.f;
         }
         __syncthreads();
-        const int depth = min(DEPTH, d - start);
-        for (int k = 0; k < depth; k += 4) {
+#pragma unroll
+        for (int k = 0; k < DEPTH; k += 4) {
             float4 x[ROWS];
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) x[i] = tile[warp * ROWS + i][k / 4];
+            for (int i = 0; i < ROWS; ++i) x[i] = left[warp * ROWS + i][k / 4];
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j) {
-                const int column = lane + WARP * j;
                 float f[4];
 #pragma unroll
-                for (int l = 0; l < 4; ++l)
-                    f[l] = column < r && k + l < depth ? forward[(i64)(start + k + l) * r + column] : 0.f;
+                for (int l = 0; l < 4; ++l) f[l] = right[k + l][j * WARP + lane];
 #pragma unroll
                 for (int i = 0; i < ROWS; ++i) {
                     y[i][j] = fmaf(x[i].x, f[0], y[i][j]);
@@ -58,7 +60,7 @@ encode(const float* __restrict__ residuals, const float* __restrict__ forward, c
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
         int local = lane + WARP * j;
-        bits[j] = 0, word[j] = 0, shift[j] = 0;
+        bits[j] = 0, word[j] = -1, shift[j] = 0;
         for (int i = 0; i < w; ++i) {
             const int width = (int)widths[head * w + i];
             if (!bits[j] && local < WARP / width) {
@@ -67,36 +69,40 @@ encode(const float* __restrict__ residuals, const float* __restrict__ forward, c
             }
             local -= WARP / width;
         }
-        if (lane + WARP * j >= r) bits[j] = 0;
+        if (lane + WARP * j >= r) bits[j] = 0, word[j] = -1;
         steps[j] = bits[j] ? step[head * r + lane + WARP * j] : 0.f;
     }
-    for (int i = lane; i < ROWS * WORDS; i += WARP) packed[warp * ROWS + i / WORDS][i % WORDS] = 0;
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         const int row = first + warp * ROWS + i;
+        if (row >= n) break;
         float norm = 0.f;
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j)
             if (bits[j]) norm = fmaf(y[i][j], y[i][j], norm);
         norm = fmaxf(sqrtf(warp_sum(norm)), TINY);
         float along = 0.f, square = 0.f;
+        u32 fields[COLUMNS];
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j) {
-            if (!bits[j]) continue;
             const float high = (float)((1 << bits[j]) - 1);
             float field = 0.f;
             if (steps[j] > 0.f) field = fminf(fmaxf(rintf(y[i][j] / norm / steps[j] + high / 2), 0.f), high);
             const float level = (field - high / 2) * steps[j];
             along = fmaf(y[i][j], level, along);
             square = fmaf(level, level, square);
-            atomicOr(&packed[warp * ROWS + i][word[j]], (u32)field << shift[j]);
+            fields[j] = (u32)field << shift[j];
         }
         const float scale = warp_sum(along) / fmaxf(warp_sum(square), TINY);
-        __syncwarp();
-        if (row >= n) continue;
         const i64 place = head * n + row;
-        if (lane < w) words[place * w + lane] = packed[warp * ROWS + i][lane];
+        for (int k = 0; k < w; ++k) {
+            u32 mine = 0;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j)
+                if (word[j] == k) mine |= fields[j];
+            const u32 all = __reduce_or_sync(FULL, mine);
+            if (lane == 0) words[place * w + k] = all;
+        }
         if (lane == 0) {
             const float exponent = rintf(16 * log2f(fmaxf(scale, TINY) / base[head])) + 128;
             exponents[place] = (u8)fminf(fmaxf(exponent, 0.f), 255.f);

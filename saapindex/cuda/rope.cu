@@ -14,9 +14,16 @@ rotate(const element* __restrict__ x, i64 stride, const i64* __restrict__ positi
         return;
     }
     // Angles in half turns: the whole ones drop out exactly, in float64 as the definition has it.
+    const double turns = (double)positions[row] * half_turns[i];
+#if ELEMENT == 2
     double sin, cos;
-    sincospi((double)positions[row] * half_turns[i], &sin, &cos);
+    sincospi(turns, &sin, &cos);
     const float s = (float)(sin * scale[i]), c = (float)(cos * scale[i]);
+#else
+    float sin, cos;  // what is left of the angle needs no more than float32 for a result in 16 bits
+    sincospif((float)(turns - 2 * rint(turns / 2)), &sin, &cos);
+    const float s = sin * (float)scale[i], c = cos * (float)scale[i];
+#endif
     const int first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + pairs;
     const float a = widen(x[first]), b = widen(x[second]);
     out[first] = narrow(a * c - b * s);

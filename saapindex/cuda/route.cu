@@ -34,10 +34,10 @@ route_scores(const float* __restrict__ features, const float* __restrict__ table
             const float f[QUERIES] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
             for (int j = 0; j < QUERIES; ++j) {
-                sums[j][0] = fmaf(f[j], x.x, sums[j][0]);
-                sums[j][1] = fmaf(f[j], x.y, sums[j][1]);
-                sums[j][2] = fmaf(f[j], x.z, sums[j][2]);
-                sums[j][3] = fmaf(f[j], x.w, sums[j][3]);
+                sums[j][0] = multiply_add(f[j], x.x, sums[j][0]);
+                sums[j][1] = multiply_add(f[j], x.y, sums[j][1]);
+                sums[j][2] = multiply_add(f[j], x.z, sums[j][2]);
+                sums[j][3] = multiply_add(f[j], x.w, sums[j][3]);
             }
         }
     }
@@ -47,12 +47,12 @@ route_scores(const float* __restrict__ features, const float* __restrict__ table
 #pragma unroll
     for (int j = 0; j < QUERIES; ++j) {
         const float* s = sums[j];
-        const float a = (up ? s[2] : s[0]) + __shfl_xor_sync(FULL, up ? s[0] : s[2], 16);
-        const float b = (up ? s[3] : s[1]) + __shfl_xor_sync(FULL, up ? s[1] : s[3], 16);
-        float sum = (upper ? b : a) + __shfl_xor_sync(FULL, upper ? a : b, 8);
-        sum += __shfl_xor_sync(FULL, sum, 4);
+        const float a = add(up ? s[2] : s[0], __shfl_xor_sync(FULL, up ? s[0] : s[2], 16));
+        const float b = add(up ? s[3] : s[1], __shfl_xor_sync(FULL, up ? s[1] : s[3], 16));
+        float sum = add(upper ? b : a, __shfl_xor_sync(FULL, upper ? a : b, 8));
+        sum = add(sum, __shfl_xor_sync(FULL, sum, 4));
         if (!(lane & 4) && list < nlist && first + j < q)
-            scores[(i64)(first + j) * nlist + list] = sum + bias[list];
+            scores[(i64)(first + j) * nlist + list] = add(sum, bias[list]);
     }
 }
 

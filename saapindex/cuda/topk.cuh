@@ -7,10 +7,24 @@
 #define BINS (1 << DIGIT)
 #define LAST_ID 0x7fffffffffffffffLL
 
+// Sums and products that keep the smallest numbers: CuPy compiles everything else to flush them to zero.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) {
+    float x;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(x) : "f"(a), "f"(b), "f"(c));
+    return x;
+}
+
+__device__ __forceinline__ float add(float a, float b) {
+    float x;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+}
+
 // A float as an integer of the same order: -0 and 0 are the same, NaN is nothing.
 __device__ __forceinline__ u32 ordered(float x) {
-    const u32 bits = __float_as_uint(x + 0.f);
+    const u32 bits = __float_as_uint(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
+    if (bits == 0x80000000u) return bits;
     return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 

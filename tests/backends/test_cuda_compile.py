@@ -16,7 +16,7 @@ ELEMENTS = [0, 1, 2]
 SIZES = [64, 80, 96, 128, 256]
 # What each file is compiled with; a file that is not here is compiled with ELEMENT and D.
 MACROS = {
-    "assign": [*({"ELEMENT": e, "D": d} for e in (0, 1) for d in SIZES), *({"ELEMENT": e} for e in ELEMENTS)],
+    "assign": [*({"ELEMENT": e, "D": d} for e in ELEMENTS for d in SIZES), *({"ELEMENT": e} for e in ELEMENTS)],
     "codes": [{"COLUMNS": columns} for columns in range(1, 9)],
     "rope": [{"ELEMENT": e} for e in ELEMENTS],
     "route": [{}],

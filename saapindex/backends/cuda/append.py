@@ -33,7 +33,7 @@ STATUS = {
     2: "keys were lost, for want of room",
     4: "nothing was added, since the arrays of the index have moved",
 }
-_KEYS, _LISTS, _SLAB, _CODED, _WINDOW = 64, 128, 16, 16, 2048  # as in append.cu
+_KEYS, _LISTS, _SLAB, _PAD, _WINDOW = 64, 128, 32, 8, 2048  # as in append.cu
 _TABLES = 48 * 1024
 _SHARED_MOST = 96 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
@@ -50,7 +50,7 @@ _POINTERS = [
 _STRIDES = "key_batch key_head key_token value_batch value_head value_token".split()
 _INTEGERS = (
     "batch heads lists room ring sinks kept flush dense_below words coded_dimensions pairs interleaved own_forms "
-    "most tokens tables version"
+    "most tokens tables version many"
 ).split()
 APPEND = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
@@ -158,7 +158,7 @@ class AppendSpace(NamedTuple):
             rows=xp.empty((count, most), np.int32),
             tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
             heavy=xp.empty(tasks, np.int32),
-            work=xp.empty((count * (room + lists), 2), np.int32),
+            work=xp.empty((count * (room + 4 * lists), 2), np.int32),
             counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
         )
 
@@ -241,7 +241,7 @@ def append_streams(
     stamps
         (6,) int64, written: nanoseconds at the beginning of each phase. Slower.
     """
-    made["stamps"] = _address(stamps)
+    made["stamps"], made["many"] = _address(stamps), many
     shared = shared_bytes(d, int(made["lists"][0]), int(made["coded_dimensions"][0]), int(made["batch"][0]))
     device = get_cupy().cuda.runtime.getDevice()
     multiprocessors, most = _limits(device)
@@ -275,10 +275,11 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
         If there are more lists than fit.
     """
     elements = -(-d // 64) * 2  # of a lane, at most
-    assign = 4 * d * (_KEYS + 4) + 4 * _SLAB * (_LISTS + 4)
+    assign = 4 * d * (_KEYS + _PAD) + 4 * _SLAB * (_LISTS + _PAD)
     place = 80 + 4 * _tables(lists) * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
-    encode = 4 * d * (_CODED + 4) + 4 * _CODED * (coded + 1)
+    rows = 64 if d <= 128 else 32
+    encode = 4 * d * (rows + 4) + 4 * rows * (coded + 1)
     shared = max(assign, place, enter, encode) + 16 * (batch + 1)
     if shared > _SHARED_MOST:
         raise InvalidInputError(

@@ -90,10 +90,10 @@ def assign_heads(x: Any, centroids: Centroids) -> tuple[Any, Any]:
         return labels, scores
     multiprocessors = cupy.cuda.Device().attributes["MultiProcessorCount"]
     strides = [np.int64(stride // x.itemsize) for stride in (x.strides[1], x.strides[0])]
-    aligned = x.data.ptr % 16 == 0 and not any(stride % 8 for stride in strides)
-    tiles = centroids.parts is not None and x.dtype.itemsize == 2 and aligned
+    aligned = x.data.ptr % 16 == 0 and not any(stride * x.itemsize % 16 for stride in strides)
+    tiles = centroids.parts is not None and aligned
     lists, unit = (centroids.parts.shape[1], _tile(d)) if tiles else (nlist, _SIDE)
-    many = _SIDE * (4 if d <= 128 else 2)
+    many = _SIDE * 4 // (x.itemsize // 2) // (1 if d <= 128 else 2)
     large = tiles and heads * -(-n // many) >= multiprocessors
     blocks = -(-n // (many if large else _SIDE))
     units = -(-lists // unit)
@@ -126,7 +126,7 @@ def assign_heads(x: Any, centroids: Centroids) -> tuple[Any, Any]:
 
 @on_device
 def assign(x: Floats, centroids: Floats, bias: Floats) -> tuple[Ints, Floats]:
-    """See `Ops.assign`; rows in float16 or bfloat16 (as uint16) are taken as they are, to tensor cores."""
+    """See `Ops.assign`; rows in float16, float32 or bfloat16 (as uint16) are taken as they are."""
     if x.dtype == np.float64:
         x = x.astype(np.float32)
     labels, scores = assign_heads(x[None], prepare(centroids[None], bias[None]))

@@ -15,17 +15,19 @@ __all__ = ["DeviceCode", "Limits", "Workspace", "attend_streams", "launch_shape"
 
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 POLICIES = {"sum": 0, "max": 1, "union": 2}
-BINS, CANDIDATES = 4096, 4096
-_SHARED_FIXED = 4 * (BINS + 2 * 1024 + 2048 + 1024) + 1024
+BINS, CANDIDATES = 1024, 4096
+_SHARED_FIXED = 4 * (BINS + 2 * 1024 + 2 * 4096 + 2 * 1024) + 2 * 4096 + 256
+
+_TABLE_MOST = 120 * 1024
 
 _POINTERS = (
     "lengths first near_keys near_values keys values codes exponents ids pages labels orders counts sizes anchors "
     "anchor_scales means mean_scales squares inverse steps base spread distortion widths coded queries positions "
-    "out lse bits dots rotated estimates visited kept histogram candidates counters partial stamps"
+    "out lse bits dots rotated estimates visited bins kept histogram candidates counters partial stamps"
 ).split()
 _INTEGERS = (
     "heads tokens lists ring sinks most_pages coded_most blocks width code_bytes row_bytes nprobe policy by_mass "
-    "refine remainder near everything"
+    "refine remainder near everything cached"
 ).split()
 STEP = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
@@ -107,6 +109,7 @@ class Workspace(NamedTuple):
     rotated: Array
     estimates: Array
     visited: Array
+    bins: Array
     kept: Array
     histogram: Array
     candidates: Array
@@ -140,10 +143,11 @@ class Workspace(NamedTuple):
             rotated=xp.empty((units, group, code.inverse.shape[1]), np.float32),
             estimates=xp.empty((units, most * 16, group), np.float32),
             visited=xp.empty((units, most, 2), np.int32),
+            bins=xp.empty((units, most * 16, group), np.uint16),
             kept=xp.empty((units, most * 16), np.uint8),
-            histogram=xp.zeros((units, group, BINS), np.int32),
+            histogram=xp.zeros((units, group, 2, BINS), np.int32),
             candidates=xp.empty((units, group, CANDIDATES, 2), np.float32),
-            counters=xp.zeros((units, 2 + 3 * group), np.uint32),
+            counters=xp.zeros((units, 3 + 3 * group), np.uint32),
             partial=xp.empty((units, blocks, group, d + 2), np.float32),
             bits=xp.zeros((units, width), np.uint32),
             blocks=blocks,
@@ -154,8 +158,14 @@ class Workspace(NamedTuple):
 
 def shared_bytes(d: int, group: int, words: int, lists: int, threads: int) -> int:
     """Return the shared memory of a block in bytes."""
-    fixed = _SHARED_FIXED + 4 * group * (d + 32 * words + 8 * words + threads // 32 + 16)
-    return fixed + max(8 * lists, threads // 32 * group * (d + 1) * 4)
+    fixed = _SHARED_FIXED + 4 * group * (d + 8 * words + 2 * (threads // 32) + 16)
+    table = 4 * lists * (3 + group if _cached(lists, group) else 2)
+    return fixed + max(table, threads // 32 * group * (d + 1) * 4)
+
+
+def _cached(lists: int, group: int) -> bool:
+    """Return whether a block keeps what it knows of the lists in its shared memory."""
+    return 4 * lists * (3 + group) <= _TABLE_MOST
 
 
 def launch_shape(units: int, multiprocessors: int, group: int) -> tuple[int, int]:
@@ -214,12 +224,13 @@ def step(
         "code_bytes": 4 * code.widths.shape[1] + 1,
         "row_bytes": 2 * d * streams.keys.dtype.itemsize,
         "nprobe": limits.nprobe,
-        "policy": POLICIES[limits.policy],
+        "policy": POLICIES[limits.policy if queries.shape[2] > 1 else "sum"],
         "by_mass": limits.by_mass,
         "refine": limits.refine,
         "remainder": limits.remainder,
         "near": near,
         "everything": everything,
+        "cached": _cached(lists, queries.shape[2]),
     }
     made = np.zeros(1, STEP)
     for name in _POINTERS:

@@ -13,7 +13,7 @@ from saapindex.devices import get_cupy
 
 __all__ = ["encode"]
 
-_ROWS = 32  # of a block of threads
+_ROWS = 64  # of a block of threads
 
 
 @on_device

@@ -12,7 +12,7 @@ from saapindex.backends.cuda.module import ELEMENTS
 from saapindex.devices import current, device_of, get_cupy
 from saapindex.errors import InvalidInputError
 
-__all__ = ["element", "on_device", "power_of_two", "rows"]
+__all__ = ["element", "host", "mapped", "on_device", "power_of_two", "rows"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,9 +26,15 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+def host(value: Any) -> Any:
+    """Return a CuPy array as NumPy, and anything else as it is."""
+    return value.get() if device_of(value) is not None else value
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return `value` with `change` made to everything in its (nested, named) tuples."""
     if isinstance(value, tuple):
-        parts = [_mapped(part, change) for part in value]
+        parts = [mapped(part, change) for part in value]
         return type(value)._make(parts) if hasattr(value, "_make") else tuple(parts)
     return change(value)
 
@@ -52,14 +58,11 @@ def on_device(run: Callable[P, R]) -> Callable[P, R]:
         def upload(value: Any) -> Any:
             return cupy.asarray(value) if isinstance(value, np.ndarray) and value.ndim else value
 
-        def download(value: Any) -> Any:
-            return value.get() if isinstance(value, cupy.ndarray) else value
-
         with current(device):
-            moved = [_mapped(value, upload) for value in args]
-            named = {name: _mapped(value, upload) for name, value in kwargs.items()}
+            moved = [mapped(value, upload) for value in args]
+            named = {name: mapped(value, upload) for name, value in kwargs.items()}
             found: R = run(*moved, **named)
-            return _mapped(found, download) if at_home else found
+            return mapped(found, host) if at_home else found
 
     return call
 

@@ -31,7 +31,8 @@ def source(file: str) -> str:
     path = folder / f"{file}.cu"
     if not path.is_file():
         raise InvalidInputError(f"there is no CUDA source {file}.cu")
-    text = re.sub(r'#include "(\w+\.cuh)"', lambda found: (folder / found[1]).read_text(), path.read_text())
+    include = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+    text = include.sub(lambda found: (folder / found[1]).read_text(), path.read_text())
     return (folder / "common.cuh").read_text() + "\n" + text
 
 
