@@ -154,7 +154,7 @@ class Soak:
             mask = selection.bool_mask(int(index.lengths.max()))
             chosen = [mask[b, :, : x.shape[1]] for b, x in enumerate(one.keys)]
             self._compare(one, q, index.attend(q, params=params), chosen)
-            pool = index._batch.keeping.pool if index._batch else None
+            pool = index.host_batch.keeping.pool if index._batch else None
             if pool is not None:
                 self.pools.add(pool)
                 self.tally.most_pages = max(self.tally.most_pages, pool.used)
