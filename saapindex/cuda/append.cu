@@ -626,13 +626,14 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
     }
     if (renewed) {
         copy_in<true>(a, plans[s / a.heads], task, warp, WARPS, values, keys);
-        if (threadIdx.x == 0) failed[1] = atomicAdd(a.counters + WORK, (pages + SHEAF - 1) / SHEAF * SHEAF);
+        const int sheaves = (pages + SHEAF - 1) / SHEAF * SHEAF;
+        if (threadIdx.x == 0) failed[1] = atomicAdd(a.counters + WORK, sheaves);
+        __syncthreads();
         for (int from = 0; from < pages; from += WINDOW) {
             // They stand there from before where one look was enough.
             const int count = full && pages <= WINDOW ? pages : look_up(a, task, from, slots);
             for (int q = threadIdx.x; q < count; q += THREADS) a.work[failed[1] + from + q] = make_int2(s, slots[q]);
-            for (int q = pages + threadIdx.x; q % SHEAF && q < pages + SHEAF; q += THREADS)
-                a.work[failed[1] + q] = make_int2(-1, 0);
+            for (int q = pages + threadIdx.x; q < sheaves; q += THREADS) a.work[failed[1] + q] = make_int2(-1, 0);
             const int end = min(task.old - from * LANES, count * LANES);
             for (int j0 = warp * AHEAD; j0 < end; j0 += THREADS / WARP * AHEAD) {
                 u32 key[AHEAD][WORDS];
