@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cupy
 import numpy as np
@@ -31,8 +31,10 @@ import saapindex as sx
 from saapindex.backends import get_ops
 from saapindex.backends.cuda.assign import assign_heads, prepare
 from saapindex.devices import current
+from saapindex.learn import read_trace
 
 RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parent.parent / "saapindex" / "data"
 try:
     faiss: Any = importlib.import_module("faiss")
     importlib.import_module("faiss.contrib.torch_utils")
@@ -169,8 +171,9 @@ def fitted() -> Any:
     return Code._make(map(cupy.asarray, fit_codes(residuals, np.stack([np.eye(D)] * HEADS), 3).view))
 
 
-def attention_like(n: int, q: int, d: int) -> tuple[Any, Any]:
-    """Return keys and queries of different distributions: topics in a few strong directions; float32."""
+def attention_like(n: int, d: int) -> tuple[Any, Any, Any]:
+    """Return keys, and queries of another distribution, to ask and to train with: topics in strong directions."""
+    q = 5120
     rng = cupy.random.RandomState(0)
     scale = (cupy.arange(1, d + 1, dtype=np.float32) ** -0.5) * 3
     mixing = cupy.linalg.qr(rng.standard_normal((d, d), dtype=np.float32))[0]
@@ -181,7 +184,8 @@ def attention_like(n: int, q: int, d: int) -> tuple[Any, Any]:
     wanted = 0.7 * topics[rng.randint(0, 4000, q)] + 0.5 * scale * rng.standard_normal(
         (q, d), dtype=np.float32
     )
-    return keys, (wanted + offset) @ mixing
+    queries = (wanted + offset) @ mixing
+    return keys, queries[:1024], queries[1024:]
 
 
 def wall_microseconds(run: Callable[[], Any], repeats: int = 50) -> float:
@@ -207,16 +211,26 @@ def brute_force(queries: Any, keys: Any, k: int) -> Any:
     return (queries @ keys.T).topk(k)
 
 
-def searches(n: int, nlist: int) -> list[dict[str, Any]]:
+def trace_head(test: Path, train: Path, head: int) -> tuple[Any, Any, Any]:
+    """Return keys of one head of a trace, queries from beyond them, and queries of another context."""
+    here, there = read_trace(test), read_trace(train)
+    end = len(here.key_positions) * 7 // 8
+    group = slice(head * here.group_size, (head + 1) * here.group_size)
+    beyond = here.queries[group][:, here.query_positions >= end].reshape(-1, here.d)[:1024]
+    parts = here.keys[head, :end], beyond, there.queries[group].reshape(-1, here.d)
+    keys, queries, training = (cupy.asarray(part, np.float32) for part in parts)
+    return keys, queries, training
+
+
+def searches(name: str, keys: Any, queries: Any, training: Any, nlist: int) -> list[dict[str, Any]]:
     """Time searches at recall@10 of 0.9 beside Faiss's IVF on the same device, and brute force."""
-    keys, queries = attention_like(n, 5120, D)
-    queries, training = queries[:1024], queries[1024:]
+    n, d = keys.shape
     exact = cupy.from_dlpack(from_dlpack(queries @ keys.T).topk(10)[1])
 
     def recall(found: Any) -> float:
         return float((cupy.asarray(found)[:, :, None] == exact[:, None, :]).any(axis=2).mean())
 
-    index = sx.IndexSAAP(D, nlist, dtype="float16", device="cuda")
+    index = sx.IndexSAAP(d, nlist, dtype="float16", device="cuda")
     begin = time.perf_counter()
     index.train(keys.get(), xq_train=training.get())
     trained = time.perf_counter()
@@ -225,7 +239,7 @@ def searches(n: int, nlist: int) -> list[dict[str, Any]]:
     index.nprobe = least_nprobe(
         lambda p: recall(index.search(queries, 10, params=sx.SearchParameters(nprobe=p))[1]), nlist
     )
-    theirs = {name: faiss_index(name, keys, nlist, recall, queries) for name in FAISS} if faiss else {}
+    theirs = {kind: faiss_index(kind, keys, nlist, recall, queries) for kind in FAISS} if faiss else {}
     half_keys, half_queries = from_dlpack(keys).half(), from_dlpack(queries).half()
     read = float(index.route(queries)[1].mean())
     routing = index._routing
@@ -254,15 +268,15 @@ def searches(n: int, nlist: int) -> list[dict[str, Any]]:
             "call us": wall_microseconds(partial(index.search, part, k)),
             "kernels us": replayed,
             "of it routing us": routed,
-            "scan GB/s": batch * read * D * 2 / max(replayed - routed, 1e-9) / 1e3,
+            "scan GB/s": batch * read * d * 2 / max(replayed - routed, 1e-9) / 1e3,
             "brute force kernels us": brute,
             "times brute force": brute / replayed,
         }
         tensor = from_dlpack(part)
-        for name, other in theirs.items():
+        for kind, other in theirs.items():
             call = wall_microseconds(partial(other["index"].search, tensor, k))
             about = {"nprobe": other["nprobe"], "recall@10": other["recall"], "call us": call}
-            row[name] = {**about, "times": call / row["call us"], "times kernels": call / replayed}
+            row[kind] = {**about, "times": call / row["call us"], "times kernels": call / replayed}
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -275,12 +289,12 @@ def faiss_index(
     name: str, keys: Any, nlist: int, recall: Callable[[Any], float], queries: Any
 ) -> dict[str, Any]:
     """Return Faiss's index of these keys on the device, with the least `nprobe` for a recall of 0.9."""
-    resources = faiss.StandardGpuResources()
+    resources, d = faiss.StandardGpuResources(), keys.shape[1]
     if name == FAISS[0]:
-        index = faiss.GpuIndexIVFFlat(resources, D, nlist, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.GpuIndexIVFFlat(resources, d, nlist, faiss.METRIC_INNER_PRODUCT)
     else:
         half = faiss.ScalarQuantizer.QT_fp16
-        index = faiss.GpuIndexIVFScalarQuantizer(resources, D, nlist, half, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.GpuIndexIVFScalarQuantizer(resources, d, nlist, half, faiss.METRIC_INNER_PRODUCT)
     on_host, asked = keys.get(), from_dlpack(queries)
     index.train(on_host)
     index.add(on_host)
@@ -293,7 +307,14 @@ def faiss_index(
     return {"index": index, "nprobe": nprobe, "recall": reached(nprobe), "resources": resources}
 
 
-def main(out: Path = RESULTS / "cuda-ops.json") -> None:
+def main(
+    test: Annotated[Path, typer.Option(help="A layer's trace, whose keys are searched.")] = DATA
+    / "test.safetensors",
+    train: Annotated[Path, typer.Option(help="The same layer in another context.")] = DATA
+    / "train.safetensors",
+    head: Annotated[int, typer.Option(help="KV head of the trace.")] = 0,
+    out: Path = RESULTS / "cuda-ops.json",
+) -> None:
     """Time everything, print it and write it to OUT."""
     limits = ceilings()
     print(limits, flush=True)
@@ -305,7 +326,10 @@ def main(out: Path = RESULTS / "cuda-ops.json") -> None:
             "ceilings": limits,
             "kernels": kernels(limits),
             "faiss": faiss.__version__ if faiss else "not here: brute force alone",
-            "search": [*searches(131_072, 512), *searches(1_048_576, 2048)],
+            "search": [
+                *searches("real attention", *trace_head(test, train, head), 512),
+                *searches("attention-like", *attention_like(1_048_576, D), 2048),
+            ],
         }
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

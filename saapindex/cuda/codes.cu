@@ -7,7 +7,7 @@
 
 // Grid (ceil(n / (WARPS * ROWS)), heads), WARPS * WARP threads. Residuals are (heads, n, d), forward is (heads, d, r).
 // A lane holds every 32nd column of the rows of its warp.
-extern "C" __global__ void __launch_bounds__(WARPS* WARP, 2)
+extern "C" __global__ void __launch_bounds__(WARPS* WARP, COLUMNS <= 4 ? 2 : 1)
 encode(const float* __restrict__ residuals, const float* __restrict__ forward, const float* __restrict__ step,
        const i64* __restrict__ widths, const float* __restrict__ base, u32* __restrict__ words, u8* __restrict__ exponents,
        int n, int d, int r, int w) {
@@ -23,17 +23,36 @@ encode(const float* __restrict__ residuals, const float* __restrict__ forward, c
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j) y[i][j] = 0.f;
+    // What comes next is on its way while what is here is used.
+    float next_left[ROWS * DEPTH / WARP], next_right[DEPTH * COLUMNS / WARPS];
+    const auto fetch = [&](int start) {
+#pragma unroll
+        for (int i = 0; i < ROWS * DEPTH / WARP; ++i) {
+            const int place = threadIdx.x + i * WARPS * WARP, row = first + place / DEPTH, k = start + place % DEPTH;
+            next_left[i] = row < n && k < d ? residuals[(i64)row * d + k] : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < DEPTH * COLUMNS / WARPS; ++i) {
+            const int place = threadIdx.x + i * WARPS * WARP;
+            const int k = start + place / (COLUMNS * WARP), column = place % (COLUMNS * WARP);
+            next_right[i] = k < d && column < r ? forward[(i64)k * r + column] : 0.f;
+        }
+    };
+    fetch(0);
     for (int start = 0; start < d; start += DEPTH) {
         __syncthreads();
-        for (int i = threadIdx.x; i < WARPS * ROWS * DEPTH; i += WARPS * WARP) {
-            const int row = first + i / DEPTH, k = start + i % DEPTH;
-            ((float*)left[i / DEPTH])[i % DEPTH] = row < n && k < d ? residuals[(i64)row * d + k] : 0.f;
+#pragma unroll
+        for (int i = 0; i < ROWS * DEPTH / WARP; ++i) {
+            const int place = threadIdx.x + i * WARPS * WARP;
+            ((float*)left[place / DEPTH])[place % DEPTH] = next_left[i];
         }
-        for (int i = threadIdx.x; i < DEPTH * COLUMNS * WARP; i += WARPS * WARP) {
-            const int k = start + i / (COLUMNS * WARP), column = i % (COLUMNS * WARP);
-            right[i / (COLUMNS * WARP)][column] = k < d && column < r ? forward[(i64)k * r + column] : 0.f;
+#pragma unroll
+        for (int i = 0; i < DEPTH * COLUMNS / WARPS; ++i) {
+            const int place = threadIdx.x + i * WARPS * WARP;
+            right[place / (COLUMNS * WARP)][place % (COLUMNS * WARP)] = next_right[i];
         }
         __syncthreads();
+        if (start + DEPTH < d) fetch(start + DEPTH);
 #pragma unroll
         for (int k = 0; k < DEPTH; k += 4) {
             float4 x[ROWS];
@@ -56,7 +75,7 @@ encode(const float* __restrict__ residuals, const float* __restrict__ forward, c
     }
     // Where the field of each column lies.
     int word[COLUMNS], shift[COLUMNS], bits[COLUMNS];
-    float steps[COLUMNS];
+    float steps[COLUMNS], turn[COLUMNS];
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
         int local = lane + WARP * j;
@@ -71,6 +90,7 @@ encode(const float* __restrict__ residuals, const float* __restrict__ forward, c
         }
         if (lane + WARP * j >= r) bits[j] = 0, word[j] = -1;
         steps[j] = bits[j] ? step[head * r + lane + WARP * j] : 0.f;
+        turn[j] = steps[j] > 0.f ? 1.f / steps[j] : 0.f;
     }
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
@@ -80,14 +100,14 @@ encode(const float* __restrict__ residuals, const float* __restrict__ forward, c
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j)
             if (bits[j]) norm = fmaf(y[i][j], y[i][j], norm);
-        norm = fmaxf(sqrtf(warp_sum(norm)), TINY);
+        const float inverse = 1.f / fmaxf(sqrtf(warp_sum(norm)), TINY);
         float along = 0.f, square = 0.f;
         u32 fields[COLUMNS];
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j) {
             const float high = (float)((1 << bits[j]) - 1);
             float field = 0.f;
-            if (steps[j] > 0.f) field = fminf(fmaxf(rintf(y[i][j] / norm / steps[j] + high / 2), 0.f), high);
+            if (steps[j] > 0.f) field = fminf(fmaxf(rintf(y[i][j] * (inverse * turn[j]) + high / 2), 0.f), high);
             const float level = (field - high / 2) * steps[j];
             along = fmaf(y[i][j], level, along);
             square = fmaf(level, level, square);

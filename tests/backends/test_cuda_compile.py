@@ -16,9 +16,17 @@ ELEMENTS = [0, 1, 2]
 SIZES = [64, 80, 96, 128, 256]
 # What each file is compiled with; a file that is not here is compiled with ELEMENT and D.
 MACROS = {
-    "assign": [*({"ELEMENT": e, "D": d} for e in ELEMENTS for d in SIZES), *({"ELEMENT": e} for e in ELEMENTS)],
+    "assign": [
+        *({"ELEMENT": e, "D": d} for e in ELEMENTS for d in SIZES),
+        *({"ELEMENT": e} for e in ELEMENTS),
+    ],
+    "attend": [
+        *({"ELEMENT": e, "D": 128, "QUERY": e, "G": 4, "WORDS": 3} for e in ELEMENTS),
+        *({"ELEMENT": 1, "D": d, "QUERY": 1, "G": 4, "WORDS": 3} for d in (64, 80, 96, 256)),
+        *({"ELEMENT": 1, "D": 128, "QUERY": 2, "G": g, "WORDS": w} for g, w in ((1, 1), (3, 4))),
+    ],
     "codes": [{"COLUMNS": columns} for columns in range(1, 9)],
-    "rope": [{"ELEMENT": e} for e in ELEMENTS],
+    "rope": [*({"ELEMENT": e} for e in ELEMENTS), *({"ELEMENT": e, "PAIRS": 2} for e in (0, 1))],
     "route": [{}],
     "scan": [{"ELEMENT": e, "D": d} for e in (0, 2) for d in SIZES],
 }

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.backends.base import Floats, Ints
-from saapindex.backends.cuda.launch import element, on_device, rows
+from saapindex.backends.cuda.launch import element, multiprocessors, on_device, rows
 from saapindex.backends.cuda.module import ELEMENTS, kernel
 from saapindex.devices import get_cupy
 
@@ -88,16 +88,16 @@ def assign_heads(x: Any, centroids: Centroids) -> tuple[Any, Any]:
     labels, scores = cupy.empty((heads, n), np.int64), cupy.empty((heads, n), np.float32)
     if not heads * n:
         return labels, scores
-    multiprocessors = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    processors = multiprocessors(x.device.id)
     strides = [np.int64(stride // x.itemsize) for stride in (x.strides[1], x.strides[0])]
     aligned = x.data.ptr % 16 == 0 and not any(stride * x.itemsize % 16 for stride in strides)
     tiles = centroids.parts is not None and aligned
     lists, unit = (centroids.parts.shape[1], _tile(d)) if tiles else (nlist, _SIDE)
     many = _SIDE * 4 // (x.itemsize // 2) // (1 if d <= 128 else 2)
-    large = tiles and heads * -(-n // many) >= multiprocessors
+    large = tiles and heads * -(-n // many) >= processors
     blocks = -(-n // (many if large else _SIDE))
     units = -(-lists // unit)
-    wanted = 1 if large else max(1, 2 * multiprocessors // (heads * blocks))
+    wanted = 1 if large else max(1, 2 * processors // (heads * blocks))
     split = -(-units // min(wanted, units)) * unit
     splits = -(-lists // split)
     some = cupy.empty((splits, heads, n), np.int32)

@@ -16,14 +16,14 @@ __all__ = ["DeviceCode", "Limits", "Workspace", "attend_streams", "launch_shape"
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 POLICIES = {"sum": 0, "max": 1, "union": 2}
 BINS, CANDIDATES = 1024, 4096
-_SHARED_FIXED = 4 * (BINS + 2 * 1024 + 2 * 4096 + 2 * 1024) + 2 * 4096 + 256
+_SHARED_FIXED = 4 * (BINS + 2 * 1024 + 4096 + 2 * 1024) + 256
 
 _TABLE_MOST = 120 * 1024
 
 _POINTERS = (
     "lengths first near_keys near_values keys values codes exponents ids pages labels orders counts sizes anchors "
     "anchor_scales means mean_scales squares inverse steps base spread distortion widths coded queries positions "
-    "out lse bits dots rotated estimates visited bins kept histogram candidates counters partial stamps"
+    "out lse bits dots rotated estimates masses visited bins kept histogram candidates counters partial stamps"
 ).split()
 _INTEGERS = (
     "heads tokens lists ring sinks most_pages coded_most blocks width code_bytes row_bytes nprobe policy by_mass "
@@ -108,6 +108,7 @@ class Workspace(NamedTuple):
     dots: Array
     rotated: Array
     estimates: Array
+    masses: Array
     visited: Array
     bins: Array
     kept: Array
@@ -142,6 +143,7 @@ class Workspace(NamedTuple):
             dots=xp.empty((units, lists, group), np.float32),
             rotated=xp.empty((units, group, code.inverse.shape[1]), np.float32),
             estimates=xp.empty((units, most * 16, group), np.float32),
+            masses=xp.empty((units, most, group), np.float32),
             visited=xp.empty((units, most, 2), np.int32),
             bins=xp.empty((units, most * 16, group), np.uint16),
             kept=xp.empty((units, most * 16), np.uint8),
@@ -158,14 +160,17 @@ class Workspace(NamedTuple):
 
 def shared_bytes(d: int, group: int, words: int, lists: int, threads: int) -> int:
     """Return the shared memory of a block in bytes."""
-    fixed = _SHARED_FIXED + 4 * group * (d + 8 * words + 2 * (threads // 32) + 16)
-    table = 4 * lists * (3 + group if _cached(lists, group) else 2)
-    return fixed + max(table, threads // 32 * group * (d + 1) * 4)
+    warps = threads // 32
+    fixed = _SHARED_FIXED + 4 * group * (d + 8 * words + 2 * warps + 16) + 32 * words
+    table = 4 * lists * (2 + group if _cached(lists, group) else 1)
+    codes = warps * 8 * (64 * words + 16)
+    merged = 4 * warps * group * (d + 1)
+    return fixed + 4 * lists + 64 + max(table, codes, merged)
 
 
 def _cached(lists: int, group: int) -> bool:
     """Return whether a block keeps what it knows of the lists in its shared memory."""
-    return 4 * lists * (3 + group) <= _TABLE_MOST
+    return 4 * lists * (2 + group) <= _TABLE_MOST
 
 
 def launch_shape(units: int, multiprocessors: int, group: int) -> tuple[int, int]:
@@ -315,7 +320,7 @@ def attend_streams(
         everything=everything,
         stamps=stamps,
     )
-    _launch(argument, queries, streams, code, space, {} if stamps is None else {"STAMPS": 1})
+    _launch(argument, queries, streams, code, space, scaling, {} if stamps is None else {"STAMPS": 1})
 
 
 def select_streams(
@@ -332,7 +337,7 @@ def select_streams(
     argument = step(
         queries, streams, code, scaling, limits, space, queries, queries, everything=everything, deciding=True
     )
-    _launch(argument, queries, streams, code, space, {})
+    _launch(argument, queries, streams, code, space, scaling, {})
 
 
 def _launch(
@@ -341,6 +346,7 @@ def _launch(
     streams: Streams,
     code: DeviceCode,
     space: Workspace,
+    scaling: Scaling,
     macros: dict[str, int],
 ) -> None:
     units, group, d = queries.shape[0] * queries.shape[1], *queries.shape[2:]
@@ -356,6 +362,7 @@ def _launch(
         ELEMENT=_element(streams.keys),
         QUERY=_element(queries),
         THREADS=space.threads,
+        **({"CAPPED": 1} if scaling.softcap else {}),
         **macros,
     )
     run((units * space.blocks,), (space.threads,), (argument,), shared_mem=shared)

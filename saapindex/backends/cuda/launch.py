@@ -12,7 +12,7 @@ from saapindex.backends.cuda.module import ELEMENTS
 from saapindex.devices import current, device_of, get_cupy
 from saapindex.errors import InvalidInputError
 
-__all__ = ["element", "host", "mapped", "on_device", "power_of_two", "rows"]
+__all__ = ["element", "host", "mapped", "multiprocessors", "on_device", "power_of_two", "rows"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,6 +82,13 @@ def rows(x: Any) -> Any:
     if x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
         return get_cupy().ascontiguousarray(x)
     return x
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Return how many multiprocessors a device has."""
+    count: int = get_cupy().cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
+    return count
 
 
 def power_of_two(n: int) -> int:

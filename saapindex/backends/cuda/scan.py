@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from saapindex.backends.base import LANES, Floats, Ints, Lists
-from saapindex.backends.cuda.launch import element, host, mapped, on_device, power_of_two
+from saapindex.backends.cuda.launch import element, host, mapped, multiprocessors, on_device, power_of_two
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.route import ENTRY, THREADS
 from saapindex.backends.reference.scan import range_scan as range_scan_reference
@@ -26,10 +26,8 @@ _ROUNDS = 4  # blocks of threads for each multiprocessor
 
 def _splits(q: int, p: int, lists: Lists, k: int = 1) -> int:
     """Return in how many parts the scan of a query is cut, so that the device is busy."""
-    cupy = get_cupy()
     blocks = len(lists.ids) // LANES * p // max(len(lists.sizes), 1)
-    device = cupy.cuda.Device()
-    threads = _ROUNDS * device.attributes["MultiProcessorCount"]
+    threads = _ROUNDS * multiprocessors(lists.vectors.device.id)  # type: ignore[attr-defined]
     most = min(-(-threads // max(q, 1)), blocks // _BLOCKS, _MERGED // k, 256)
     return max(1, int(most))
 
