@@ -72,7 +72,7 @@ def to_streams(batch: Batch, xp: Any = np, *, pages: int = 0, pool: int = 0, fil
     streams = len(batch.sequences) * heads
     lists, tables = batch.lists, [sequence.lists for sequence in batch.sequences]
     counts = (-(-lists.sizes // LANES)).sum(axis=1)
-    room = max(pages, int(counts.max(initial=0)))
+    room = -(-max(pages, int(counts.max(initial=0))) // LANES) * LANES  # rows of tables are read in vectors
     found = {
         name: _filled((streams, room), np.int32, fill) for name in ("pages", "labels", "orders", "before")
     }
