@@ -28,7 +28,14 @@ if TYPE_CHECKING:
         SaapIndexError,
         SaapIndexWarning,
     )
-    from saapindex.index import METRIC_INNER_PRODUCT, METRIC_L2, IndexSAAP, read_index, write_index
+    from saapindex.index import (
+        METRIC_INNER_PRODUCT,
+        METRIC_L2,
+        IndexSAAP,
+        index_factory,
+        read_index,
+        write_index,
+    )
     from saapindex.params import PRESETS, AttendParameters, IndexParameters, SearchParameters
     from saapindex.rope import Rope
 
@@ -50,6 +57,7 @@ _HOMES = {
     "SaapIndexError": "saapindex.errors",
     "SaapIndexWarning": "saapindex.errors",
     "SearchParameters": "saapindex.params",
+    "index_factory": "saapindex.index",
     "read_index": "saapindex.index",
     "write_index": "saapindex.index",
 }
@@ -72,6 +80,7 @@ __all__ = [
     "SaapIndexError",
     "SaapIndexWarning",
     "SearchParameters",
+    "index_factory",
     "read_index",
     "write_index",
 ]

@@ -15,7 +15,10 @@ from saapindex.backends.paged import Code
 from saapindex.backends.reference import codes as definition
 from saapindex.errors import InvalidInputError
 
-__all__ = ["TransformCode"]
+__all__ = ["MOST_WORDS", "TransformCode"]
+
+MOST_WORDS = 256
+"""Words of 32 bits that a code may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +88,9 @@ class TransformCode:
                 raise InvalidInputError(f"{name} is {array.dtype}, expected {np.dtype(expected)}")
             if not np.isfinite(array).all():
                 raise InvalidInputError(f"{name} holds NaN or infinity, expected finite values")
-        if not np.isin(self.widths, (1, 2, 4)).all() or not 1 <= self.words <= 8:
+        if not np.isin(self.widths, (1, 2, 4)).all() or not 1 <= self.words <= MOST_WORDS:
             raise InvalidInputError(
-                f"widths are {self.widths.tolist()}, expected 1 to 8 words of fields of 1, 2 or 4 bits"
+                f"widths are {self.widths.tolist()}, expected 1 to {MOST_WORDS} words of fields of 1, 2 or 4 bits"
             )
         if not (self.base > 0).all():
             raise InvalidInputError(f"base is {self.base.tolist()}, expected scales above 0")

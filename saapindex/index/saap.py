@@ -9,7 +9,9 @@ import numpy as np
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.errors import InvalidInputError, TrainingWarning
+from saapindex.index.coder import train_coder
 from saapindex.index.searcher import Searcher
+from saapindex.index.store import METRIC_L2
 from saapindex.params import check_integer
 from saapindex.partition import train_partition
 from saapindex.partition.routers import make_router
@@ -44,6 +46,8 @@ class IndexSAAP(Searcher):
     dtype
         Precision that keys are kept in: ``"float32"``, or ``"float16"``, which loses nothing where keys come
         in it and is faster to read. Scores are float32.
+    k_factor
+        Where `params` refines codes: candidates for each result that are scored exactly.
     backend
         ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy).
     verbose
@@ -118,21 +122,31 @@ class IndexSAAP(Searcher):
                 queries = query_positions = None
         if self.params.query_aware:
             _warn_of_few_queries(0 if queries is None else len(queries), self.d)
-        self._adopt(
-            train_partition(
-                keys,
-                key_positions,
-                queries,
-                query_positions,
-                self.nlist,
-                self.params,
-                rope=self.rope,
-                ops=self.ops,
-                show=self.verbose,
-            ),
-            make_router(self.params.router, self.scale),
-            self._nothing(),
+        partition = train_partition(
+            keys,
+            key_positions,
+            queries,
+            query_positions,
+            self.nlist,
+            self.params,
+            rope=self.rope,
+            ops=self.ops,
+            show=self.verbose,
         )
+        coder = train_coder(
+            keys,
+            key_positions,
+            queries,
+            query_positions,
+            partition,
+            self.params,
+            l2=self.metric_type == METRIC_L2,
+            ops=self.ops,
+        )
+        with self._lock:
+            if self.ntotal:
+                raise InvalidInputError("keys were added while the index was trained; it stays as it was")
+            self._adopt(partition, make_router(self.params.router, self.scale), self._nothing(), coder)
 
     def adapt(self, niter: int = 4) -> None:
         """Move the centroids to the keys that the index holds, by a few Lloyd steps.
@@ -150,15 +164,25 @@ class IndexSAAP(Searcher):
             raise InvalidInputError(
                 f"the {self.router.name!r} router was learned for this partition, so it cannot move"
             )
-        if not self.ntotal:
-            raise InvalidInputError("the index holds no keys to adapt to: call add first")
-        lists = self._state.lists
-        rows = np.sort(lists.rows())
-        x, ids, positions = lists.keys(rows), lists.ids[rows], lists.positions[rows]
-        seen = self.partition.view.apply(x, positions, self.ops)
-        partition = self.partition.adapt(seen, niter, np.random.default_rng(self.params.seed), self.ops)
-        state = self._nothing().append(x, ids, positions, partition, self.ops)
-        self._adopt(partition, self.router, state)
+        with self._lock:
+            held = self._held
+            lists = held.state.lists
+            if not self.ntotal:
+                raise InvalidInputError("the index holds no keys to adapt to: call add first")
+            if held.coder is not None and not self.params.refine:
+                raise InvalidInputError(
+                    "the index stores codes alone, and keys cannot be assigned anew from their codes: "
+                    "use refine=True ('RFlat') to keep the keys"
+                )
+            rows = np.sort(lists.rows())
+            x, ids, positions = lists.keys(rows), lists.ids[rows], lists.positions[rows]
+            seen = self.partition.view.apply(x, positions, self.ops)
+            rng = np.random.default_rng(self.params.seed)
+            partition = self.partition.adapt(seen, niter, rng, self.ops)
+            labels = partition.assign(seen, self.ops)
+            coder = None if held.coder is None else held.coder.moved(x, labels, self.ops)
+            state = self._nothing().append(x, ids, positions, labels, partition, coder, self.ops)
+            self._adopt(partition, held.router, state, coder)
 
 
 def _warn_of_few_queries(count: int, d: int) -> None:

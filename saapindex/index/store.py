@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Self
+import threading
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,9 @@ from saapindex.arrays import ArrayLike
 from saapindex.backends import get_ops
 from saapindex.backends.base import Ints
 from saapindex.errors import InvalidInputError, NotTrainedError
-from saapindex.index.state import Routing, State
-from saapindex.params import IndexParameters, check_integer, get_preset
+from saapindex.index.coder import Coder, code_words
+from saapindex.index.state import Held, Routing, State, keys_at
+from saapindex.params import IndexParameters, Selector, check_integer, check_k_factor, get_preset
 from saapindex.partition import Partition, Router
 from saapindex.rope import Rope
 
@@ -34,8 +36,9 @@ _LARGEST_HALF = float(np.finfo(np.float16).max)
 class KeyStore:
     """The keys of an index in the lists of its partition; base of `IndexSAAP`.
 
-    Every change makes a new `State` and puts it in place at the end, so a change that fails leaves the
-    index as it was.
+    Every change makes a new `Held` and puts it in place at the end, in one step: a change that fails leaves
+    the index as it was, and a reader in another thread, which takes it once, sees it before or after a change
+    and never between. Changes wait for each other.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class KeyStore:
         dtype: str = "float32",
         backend: str = "cpu",
         verbose: bool = False,
+        k_factor: float = 4.0,
     ) -> None:
         check_integer("d", d, 1)
         check_integer("nlist", nlist, 1)
@@ -83,10 +87,9 @@ class KeyStore:
         self.dtype = np.dtype(dtype)
         self.ops = get_ops(backend)
         self.verbose = verbose
-        self._partition: Partition | None = None
-        self._router: Router | None = None
-        self._state = self._nothing()
-        self._routing: Routing | None = None
+        self.k_factor = k_factor
+        self._lock = threading.RLock()
+        self._held = Held(None, None, None, self._nothing(), None)
 
     def __repr__(self) -> str:
         trained = "trained" if self.is_trained else "not trained"
@@ -98,12 +101,46 @@ class KeyStore:
     def __copy__(self) -> Self:
         return copy.deepcopy(self)  # two indexes must not write to one pool
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    @property
+    def _partition(self) -> Partition | None:
+        return self._held.partition
+
+    @property
+    def _router(self) -> Router | None:
+        return self._held.router
+
+    @property
+    def _coder(self) -> Coder | None:
+        return self._held.coder
+
+    @property
+    def _state(self) -> State:
+        return self._held.state
+
+    @property
+    def _routing(self) -> Routing | None:
+        return self._held.routing
+
     @property
     def _l2(self) -> bool:
         return self.metric_type == METRIC_L2
 
     def _nothing(self) -> State:
-        return State.empty(self.nlist, self.d, self.dtype)
+        return State.empty(
+            self.nlist,
+            self.d,
+            self.dtype,
+            words=code_words(self.d, self.params.bits),
+            norms=bool(self._l2 and self.params.bits),
+            exact=self.params.refine,
+        )
 
     @property
     def scale(self) -> float:
@@ -121,6 +158,16 @@ class KeyStore:
         self._nprobe = int(nprobe)
 
     @property
+    def k_factor(self) -> float:
+        """Candidates for each result that are scored exactly, where codes are refined: at least 1."""
+        return self._k_factor
+
+    @k_factor.setter
+    def k_factor(self, k_factor: float) -> None:
+        check_k_factor(k_factor)
+        self._k_factor = float(k_factor)
+
+    @property
     def ntotal(self) -> int:
         """Keys in the index."""
         return self._state.lists.ntotal
@@ -128,12 +175,35 @@ class KeyStore:
     @property
     def is_trained(self) -> bool:
         """Whether keys can be added and searched."""
-        return self._partition is not None and self._router is not None
+        held = self._held
+        return held.partition is not None and held.router is not None
 
     @property
     def list_sizes(self) -> Ints:
         """Keys in each list, int64 (nlist,)."""
         return self._state.lists.sizes.copy()
+
+    @property
+    def factory_string(self) -> str:
+        """The string that `index_factory` makes such an index of.
+
+        An index with Faiss's partition, Euclidean or spherical, and the `centroid` router is ``IVF``, any
+        other ``SAAP``; further parameters are not in the string.
+
+        Examples
+        --------
+        >>> import saapindex as sx
+        >>> sx.IndexSAAP(64, 256, dtype="float16").factory_string
+        'SAAP256,SQfp16'
+        """
+        params, half = self.params, self.dtype == np.float16
+        lists = "SAAP" if params.query_aware or params.router != "centroid" else "IVF"
+        if not params.bits:
+            storage = "SQfp16" if half else "Flat"
+        else:
+            refine = (",Refine(SQfp16)" if half else ",RFlat") if params.refine else ""
+            storage = f"Bits{params.bits}{refine}"
+        return f"{lists}{self.nlist},{storage}"
 
     @property
     def nbytes(self) -> int:
@@ -143,20 +213,22 @@ class KeyStore:
     @property
     def partition(self) -> Partition:
         """The trained partition."""
-        if self._partition is None:
+        partition = self._held.partition
+        if partition is None:
             raise NotTrainedError("the index is not trained: call train(x, xq_train=queries) first")
-        return self._partition
+        return partition
 
     @property
     def router(self) -> Router:
         """The router; a trained one of any kind may be put in its place."""
-        if self._router is None:
+        router = self._held.router
+        if router is None:
             self.partition  # noqa: B018  an index without a partition says so first
             raise NotTrainedError(
                 f"the {self.params.router!r} router is not trained: "
                 "call saapindex.learn.train_router(index, keys, queries)"
             )
-        return self._router
+        return router
 
     @router.setter
     def router(self, router: Router) -> None:
@@ -164,28 +236,36 @@ class KeyStore:
             raise InvalidInputError(
                 f"the {router.name!r} router predicts attention mass, so it needs METRIC_INNER_PRODUCT"
             )
-        table = router.table(self.partition, self._state.sums, self._state.lists.sizes)
-        try:
-            width = router.features(np.zeros((1, self.d), np.float32)).shape[1]
-        except ValueError as error:
-            raise InvalidInputError(f"router takes no queries of dimension {self.d}: {error}") from error
-        if table.shape != (self.nlist, width):
-            raise InvalidInputError(
-                f"router has a table of shape {table.shape}, expected {(self.nlist, width)} for this index"
-            )
-        self._router, self.params = router, self.params.replace(router=router.name)
-        self._publish(self._state)
+        with self._lock:
+            held = self._held
+            table = router.table(self.partition, held.state.sums, held.state.lists.sizes)
+            try:
+                width = router.features(np.zeros((1, self.d), np.float32)).shape[1]
+            except ValueError as error:
+                raise InvalidInputError(
+                    f"router takes no queries of dimension {self.d}: {error}"
+                ) from error
+            if table.shape != (self.nlist, width):
+                raise InvalidInputError(
+                    f"router has a table of shape {table.shape}, expected {(self.nlist, width)} for this index"
+                )
+            self.params = self.params.replace(router=router.name)
+            self._adopt(held.partition, router, held.state, held.coder)
 
-    def _adopt(self, partition: Partition | None, router: Router | None, state: State) -> None:
-        self._partition, self._router = partition, router
-        self._publish(state)
+    def _adopt(
+        self,
+        partition: Partition | None,
+        router: Router | None,
+        state: State,
+        coder: Coder | None = None,
+    ) -> None:
+        """Make these what is searched, in one step."""
+        self._held = Held.of(partition, router, coder, state, self._l2)
 
     def _publish(self, state: State) -> None:
         """Make `state` the one that is searched."""
-        routing = None
-        if self._router is not None:
-            routing = Routing.of(self._router, self.partition, state, self._l2)
-        self._state, self._routing = state, routing
+        held = self._held
+        self._adopt(held.partition, held.router, state, held.coder)
 
     # Adding and removing
 
@@ -220,40 +300,75 @@ class KeyStore:
         """
         self._add(x, ids, positions)
 
-    def _add(self, x: ArrayLike, ids: ArrayLike | None, positions: ArrayLike | None) -> None:
-        self.router  # noqa: B018  raises if the index is not trained
-        state = self._state
-        keys = arrays.vectors(x, "x", self.d)
-        if ids is None:
-            fresh = np.arange(state.next_id, state.next_id + len(keys), dtype=np.int64)
-        else:
-            fresh = arrays.integers(ids, "ids", (len(keys),), minimum=0)
-            _refuse_duplicates(fresh, state.lists.contains(fresh))
-        if fresh.size and int(fresh.max()) >= _IDS_END:
-            raise InvalidInputError(f"ids reach {fresh.max()}, expected less than {_IDS_END}")
-        places = self._positions(positions, "positions", len(keys), fresh)
-        if self.dtype == np.float16 and np.abs(keys).max(initial=0) > _LARGEST_HALF:
-            raise InvalidInputError(
-                f"x holds {np.abs(keys).max():g}, expected at most {_LARGEST_HALF:g} in an index of float16"
-            )
-        if len(keys):
-            self.partition.check_position(int(places.max()))
-            self._publish(state.append(keys, fresh, places, self.partition, self.ops))
+    def add_preassigned(
+        self,
+        x: ArrayLike,
+        a: ArrayLike,
+        ids: ArrayLike | None = None,
+        *,
+        positions: ArrayLike | None = None,
+    ) -> None:
+        """Add keys `x`, (n, d), to the lists `a`, int (n,), rather than to those of the partition.
 
-    def remove_ids(self, ids: ArrayLike) -> int:
-        """Remove the keys with these ids; return how many there were. Unknown ids are passed over."""
-        wanted = arrays.as_numpy(ids, "ids")
-        wanted = arrays.integers(wanted, "ids", (wanted.size,))
-        lists = self._state.lists
-        keep = ~np.isin(lists.ids[lists.rows()], wanted)
-        removed = int(len(keep) - keep.sum())
-        if removed:
-            self._publish(self._state.keep(keep, self.partition, self.ops))
-        return removed
+        See `add` and `add_with_ids` for the rest.
+        """
+        self._add(x, ids, positions, a)
+
+    def _add(
+        self, x: ArrayLike, ids: ArrayLike | None, positions: ArrayLike | None, lists: ArrayLike | None = None
+    ) -> None:
+        self.router  # noqa: B018  raises if the index is not trained
+        keys = arrays.vectors(x, "x", self.d)
+        with self._lock:
+            held = self._held
+            state, partition = held.state, self.partition
+            if ids is None:
+                fresh = np.arange(state.next_id, state.next_id + len(keys), dtype=np.int64)
+            else:
+                fresh = arrays.integers(ids, "ids", (len(keys),), minimum=0)
+                _refuse_duplicates(fresh, state.lists.contains(fresh))
+            if fresh.size and int(fresh.max()) >= _IDS_END:
+                raise InvalidInputError(f"ids reach {fresh.max()}, expected less than {_IDS_END}")
+            places = self._positions(positions, "positions", len(keys), fresh)
+            labels = None
+            if lists is not None:
+                labels = arrays.integers(lists, "a", (len(keys),), minimum=0)
+                if labels.max(initial=0) >= self.nlist:
+                    raise InvalidInputError(f"a holds list {labels.max()}, expected less than {self.nlist}")
+            if self.dtype == np.float16 and np.abs(keys).max(initial=0) > _LARGEST_HALF:
+                raise InvalidInputError(
+                    f"x holds {np.abs(keys).max():g}, expected at most {_LARGEST_HALF:g} in an index of float16"
+                )
+            if not len(keys):
+                return
+            partition.check_position(int(places.max()))
+            if labels is None:
+                labels = partition.assign(partition.view.apply(keys, places, self.ops), self.ops)
+            self._publish(state.append(keys, fresh, places, labels, partition, held.coder, self.ops))
+
+    def remove_ids(self, ids: ArrayLike | Selector) -> int:
+        """Remove the keys with these ids, an array or a selector; return how many there were.
+
+        Unknown ids are passed over.
+        """
+        with self._lock:
+            held = self._held
+            lists = held.state.lists
+            present = lists.ids[lists.rows()]
+            if isinstance(ids, Selector):
+                keep = ~ids.members(present)
+            else:
+                wanted = arrays.as_numpy(ids, "ids")
+                keep = ~np.isin(present, arrays.integers(wanted, "ids", (wanted.size,)))
+            removed = int(len(keep) - keep.sum())
+            if removed:
+                self._publish(held.state.keep(keep, self.partition, held.coder, self.ops))
+            return removed
 
     def reset(self) -> None:
         """Remove every key; the index stays trained."""
-        self._publish(self._nothing())
+        with self._lock:
+            self._publish(self._nothing())
 
     def reconstruct(self, key: int) -> NDArray[np.float32]:
         """Return the key with id `key`, float32 (d,)."""
@@ -272,7 +387,7 @@ class KeyStore:
         return self.reconstruct_batch(np.arange(n0, n0 + ni, dtype=np.int64))
 
     def reconstruct_batch(self, keys: ArrayLike) -> NDArray[np.float32]:
-        """Return the keys with these ids, float32 (n, d).
+        """Return the keys with these ids, float32 (n, d); what codes hold of them, if there is no more.
 
         Raises
         ------
@@ -281,11 +396,13 @@ class KeyStore:
         """
         ids = arrays.as_numpy(keys, "keys")
         ids = arrays.integers(ids, "keys", (ids.size,))
-        lists = self._state.lists
+        held = self._held
+        lists = held.state.lists
         known = lists.contains(ids)
         if not known.all():
             raise InvalidInputError(f"id {ids[~known][0]} is not in the index")
-        return lists.keys(lists.find(ids))
+        rows = lists.find(ids)
+        return keys_at(lists, rows, lists.labels_at(rows), held.coder)
 
     def _positions(
         self, given: ArrayLike | None, name: str, n: int, default: NDArray[np.int64]
