@@ -29,11 +29,18 @@ if TYPE_CHECKING:
         SaapIndexWarning,
     )
     from saapindex.index import (
+        IO_FLAG_MMAP,
         METRIC_INNER_PRODUCT,
         METRIC_L2,
         IndexSAAP,
+        SearchStatistics,
+        clone_index,
+        deserialize_index,
         index_factory,
+        omp_get_max_threads,
+        omp_set_num_threads,
         read_index,
+        serialize_index,
         write_index,
     )
     from saapindex.params import PRESETS, AttendParameters, IndexParameters, SearchParameters
@@ -45,6 +52,7 @@ _HOMES = {
     "Codebook": "saapindex.codebook",
     "CodebookMismatchError": "saapindex.errors",
     "FileFormatError": "saapindex.errors",
+    "IO_FLAG_MMAP": "saapindex.index",
     "IndexParameters": "saapindex.params",
     "IndexSAAP": "saapindex.index",
     "InvalidInputError": "saapindex.errors",
@@ -57,12 +65,19 @@ _HOMES = {
     "SaapIndexError": "saapindex.errors",
     "SaapIndexWarning": "saapindex.errors",
     "SearchParameters": "saapindex.params",
+    "SearchStatistics": "saapindex.index",
+    "clone_index": "saapindex.index",
+    "deserialize_index": "saapindex.index",
     "index_factory": "saapindex.index",
+    "omp_get_max_threads": "saapindex.index",
+    "omp_set_num_threads": "saapindex.index",
     "read_index": "saapindex.index",
+    "serialize_index": "saapindex.index",
     "write_index": "saapindex.index",
 }
 
 __all__ = [
+    "IO_FLAG_MMAP",
     "METRIC_INNER_PRODUCT",
     "METRIC_L2",
     "PRESETS",
@@ -80,8 +95,14 @@ __all__ = [
     "SaapIndexError",
     "SaapIndexWarning",
     "SearchParameters",
+    "SearchStatistics",
+    "clone_index",
+    "deserialize_index",
     "index_factory",
+    "omp_get_max_threads",
+    "omp_set_num_threads",
     "read_index",
+    "serialize_index",
     "write_index",
 ]
 

@@ -136,7 +136,9 @@ class IDSelectorBitmap(IDSelector):
         known = np.where(inside, ids, 0)
         if not self.bitmap.size:
             return inside
-        found: Mask = inside & ((self.bitmap[known >> 3] >> (known & 7).astype(np.uint8)) & 1).astype(np.bool_)
+        found: Mask = inside & ((self.bitmap[known >> 3] >> (known & 7).astype(np.uint8)) & 1).astype(
+            np.bool_
+        )
         return found
 
 

@@ -90,7 +90,8 @@ class TransformCode:
                 raise InvalidInputError(f"{name} holds NaN or infinity, expected finite values")
         if not np.isin(self.widths, (1, 2, 4)).all() or not 1 <= self.words <= MOST_WORDS:
             raise InvalidInputError(
-                f"widths are {self.widths.tolist()}, expected 1 to {MOST_WORDS} words of fields of 1, 2 or 4 bits"
+                f"widths are {self.widths.tolist()}, expected 1 to {MOST_WORDS} words of fields of 1, 2 or 4 "
+                "bits"
             )
         if not (self.base > 0).all():
             raise InvalidInputError(f"base is {self.base.tolist()}, expected scales above 0")

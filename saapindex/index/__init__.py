@@ -1,17 +1,30 @@
 """The ANN face: an index with Faiss's names and contracts."""
 
 from saapindex.index.factory import index_factory
-from saapindex.index.saap import IndexSAAP
+from saapindex.index.saap import IndexSAAP, clone_index
 from saapindex.index.statistics import SearchStatistics
-from saapindex.index.storage import read_index, write_index
+from saapindex.index.storage import (
+    IO_FLAG_MMAP,
+    deserialize_index,
+    read_index,
+    serialize_index,
+    write_index,
+)
 from saapindex.index.store import METRIC_INNER_PRODUCT, METRIC_L2
+from saapindex.index.threads import omp_get_max_threads, omp_set_num_threads
 
 __all__ = [
+    "IO_FLAG_MMAP",
     "METRIC_INNER_PRODUCT",
     "METRIC_L2",
     "IndexSAAP",
     "SearchStatistics",
+    "clone_index",
+    "deserialize_index",
     "index_factory",
+    "omp_get_max_threads",
+    "omp_set_num_threads",
     "read_index",
+    "serialize_index",
     "write_index",
 ]

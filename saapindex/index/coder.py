@@ -53,7 +53,8 @@ class Coder:
     @cached_property
     def turned(self) -> NDArray[np.float32]:
         """Anchors as codes see queries, (nlist, R)."""
-        return self.anchors @ self.code.inverse[0]
+        turned: NDArray[np.float32] = self.anchors @ self.code.inverse[0]
+        return turned
 
     def encode(self, x: NDArray[np.float32], labels: Ints, ops: Ops) -> KeyCodes:
         """Return the codes of keys `x`, (n, d), of lists `labels`."""

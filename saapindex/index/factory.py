@@ -53,8 +53,8 @@ def index_factory(
         Dimension of keys and queries.
     description
         ``lists,storage`` or ``lists,storage,refine``: "SAAP1024,Flat", "SAAP512,Bits2",
-        "SAAP4096,Bits1,RFlat", "IVF1024,Flat", and so on. Lists are ``SAAP<n>`` (query-aware and asymmetric) or
-        ``IVF<n>`` (as in Faiss), with "k" for 1024; storage is ``Flat`` (float32), ``SQfp16`` (float16) or
+        "SAAP4096,Bits1,RFlat", "IVF1024,Flat", and so on. Lists are ``SAAP<n>`` (query-aware and asymmetric)
+        or ``IVF<n>`` (as in Faiss), with "k" for 1024; storage is ``Flat`` (float32), ``SQfp16`` (float16) or
         ``Bits1``, ``Bits2``, ``Bits4`` (codes of so many bits per dimension); after codes, ``RFlat`` or
         ``Refine(SQfp16)`` keeps the keys too, and scores the best candidates exactly.
     metric

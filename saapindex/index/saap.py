@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -16,7 +17,7 @@ from saapindex.params import check_integer
 from saapindex.partition import train_partition
 from saapindex.partition.routers import make_router
 
-__all__ = ["IndexSAAP"]
+__all__ = ["IndexSAAP", "clone_index"]
 
 # A training set of fewer queries than this many a dimension makes a poor metric.
 _QUERIES_PER_DIMENSION = 4
@@ -183,6 +184,17 @@ class IndexSAAP(Searcher):
             coder = None if held.coder is None else held.coder.moved(x, labels, self.ops)
             state = self._nothing().append(x, ids, positions, labels, partition, coder, self.ops)
             self._adopt(partition, held.router, state, coder)
+
+
+def clone_index(index: IndexSAAP) -> IndexSAAP:
+    """Return a copy that shares nothing with `index`.
+
+    Examples
+    --------
+    >>> clone_index(IndexSAAP(8, 4)).nlist
+    4
+    """
+    return copy.deepcopy(index)
 
 
 def _warn_of_few_queries(count: int, d: int) -> None:

@@ -108,8 +108,8 @@ class Searcher(KeyStore):
     ) -> tuple[ArrayLike, ArrayLike]:
         """Find the `k` best keys of each query in the lists `Iq`, (n, p), -1 for none.
 
-        `Dq`, Faiss's distances to centroids, is not needed and not read. Of `params` only a budget, a selector
-        and `k_factor` count. See `search` for the rest.
+        `Dq`, Faiss's distances to centroids, is not needed and not read. Of `params` only a budget, a
+        selector and `k_factor` count. See `search` for the rest.
         """
         check_integer("k", k, 1)
         held, routing = self._ready()
@@ -300,9 +300,7 @@ class Searcher(KeyStore):
         k_factor = params.k_factor or self.k_factor
         return Scanner(held, allowed, self._l2, k_factor, stats, self.ops), routing
 
-    def _router_probe(
-        self, seen: NDArray[np.float32], routing: Routing, params: SearchParameters
-    ) -> Probe:
+    def _router_probe(self, seen: NDArray[np.float32], routing: Routing, params: SearchParameters) -> Probe:
         rank, nprobe = self.params.rank, self.nprobe
         return lambda rows: choose_lists(seen[rows], routing, rank, nprobe, params, self.ops)
 
@@ -318,7 +316,7 @@ class Searcher(KeyStore):
         return lambda rows: Probes(found[rows], limits[rows])
 
 
-def _radius(thresh: object) -> float:
+def _radius(thresh: float) -> float:
     if not (isinstance(thresh, numbers.Real) and abs(thresh) <= float(np.finfo(np.float32).max)):
         raise InvalidInputError(f"thresh is {thresh!r}, expected a finite float32 number")
     return float(thresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -14,7 +15,7 @@ from saapindex.lists import InvertedLists
 from saapindex.params import RankBy
 from saapindex.partition import Partition, Router
 
-__all__ = ["Held", "Routing", "State"]
+__all__ = ["Held", "Routing", "State", "difference", "keys_at"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,15 @@ class State:
         codes = None if coder is None else coder.encode(x, labels, ops)
         lists = self.lists.append(x, ids, positions, labels, codes)
         return State(lists, sums, max(self.next_id, int(ids.max(initial=-1)) + 1))
+
+    def joined(self, other: State, ids: Ints) -> State:
+        """Return the state with the keys of `other`, in the order of its ``lists.rows()`` under `ids`."""
+        rows, labels = other.lists.rows(), other.lists.labels()
+        stored = other.lists.stored
+        lists = self.lists.append(
+            stored.keys(rows), ids, other.lists.positions[rows], labels, stored.codes(rows)
+        )
+        return State(lists, self.sums + other.sums, max(self.next_id, int(ids.max(initial=-1)) + 1))
 
     def keep(self, mask: NDArray[np.bool_], partition: Partition, coder: Coder | None, ops: Ops) -> State:
         """Return the state with only the keys, in the order of ``lists.rows()``, where `mask` is true."""
@@ -144,6 +154,35 @@ class Routing:
     def among(self, sizes: Ints) -> Routing:
         """Return the routing as if lists had these sizes."""
         return replace(self, sizes=sizes)
+
+
+def difference(one: Held, other: Held) -> str | None:
+    """Return what keeps keys of `other` out of the lists of `one`: None if nothing does."""
+    if one.partition is None or other.partition is None:
+        return "training"
+    partitions = one.partition, other.partition
+    if partitions[0].view != partitions[1].view or partitions[0].spherical != partitions[1].spherical:
+        return "views of the partition"
+    if not _equal(*(partition.centroids for partition in partitions)):
+        return "centroids"
+    if not _equal(*(partition.metric for partition in partitions)):
+        return "metrics of the partition"
+    stored = one.state.lists.stored, other.state.lists.stored
+    if [(part.shape[1:], part.dtype) for part in stored[0]] != [
+        (part.shape[1:], part.dtype) for part in stored[1]
+    ]:
+        return "storage"
+    if one.coder is not None and other.coder is not None:
+        parts = ({"anchors": coder.anchors, **coder.code.tensors()} for coder in (one.coder, other.coder))
+        if not all(_equal(*pair) for pair in zip(*(part.values() for part in parts), strict=True)):
+            return "codes"
+    return None
+
+
+def _equal(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,10 @@ class KeyCodes(NamedTuple):
     exponents: NDArray[np.uint8]
     norms: NDArray[np.float32]
 
+    def take(self, order: Ints) -> KeyCodes:
+        """Return the codes in another order."""
+        return KeyCodes(self.words[order], self.exponents[order], self.norms[order])
+
 
 class Stored(NamedTuple):
     """What is stored of keys, in blocks of `LANES` rows; what is not stored has a width of zero.
@@ -74,8 +78,9 @@ class Stored(NamedTuple):
         if self.exact.shape[2]:
             self.exact[block, lane] = x
         if codes is not None:
-            for part, new in zip(self[2:], codes, strict=True):
-                part[block, :, lane] = new
+            self.words[block, :, lane] = codes.words
+            self.exponents[block, :, lane] = codes.exponents
+            self.norms[block, :, lane] = codes.norms
 
     def keys(self, rows: Ints) -> NDArray[np.floating[Any]]:
         """Return the keys at `rows`, (n, d); (n, 0) where only codes are stored."""
@@ -87,7 +92,10 @@ class Stored(NamedTuple):
         """Return the codes at `rows`, if codes are stored."""
         if not self.words.shape[1]:
             return None
-        return KeyCodes(*(part[rows // LANES, :, rows % LANES] for part in self[2:]))
+        block, lane = rows // LANES, rows % LANES
+        return KeyCodes(
+            self.words[block, :, lane], self.exponents[block, :, lane], self.norms[block, :, lane]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +221,7 @@ class InvertedLists:
         return rows[np.searchsorted(known, ids)]
 
     def allowed(self, mask: NDArray[np.bool_]) -> tuple[NDArray[np.uint16], Ints]:
-        """Return which lanes of each block `mask`, in the order of `rows`, allows, and how many of each list."""
+        """Return the lanes of each block that `mask`, in the order of `rows`, allows; and how many a list."""
         lanes = np.zeros(len(self.ids), np.bool_)
         lanes[self.rows()] = mask
         bits = np.packbits(lanes.reshape(-1, LANES), axis=1, bitorder="little").view("<u2")[:, 0]
@@ -233,7 +241,7 @@ class InvertedLists:
         order, counts = _group(labels, len(self.sizes))
         grown = self._with_room(self.sizes + counts)
         target = ranges(grown.offsets + grown.sizes, counts)
-        coded = None if codes is None else KeyCodes(*(part[order] for part in codes))
+        coded = None if codes is None else codes.take(order)
         grown.stored.write(target, x[order], coded)
         grown.ids[target] = ids[order]
         grown.positions[target] = positions[order]
@@ -250,6 +258,23 @@ class InvertedLists:
         """Return lists without keys, to hold the same."""
         none, zeros = np.zeros(0, np.int64), np.zeros(len(self.sizes), np.int64)
         return InvertedLists(Stored.zeros(0, self.stored), none, none, zeros, zeros, zeros, 0)
+
+    def compact(self) -> InvertedLists:
+        """Return a copy without room, list by list, with zeros in the lanes that no list uses."""
+        room = -(-self.sizes // LANES) * LANES
+        moved = self._in_new_pool(room, int(room.sum()))
+        rest = ranges(moved.offsets + moved.sizes, room - moved.sizes)
+        for part in (moved.stored.vectors, *moved.stored[2:]):
+            part[rest // LANES, :, rest % LANES] = 0
+        moved.stored.exact[rest // LANES, rest % LANES] = 0
+        moved.ids[rest] = moved.positions[rest] = 0
+        return moved
+
+    @classmethod
+    def packed(cls, stored: Stored, ids: Ints, positions: Ints, sizes: Ints) -> InvertedLists:
+        """Return the lists that `compact` made these arrays of; appending to them copies the pool first."""
+        room = -(-sizes // LANES) * LANES
+        return cls(stored, ids, positions, np.cumsum(room) - room, sizes, room, int(room.sum()))
 
     def keys(self, rows: Ints) -> NDArray[np.float32]:
         """Return the keys at `rows`, float32 (n, d); (n, 0) where only codes are stored."""
@@ -275,11 +300,13 @@ class InvertedLists:
         used = int(room.sum())
         # Tight when filled at once; half as much again once keys arrive bit by bit.
         pool = used if self.used == 0 else used + used // 2
-        pool = -(-pool // LANES) * LANES
+        return self._in_new_pool(room, -(-pool // LANES) * LANES)
+
+    def _in_new_pool(self, room: Ints, pool: int) -> InvertedLists:
         offsets = np.cumsum(room) - room
         stored = Stored.zeros(pool // LANES, self.stored)
         ids, positions = np.zeros(pool, np.int64), np.zeros(pool, np.int64)
-        moved = InvertedLists(stored, ids, positions, offsets, self.sizes, room, used)
+        moved = InvertedLists(stored, ids, positions, offsets, self.sizes, room, int(room.sum()))
         self._copy_to(moved, np.arange(len(room)), offsets)
         return moved
 

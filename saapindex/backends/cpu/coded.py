@@ -13,7 +13,8 @@ from saapindex.backends.base import LANES, CodedLists, Floats, Ints
 from saapindex.backends.cpu.coded_block import block_estimates, masks
 from saapindex.backends.cpu.heap import replace_root, sort_heap
 from saapindex.backends.cpu.rescore import distance, dot
-from saapindex.backends.cpu.scan import FEW, allowed_lanes
+from saapindex.backends.cpu.scan import EVERY_LANE, FEW, allowed_lanes
+from saapindex.backends.cpu.threads import launch
 from saapindex.backends.reference.codes import coded, fields, scales
 
 _TINY = np.float32(1e-30)
@@ -108,9 +109,9 @@ def _prepared(queries: Floats, lists: CodedLists) -> tuple[Floats, Floats, tuple
     queries = np.ascontiguousarray(queries, np.float32)
     u = queries @ np.ascontiguousarray(code.inverse[0, :, :count], np.float32)
     half = (((1 << bits) - 1) / 2).astype(np.float32)
-    table = scales(np.arange(256).astype(np.uint8), np.float32(code.base[0]))
+    table = scales(np.arange(256).astype(np.uint8), np.asarray(code.base[0], np.float32))
     shape = (np.ascontiguousarray(code.step[0, :count]), half, _groups(tuple(code.widths[0].tolist())), table)
-    allowed = np.empty(0, np.uint16) if lists.allowed is None else lists.allowed
+    allowed = EVERY_LANE if lists.allowed is None else lists.allowed
     parts = (*lists[:6], lists.anchors, lists.turned, allowed)
     return queries, u, parts, shape
 
@@ -128,8 +129,11 @@ def scan_coded(
     queries, u, parts, shape = _prepared(queries, lists)
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
-    run = _scan_some if len(queries) < FEW else _scan_many
-    run(queries, u, parts, shape, probes, limits, l2, as_rows, best, found)
+    arguments = (queries, u, parts, shape, probes, limits, l2, as_rows, best, found)
+    if len(queries) < FEW:
+        _scan_some(*arguments)
+    else:
+        launch(_scan_many, *arguments)
     return best, found
 
 
@@ -142,9 +146,7 @@ def range_scan_coded(
     scores, ids = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
     for i, count in enumerate(np.minimum(held, limits)):
         row = slice(i, i + 1)
-        best, found = scan_coded(
-            queries[row], lists, probes[row], limits[row], max(1, int(count)), l2, False
-        )
+        best, found = scan_coded(queries[row], lists, probes[row], limits[row], max(1, int(count)), l2, False)
         hit = (best[0] < radius if l2 else best[0] > radius) & (found[0] >= 0)
         lims[i + 1] = lims[i] + hit.sum()
         scores.append(best[0][hit])

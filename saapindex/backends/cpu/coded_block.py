@@ -50,9 +50,7 @@ def _one_by_one(builder: Any, fields: Any, query: Any, total: Any) -> Any:
         part = builder.lshr(fields, _spread(builder, shift))
         part = builder.and_(part, ir.Constant(_WHOLE, [255] * LANES))
         element = builder.sext(builder.trunc(builder.lshr(query, shift), _I8), _I32)
-        product = builder.fmul(
-            builder.sitofp(part, _SINGLE), _spread(builder, builder.sitofp(element, _F32))
-        )
+        product = builder.fmul(builder.sitofp(part, _SINGLE), _spread(builder, builder.sitofp(element, _F32)))
         total = builder.add(total, builder.fptosi(product, _WHOLE))
     return total
 
@@ -114,7 +112,9 @@ def _emit(builder: Any, arrays: list[Any], block: Any, multiply: Callable[..., A
         fields = builder.and_(builder.lshr(fields, _spread(builder, shift)), _spread(builder, mask))
         builder.store(multiply(builder, fields, element(query, g, _I32), builder.load(total)), total)
 
-    bytes_ = load(builder.add(start(exponents), builder.mul(block, constant(LANES))), ir.VectorType(_I8, LANES), 1)
+    bytes_ = load(
+        builder.add(start(exponents), builder.mul(block, constant(LANES))), ir.VectorType(_I8, LANES), 1
+    )
     scale = ir.Constant(_SINGLE, [0.0] * LANES)
     for lane in range(LANES):
         place = builder.zext(builder.extract_element(bytes_, ir.Constant(_I32, lane)), _I64)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
 
 from saapindex.backends.base import Floats, Ints
 from saapindex.backends.cpu.heap import replace_root, sort_heap
 from saapindex.backends.cpu.scan import FEW
+from saapindex.backends.cpu.threads import launch
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
@@ -60,9 +58,7 @@ def _many(queries, keys, ids, rows, places, best, found, l2):  # type: ignore[no
         _one(queries[i], keys, ids, rows[i], places[i], best[i], found[i], l2)
 
 
-def rescore(
-    queries: Floats, vectors: NDArray[Any], ids: Ints, rows: Ints, k: int, l2: bool
-) -> tuple[Floats, Ints]:
+def rescore(queries: Floats, vectors: Floats, ids: Ints, rows: Ints, k: int, l2: bool) -> tuple[Floats, Ints]:
     """See `Ops.rescore`."""
     queries = np.ascontiguousarray(queries, np.float32)
     rows = np.ascontiguousarray(rows)
@@ -72,6 +68,9 @@ def rescore(
         places = np.arange(rows.size).reshape(rows.shape)
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
-    run = _some if len(queries) < FEW else _many
-    run(queries, keys, ids, rows, places, best, found, l2)
+    arguments = (queries, keys, ids, rows, places, best, found, l2)
+    if len(queries) < FEW:
+        _some(*arguments)
+    else:
+        launch(_many, *arguments)
     return best, found

@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from saapindex.backends.base import LANES, Floats, Ints, Lists
 from saapindex.backends.cpu.block import block_distances, block_products
 from saapindex.backends.cpu.heap import replace_root, sort_heap
+from saapindex.backends.cpu.threads import launch
 
 # Starting the threads costs more than a few queries.
 FEW = 4
 # Queries that a thread takes at once.
 STEP = 16
+# What kernels take in the place of `Lists.allowed` where all may be read.
+EVERY_LANE = np.zeros(0, np.uint16)
 
 
 @njit(cache=True, nogil=True)
@@ -151,10 +154,13 @@ def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: 
     found = np.empty((len(queries), k), np.int64)
     if lists.allowed is not None:
         parts = (*kernel_view(lists), lists.allowed)
-        _scan_many_allowed(queries, parts, probes, limits, best, found, l2)
+        launch(_scan_many_allowed, queries, parts, probes, limits, best, found, l2)
         return best, found
-    run = scan_some if len(queries) < FEW else _scan_many
-    run(queries, *kernel_view(lists), probes, limits, best, found, l2)
+    arguments = (queries, *kernel_view(lists), probes, limits, best, found, l2)
+    if len(queries) < FEW:
+        scan_some(*arguments)
+    else:
+        launch(_scan_many, *arguments)
     return best, found
 
 
@@ -193,9 +199,7 @@ def _range_many(queries, lists, probes, limits, radius, l2, lims, scores, found)
     hits = np.empty(queries.shape[0], np.int64)
     for i in prange(queries.shape[0]):
         room = slice(lims[i], lims[i + 1])
-        hits[i] = _range_query(
-            queries[i], lists, probes[i], limits[i], radius, l2, scores[room], found[room]
-        )
+        hits[i] = _range_query(queries[i], lists, probes[i], limits[i], radius, l2, scores[room], found[room])
     return hits
 
 
@@ -207,9 +211,9 @@ def range_scan(
     lims = np.zeros(len(queries) + 1, np.int64)
     threshold = np.float32(-radius if l2 else radius)
     nothing = np.empty(0, np.float32), np.empty(0, np.int64)
-    parts = (*kernel_view(lists), np.empty(0, np.uint16) if lists.allowed is None else lists.allowed)
-    hits = _range_many(queries, parts, probes, limits, threshold, l2, lims, *nothing)
+    parts = (*kernel_view(lists), EVERY_LANE if lists.allowed is None else lists.allowed)
+    hits = launch(_range_many, queries, parts, probes, limits, threshold, l2, lims, *nothing)
     np.cumsum(hits, out=lims[1:])
     scores, found = np.empty(lims[-1], np.float32), np.empty(lims[-1], np.int64)
-    _range_many(queries, parts, probes, limits, threshold, l2, lims, scores, found)
+    launch(_range_many, queries, parts, probes, limits, threshold, l2, lims, scores, found)
     return lims, scores, found

@@ -20,7 +20,7 @@ def rounded(a: Floats) -> tuple[Floats, Floats]:
 
 
 def estimates(query: Floats, lists: CodedLists, rows: Ints, labels: Ints, l2: bool) -> Floats:
-    """Return what codes say of the inner product with the keys at `rows` of lists `labels`, or the distance."""
+    """Return what codes say of the inner products with keys at `rows` of lists `labels`, or of distances."""
     dtype, code = query.dtype, lists.code
     count, bits = coded(code, 0)
     inverse, step = code.inverse[0, :, :count].astype(dtype), code.step[0, :count].astype(dtype)
@@ -37,9 +37,10 @@ def estimates(query: Floats, lists: CodedLists, rows: Ints, labels: Ints, l2: bo
     twice = (2 * fields - ((1 << bits) - 1)).astype(dtype)
     f = scales(lists.exponents[block, 0, lane], code.base[0].astype(dtype))
     inner = factor[place, 0] * f * ((a8[place] * twice).sum(axis=1) / 2)
-    if not l2:
-        return centers[place] + inner
-    return centers[place] - 2 * inner + lists.norms[block, 0, lane].astype(dtype)
+    found: Floats = centers[place] + inner
+    if l2:
+        found = centers[place] - 2 * inner + lists.norms[block, 0, lane].astype(dtype)
+    return found
 
 
 def _visit(queries: Floats, lists: CodedLists, probes: Ints, limits: Ints, l2: bool, as_rows: bool) -> Visit:

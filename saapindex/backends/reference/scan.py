@@ -76,9 +76,7 @@ def range_scan(
     return keep_within(_visit(queries, lists, probes, limits, l2), queries, radius, l2)
 
 
-def rescore(
-    queries: Floats, vectors: Floats, ids: Ints, rows: Ints, k: int, l2: bool
-) -> tuple[Floats, Ints]:
+def rescore(queries: Floats, vectors: Floats, ids: Ints, rows: Ints, k: int, l2: bool) -> tuple[Floats, Ints]:
     """See `Ops.rescore`."""
 
     def visit(i: int) -> tuple[Floats, Ints]:
