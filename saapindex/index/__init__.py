@@ -12,12 +12,14 @@ from saapindex.index.storage import (
 )
 from saapindex.index.store import METRIC_INNER_PRODUCT, METRIC_L2
 from saapindex.index.threads import omp_get_max_threads, omp_set_num_threads
+from saapindex.index.tuning import ParameterSpace
 
 __all__ = [
     "IO_FLAG_MMAP",
     "METRIC_INNER_PRODUCT",
     "METRIC_L2",
     "IndexSAAP",
+    "ParameterSpace",
     "SearchStatistics",
     "clone_index",
     "deserialize_index",

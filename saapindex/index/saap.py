@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +12,11 @@ from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.errors import InvalidInputError, TrainingWarning
 from saapindex.index.coder import train_coder
+from saapindex.index.exchange import FaissLists, make_ivf, read_ivf
 from saapindex.index.searcher import Searcher
-from saapindex.index.store import METRIC_L2
-from saapindex.params import check_integer
-from saapindex.partition import train_partition
+from saapindex.index.store import METRIC_INNER_PRODUCT, METRIC_L2
+from saapindex.params import IndexParameters, RouterName, check_choice, check_integer
+from saapindex.partition import Partition, View, train_partition
 from saapindex.partition.routers import make_router
 
 __all__ = ["IndexSAAP", "clone_index"]
@@ -184,6 +186,97 @@ class IndexSAAP(Searcher):
             coder = None if held.coder is None else held.coder.moved(x, labels, self.ops)
             state = self._nothing().append(x, ids, positions, labels, partition, coder, self.ops)
             self._adopt(partition, held.router, state, coder)
+
+    def to_faiss(self) -> Any:
+        """Return a ``faiss.IndexIVFFlat`` with the same lists: the same keys, in the same order.
+
+        Searched by ``search_preassigned`` in the lists that `route` says, it gives the same answers. Its
+        quantizer holds the centroids, so on its own it routes as Faiss does; keys that it adds go to the
+        nearest centroid, not by the query-aware metric.
+
+        Raises
+        ------
+        InvalidInputError
+            If the index stores codes alone.
+        MissingDependencyError
+            Without Faiss.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> keys = np.random.default_rng(0).standard_normal((500, 8), dtype=np.float32)
+        >>> index = IndexSAAP(8, 4, params="faiss-ivf", nprobe=2)
+        >>> index.train(keys)
+        >>> index.add(keys)
+        >>> lists, _ = index.route(keys)
+        >>> D, I = index.to_faiss().search_preassigned(keys, 3, lists, None)
+        >>> bool((I == index.search(keys, 3)[1]).all())
+        True
+        """
+        partition, held = self.partition, self._held
+        lists = held.state.lists
+        if held.coder is not None and not self.params.refine:
+            raise InvalidInputError("the index stores codes alone, expected one that keeps keys")
+        rows = lists.rows()
+        return make_ivf(
+            FaissLists(
+                partition.centroids,
+                self._l2,
+                partition.spherical,
+                self.nprobe,
+                lists.keys(rows),
+                lists.ids[rows],
+                lists.labels(),
+            )
+        )
+
+    @classmethod
+    def from_faiss(
+        cls,
+        index: Any,
+        *,
+        router: RouterName = "mean",
+        dtype: str | None = None,
+        backend: str = "cpu",
+    ) -> IndexSAAP:
+        """Return an index with the lists of a trained Faiss inverted file, and a router of our own.
+
+        Keys stay in the lists that Faiss put them in, and new ones go where Faiss would put them; only
+        queries are routed anew. A learned router is trained afterwards, by `saapindex.learn.train_router`.
+
+        Parameters
+        ----------
+        index
+            A ``faiss.IndexIVFFlat``, or ``IndexIVFScalarQuantizer`` of float16, without residuals.
+        router
+            ``"mean"``, by the mean of the keys in a list, or ``"centroid"``, as Faiss does.
+        dtype
+            Precision that keys are kept in, by default Faiss's.
+        backend
+            As for `IndexSAAP`.
+
+        Raises
+        ------
+        InvalidInputError
+            If it is another kind of index, is not trained, or holds ids twice or below zero.
+        """
+        check_choice("router", router, ("mean", "centroid"))
+        content = read_ivf(index)
+        nlist, d = content.centroids.shape
+        spherical = content.spherical and not content.l2
+        made = cls(
+            d,
+            nlist,
+            METRIC_L2 if content.l2 else METRIC_INNER_PRODUCT,
+            params=IndexParameters(query_aware=False, spherical=spherical, router=router, augment=0),
+            nprobe=content.nprobe,
+            dtype=content.keys.dtype.name if dtype is None else dtype,
+            backend=backend,
+        )
+        partition = Partition(View(), content.centroids, None, spherical, None)
+        made._adopt(partition, make_router(router, made.scale), made._nothing())
+        made.add_preassigned(content.keys, content.labels, content.ids)
+        return made
 
 
 def clone_index(index: IndexSAAP) -> IndexSAAP:
