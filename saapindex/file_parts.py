@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,9 +54,9 @@ class Source:
         return np.frombuffer(self.content, dtype, count, start).copy()
 
     def _entries(self) -> tuple[dict[str, Any], int]:
-        length = int.from_bytes(self.take(np.dtype("u1"), 8, 0).tobytes(), "little")
-        entries = json.loads(self.take(np.dtype("u1"), length, 8).tobytes())
-        return entries, 8 + length
+        with open(self.content, "rb") if isinstance(self.content, Path) else io.BytesIO(self.content) as file:
+            length = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(length)), 8 + length
 
     def metadata(self) -> dict[str, str]:
         """Return the texts that go with the tensors."""

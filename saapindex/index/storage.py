@@ -177,6 +177,10 @@ def _built(
 def _build(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any], backend: str) -> IndexSAAP:
     rope = None if header["rope"] is None else Rope.from_dict(header["rope"])
     params = IndexParameters(**header["params"])
+    # Before anything of the size that the header says is made.
+    _tensor(tensors, "sums", (header["nlist"], header["d"]), np.float64)
+    if header["max_position"] is not None:
+        check_integer("max_position", header["max_position"], 1)
     index = IndexSAAP(
         header["d"],
         header["nlist"],
