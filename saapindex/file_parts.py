@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from saapindex.errors import FileFormatError
 __all__ = ["BFLOAT16", "DTYPES", "KEY", "Part", "Source", "header_of", "opened", "sound"]
 
 _FAULTS = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+# Times that a file may be replaced while it is opened.
+_TRIES = 100
 KEY = "saapindex"
 """The key of the header in the metadata."""
 BFLOAT16 = np.dtype("V2")  # two bytes that NumPy leaves alone
@@ -39,36 +43,50 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class Source:
-    """Where a file's content is: on a disk or in memory."""
+    """Where content is: in an open file, which stays what it is if another takes its name, or in memory."""
 
-    def __init__(self, content: Path | bytes) -> None:
-        self.content = content
+    def __init__(self, content: BinaryIO | bytes, name: str) -> None:
+        self.content, self.name = content, name
 
     def __str__(self) -> str:
-        return str(self.content) if isinstance(self.content, Path) else f"{len(self.content)} bytes"
+        return self.name
 
     def take(self, dtype: np.dtype[Any], count: int, start: int) -> NDArray[Any]:
         """Return `count` elements from byte `start` on."""
-        if isinstance(self.content, Path):
-            return np.fromfile(self.content, dtype, count, offset=start)
-        return np.frombuffer(self.content, dtype, count, start).copy()
+        if isinstance(self.content, bytes):
+            return np.frombuffer(self.content, dtype, count, start).copy()
+        self.content.seek(start)
+        return np.fromfile(self.content, dtype, count)
 
+    def map(self, dtype: np.dtype[Any], shape: tuple[int, ...], start: int) -> NDArray[Any]:
+        """Return an array that is read when it is looked at."""
+        if not math.prod(shape) or isinstance(self.content, bytes):
+            return self.take(dtype, math.prod(shape), start).reshape(shape)
+        return np.asarray(np.memmap(self.content, dtype, "c", start, shape))
+
+    @cached_property
     def _entries(self) -> tuple[dict[str, Any], int]:
-        with open(self.content, "rb") if isinstance(self.content, Path) else io.BytesIO(self.content) as file:
-            length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(length)), 8 + length
+        file = io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
 
+    @property
+    def entries(self) -> dict[str, Any]:
+        """What the file says of each tensor, by name."""
+        return {name: entry for name, entry in self._entries[0].items() if name != "__metadata__"}
+
+    @property
     def metadata(self) -> dict[str, str]:
-        """Return the texts that go with the tensors."""
-        return self._entries()[0].get("__metadata__") or {}
+        """The texts that go with the tensors."""
+        return self._entries[0].get("__metadata__") or {}
 
     def places(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]:
         """Return dtype, shape and first byte of each tensor; safetensors has found the content valid."""
-        entries, start = self._entries()
-        entries.pop("__metadata__", None)
+        start = self._entries[1]
         return {
             name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
-            for name, entry in sorted(entries.items())
+            for name, entry in sorted(self.entries.items())
         }
 
 
@@ -93,27 +111,32 @@ class Part:
 
     def map(self) -> NDArray[Any]:
         """Return the whole tensor without reading it."""
-        if not math.prod(self.shape) or not isinstance(self.source.content, Path):
-            return self.read()
-        return np.asarray(np.memmap(self.source.content, self.dtype, "c", self.start, self.shape))
+        return self.source.map(self.dtype, self.shape, self.start)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+def opened(path: Path) -> Iterator[tuple[Source, dict[str, Any]]]:
     """Open a file of this library; whatever is wrong with its content is a `FileFormatError`."""
     from safetensors import safe_open
 
     if path.is_dir():
         raise FileFormatError(f"{path} is a folder, expected a saapindex file")
-    with open(path, "rb"):  # a missing file or a missing right is the system's own error
-        pass
-    source = Source(path)
-    with sound(source), safe_open(path, framework="numpy") as file:
-        yield file, header_of(source, file.metadata() or {})
+    for _ in range(_TRIES):
+        with open(path, "rb") as file:  # a missing file or a missing right is the system's own error
+            source = Source(file, str(path))
+            with sound(source):
+                with safe_open(path, framework="numpy"):  # raises where the content is not sound
+                    pass
+                # What was found sound is what is open, unless another file has taken the name meanwhile.
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    yield source, header_of(source)
+                    return
+    raise OSError(f"{path} is replaced faster than it can be read")
 
 
-def header_of(source: Source, metadata: Mapping[str, str]) -> dict[str, Any]:
+def header_of(source: Source) -> dict[str, Any]:
     """Return the header that is in the metadata."""
+    metadata = source.metadata
     if KEY not in metadata:
         raise FileFormatError(f"{source} is a safetensors file of something else")
     header = json.loads(metadata[KEY])

@@ -232,9 +232,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     OSError
         If it cannot be read at all.
     """
-    with opened(path) as (file, header):
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}, header
+    with opened(path) as (source, header):
+        return {name: [entry["dtype"], entry["shape"]] for name, entry in source.entries.items()}, header
 
 
 def read_file(
@@ -267,8 +266,8 @@ def read_file(
     OSError
         If it cannot be read at all.
     """
-    with opened(path) as (_, header):
-        return _read(Source(path), header, format, version, dict(rows or {}), mapped)
+    with opened(path) as (source, header):
+        return _read(source, header, format, version, dict(rows or {}), mapped)
 
 
 def from_bytes(data: bytes, *, format: str, version: int) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -281,10 +280,10 @@ def from_bytes(data: bytes, *, format: str, version: int) -> tuple[dict[str, NDA
     """
     from safetensors import deserialize
 
-    source = Source(data)
+    source = Source(data, f"{len(data)} bytes")
     with sound(source):
         deserialize(data)  # type: ignore[no-untyped-call]  # raises where the content is not sound
-        header = header_of(source, source.metadata())
+        header = header_of(source)
         return _read(source, header, format, version, {}, False)
 
 

@@ -257,6 +257,9 @@ def fit_layer(
     x, q = (_trained_on(value, name) for value, name in ((keys, "keys"), (queries, "queries")))
     heads, n, d = x.shape
     check_integer("nlist", nlist, 1)
+    check_integer("words", words, 1)
+    if words > _WORDS:
+        raise InvalidInputError(f"words is {words}, expected at most {_WORDS}")
     if q.shape[2] != d or not len(q) or len(q) % heads or not q.shape[1]:
         raise InvalidInputError(
             f"queries have shape {q.shape}, expected (a multiple of {heads}, m, {d}) with m > 0"

@@ -29,8 +29,11 @@ class IndexSAAP(Searcher):
     """Inverted file for searches where queries are distributed differently from keys.
 
     Keys go to the list of the nearest centroid in the query-aware metric; a router says which lists a
-    query visits; their keys are scored exactly. The contracts are Faiss's: float32 `D` and int64 `I` of
-    shape (n, k), best first, ids from `ntotal` up, -1 where there are fewer than k results.
+    query visits; their keys are scored exactly, or by their codes. The contracts are Faiss's: float32 `D`
+    and int64 `I` of shape (n, k), best first, ids from `ntotal` up, -1 where there are fewer than k results.
+
+    Any number of threads may search while others change the index: every answer is that of one whole state,
+    before a change or after it. Changes wait for each other.
 
     Parameters
     ----------

@@ -101,6 +101,7 @@ def _content(index: IndexSAAP) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]
         "nprobe": int(index.nprobe),
         "k_factor": index.k_factor,
         "dtype": index.dtype.name,
+        "ntotal": lists.ntotal,
         "next_id": state.next_id,
         "params": dataclasses.asdict(index.params),
         "rope": None if index.rope is None else index.rope.to_dict(),
@@ -240,6 +241,8 @@ def _state(tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any], index
     ids, positions = (_tensor(tensors, name, rows, np.int64) for name in ("ids", "positions"))
     sums = _tensor(tensors, "sums", (index.nlist, index.d), np.float64)
     check_integer("next_id", header["next_id"], 0)
+    if header["ntotal"] != sizes.sum():
+        raise FileFormatError(f"lists hold {sizes.sum()} keys, expected {header['ntotal']}")
     return State(InvertedLists.packed(stored, ids, positions, sizes), sums, header["next_id"])
 
 
