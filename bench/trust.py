@@ -78,7 +78,7 @@ def fuzz(seconds: int, seed: int) -> Result:
         return _fuzz_at_random(seconds, seed)
     with tempfile.TemporaryDirectory() as corpus:
         command = [sys.executable, str(target), f"-max_total_time={seconds}", f"-seed={seed + 1}"]
-        command += ["-max_len=64", "-len_control=0", "-timeout=60", f"-artifact_prefix={corpus}/", corpus]
+        command += ["-max_len=64", "-len_control=0", "-timeout=300", f"-artifact_prefix={corpus}/", corpus]
         done = subprocess.run(command, capture_output=True, text=True)
         runs = re.findall(r"Done (\d+) runs", done.stderr)
         faults = re.findall(r"Uncaught Python exception.*\n.*|==\d+== ERROR.*", done.stderr)

@@ -2,8 +2,8 @@
 
 A word of 32 bits holds fields of one width in four bytes, so a shift and a mask leave four fields in the
 bytes of each lane, and one instruction multiplies them by four elements of the query and adds them up
-(AVX-512 VNNI). Elsewhere each field is widened to a float and multiplied on its own: the numbers are whole
-and small, so both are exact and agree to the bit.
+(AVX-512 VNNI), or two (AVX2). Elsewhere each field is multiplied on its own. Sums are whole numbers, so all
+three agree to the bit.
 """
 
 from __future__ import annotations
@@ -43,22 +43,45 @@ def _four_at_once(builder: Any, fields: Any, query: Any, total: Any) -> Any:
     return builder.call(instruction, [total, fields, _spread(builder, query)])
 
 
+def _in_pairs(builder: Any, fields: Any, query: Any, total: Any) -> Any:
+    """The same in two steps, for half of the lanes at a time (AVX2)."""
+    half, words = ir.VectorType(_I32, 8), ir.VectorType(ir.IntType(16), 16)
+    bytes_ = ir.VectorType(_I8, 32)
+    pairs = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(words, [bytes_, bytes_]), "llvm.x86.avx2.pmadd.ub.sw"
+    )
+    fours = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(half, [words, words]), "llvm.x86.avx2.pmadd.wd"
+    )
+    nothing, ones = ir.Constant(_WHOLE, ir.Undefined), ir.Constant(words, [1] * 16)
+    four = _spread(builder, query)
+    sums = []
+    for first in (0, 8):
+        places = ir.Constant(half, list(range(first, first + 8)))
+        left, right = (
+            builder.bitcast(builder.shuffle_vector(x, nothing, places), bytes_) for x in (fields, four)
+        )
+        sums.append(builder.call(fours, [builder.call(pairs, [left, right]), ones]))
+    both = builder.shuffle_vector(*sums, ir.Constant(_WHOLE, list(range(LANES))))
+    return builder.add(total, both)
+
+
 def _one_by_one(builder: Any, fields: Any, query: Any, total: Any) -> Any:
     """The same with what every machine has."""
     for byte in range(4):
         shift = ir.Constant(_I32, 8 * byte)
-        part = builder.lshr(fields, _spread(builder, shift))
-        part = builder.and_(part, ir.Constant(_WHOLE, [255] * LANES))
+        part = builder.and_(builder.lshr(fields, _spread(builder, shift)), ir.Constant(_WHOLE, [255] * LANES))
         element = builder.sext(builder.trunc(builder.lshr(query, shift), _I8), _I32)
-        product = builder.fmul(builder.sitofp(part, _SINGLE), _spread(builder, builder.sitofp(element, _F32)))
-        total = builder.add(total, builder.fptosi(product, _WHOLE))
+        total = builder.add(total, builder.mul(part, _spread(builder, element)))
     return total
 
 
-def make_block_estimates(portable: bool | None = None) -> Callable[..., Any]:
-    """Return the intrinsic; `portable` says whether to do without special instructions, None asks the
-    machine.
-    """
+_WAYS = {"+avx512vnni": _four_at_once, "+avx2": _in_pairs, "": _one_by_one}
+"""By the feature that a machine must have, the best first."""
+
+
+def make_block_estimates(way: str | None = None) -> Callable[..., Any]:
+    """Return the intrinsic that uses one of the ways; None takes the best that the machine has."""
 
     @intrinsic
     def block_estimates(typingctx, query, groups, words, exponents, norms, table, block, terms, out):  # type: ignore[no-untyped-def]
@@ -72,12 +95,13 @@ def make_block_estimates(portable: bool | None = None) -> Callable[..., Any]:
         signature = types.int64(query, groups, words, exponents, norms, table, types.int64, terms, out)
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            plain = "+avx512vnni" not in context.codegen()._tm_features if portable is None else portable
+            features = context.codegen()._tm_features.split(",")
+            known = (feature for feature in _WAYS if feature in (*features, ""))
             arrays = [
                 None if i == 6 else context.make_array(signature.args[i])(context, builder, args[i])
                 for i in range(9)
             ]
-            return _emit(builder, arrays, args[6], _one_by_one if plain else _four_at_once)
+            return _emit(builder, arrays, args[6], _WAYS[next(known) if way is None else way])
 
         return signature, codegen
 
