@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from saapindex.backends.attention_ops import AttentionOps
 from saapindex.backends.common import LANES, Floats, Ints
-from saapindex.backends.paged import Code
 
-__all__ = ["LANES", "CodedLists", "Floats", "Ints", "Lists", "Ops", "to_blocks"]
+__all__ = ["LANES", "CodedLists", "FieldCode", "Floats", "Ints", "Lists", "Ops", "to_blocks"]
 
 
 def to_blocks(x: Floats) -> Floats:
@@ -62,6 +61,28 @@ class Lists(NamedTuple):
         return keys
 
 
+class FieldCode(NamedTuple):
+    """How the codes of one head are read.
+
+    Attributes
+    ----------
+    inverse
+        (d, R): ``u = q @ inverse``.
+    step, half
+        (R,): field `r` stands for ``scale * step[r] * (field - half[r])``.
+    widths
+        (W,) int64, bits of the fields of each word.
+    scales
+        (256,), the scale of each exponent.
+    """
+
+    inverse: Floats
+    step: Floats
+    half: Floats
+    widths: Ints
+    scales: Floats
+
+
 class CodedLists(NamedTuple):
     """Inverted lists of codes: what a key is at is ``anchors[j]`` and a coded residual to it.
 
@@ -80,7 +101,7 @@ class CodedLists(NamedTuple):
     turned
         (nlist, R), ``anchors @ inverse``.
     code
-        Of one head: how fields and scales are read.
+        How fields and scales are read.
     """
 
     words: NDArray[np.uint32]
@@ -91,7 +112,7 @@ class CodedLists(NamedTuple):
     sizes: Ints
     anchors: Floats
     turned: Floats
-    code: Code
+    code: FieldCode
     allowed: NDArray[np.uint16] | None = None
 
 
@@ -250,7 +271,7 @@ class Ops(AttentionOps):
 
         With ``a = u * step``, ``u = q @ inverse`` (of the query's residual to the anchor for L2), rounded to
         8 bits as ``a8 = round(a / factor)``, ``factor = max|a| / 127``, the estimate of ``q . residual`` is
-        ``e = factor * f * sum a8 (field - hi)``: see `encode`. An inner product is ``q . anchor + e``, a
+        ``e = factor * scale * sum a8 (field - half)``. An inner product is ``q . anchor + e``, a
         distance ``|q - anchor|^2 - 2 e + norm``.
 
         Parameters

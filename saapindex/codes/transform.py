@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.backends.base import Floats, Ops
+from saapindex.backends.base import FieldCode, Floats, Ops
 from saapindex.backends.paged import Code
 from saapindex.backends.reference import codes as definition
 from saapindex.errors import InvalidInputError
@@ -126,6 +126,26 @@ class TransformCode:
     def view(self) -> Code:
         """The codes as kernels see them."""
         return Code(**self.tensors())
+
+    @cached_property
+    def fields(self) -> FieldCode:
+        """How the codes of the only head are read.
+
+        Raises
+        ------
+        InvalidInputError
+            If there are more heads.
+        """
+        if self.heads != 1:
+            raise InvalidInputError(f"codes are of {self.heads} heads, expected 1")
+        count, bits = definition.coded(self.view, 0)
+        return FieldCode(
+            np.ascontiguousarray(self.inverse[0, :, :count]),
+            np.ascontiguousarray(self.step[0, :count]),
+            (((1 << bits) - 1) / 2).astype(np.float32),
+            self.widths[0],
+            definition.scales(np.arange(256).astype(np.uint8), np.asarray(self.base[0])),
+        )
 
     def head(self, number: int) -> TransformCode:
         """Return the codes of one head."""

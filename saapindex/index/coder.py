@@ -53,8 +53,7 @@ class Coder:
     @cached_property
     def turned(self) -> NDArray[np.float32]:
         """Anchors as codes see queries, (nlist, R)."""
-        turned: NDArray[np.float32] = self.anchors @ self.code.inverse[0]
-        return turned
+        return (self.anchors @ self.code.fields.inverse).astype(np.float32, copy=False)
 
     def encode(self, x: NDArray[np.float32], labels: Ints, ops: Ops) -> KeyCodes:
         """Return the codes of keys `x`, (n, d), of lists `labels`."""
@@ -81,7 +80,7 @@ class Coder:
             lists.sizes,
             self.anchors,
             self.turned,
-            self.code.view,
+            self.code.fields,
             allowed,
         )
 

@@ -58,8 +58,8 @@ def make(q, n, d, words, nlist, some, l2, seed):
         offsets,
         sizes,
         anchors,
-        anchors @ code.inverse[0],
-        code.view,
+        anchors @ code.fields.inverse,
+        code.fields,
         allowed,
     )
     decoded = np.full((total, d), np.nan)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from saapindex.backends import get_ops
-from saapindex.backends.base import LANES, CodedLists, Lists, Ops, to_blocks
+from saapindex.backends.base import LANES, CodedLists, FieldCode, Lists, Ops, to_blocks
 from saapindex.backends.paged import Code, Reading, Scaling
 from saapindex.codes import fit_codes
 from saapindex.errors import InvalidInputError
@@ -40,7 +40,7 @@ def of_search(n=63, d=17, nlist=9, p=5, k=4):
     probes = np.argsort(rng.random((7, nlist)), axis=1)[:, :p].copy()
     limits = rng.integers(n + 1, size=7)
     bias = rng.standard_normal(nlist, dtype=np.float32)
-    code = fit_codes(x[None] if n else np.ones((1, 1, d)), np.eye(d)[None], 2).view
+    code = fit_codes(x[None] if n else np.ones((1, 1, d)), np.eye(d)[None], 2).fields
     blocks = len(lists.vectors)
     coded = CodedLists(
         rng.integers(1 << 32, size=(blocks, 2, LANES), dtype=np.uint32),
@@ -48,7 +48,7 @@ def of_search(n=63, d=17, nlist=9, p=5, k=4):
         np.zeros((blocks, 0, LANES), np.float32),
         *lists[1:4],
         centroids,
-        centroids @ code.inverse[0],
+        centroids @ code.inverse,
         code,
     )
     rows = rng.integers(-1, blocks * LANES or 1, (7, p)) if blocks else np.full((7, p), -1)
@@ -149,7 +149,7 @@ def test_reference_computes_in_the_precision_of_its_inputs(arguments, operation)
     def widened(value):
         if isinstance(value, Lists):
             return value._replace(vectors=value.vectors.astype(np.float64))
-        if isinstance(value, (Code, CodedLists)):
+        if isinstance(value, (Code, CodedLists, FieldCode)):
             return type(value)._make(map(widened, value))
         return value.astype(np.float64) if getattr(value, "dtype", None) == np.float32 else value
 

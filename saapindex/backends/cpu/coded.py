@@ -15,7 +15,7 @@ from saapindex.backends.cpu.heap import replace_root, sort_heap
 from saapindex.backends.cpu.rescore import distance, dot
 from saapindex.backends.cpu.scan import EVERY_LANE, FEW, allowed_lanes
 from saapindex.backends.cpu.threads import launch
-from saapindex.backends.reference.codes import coded, fields, scales
+from saapindex.backends.reference.codes import fields
 
 _TINY = np.float32(1e-30)
 
@@ -35,10 +35,14 @@ def _round(u, step, half, turned, elements, terms):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def _scan_query(query, u, lists, shape, probes, limit, l2, as_rows, best, found):  # type: ignore[no-untyped-def]
+def _scan_query(query, lists, shape, probes, limit, l2, as_rows, best, found):  # type: ignore[no-untyped-def]
     """Visit the lists of one query, and keep what is best in the heap of `best` and `found`."""
     words, exponents, norms, ids, offsets, sizes, anchors, turned, allowed = lists
-    step, half, groups, table = shape
+    inverse, step, half, groups, table = shape
+    u = np.zeros(step.shape[0], np.float32)
+    for i in range(query.shape[0]):
+        for j in range(u.shape[0]):
+            u[j] += query[i] * inverse[i, j]
     elements = np.zeros(4 * groups.shape[0], np.int8)
     packed = elements.view(np.int32)
     terms, scores = np.zeros(4, np.float32), np.empty(LANES, np.float32)
@@ -73,10 +77,10 @@ def _scan_query(query, u, lists, shape, probes, limit, l2, as_rows, best, found)
 
 
 @njit(cache=True, nogil=True)
-def _scan_one(query, u, lists, shape, probes, limit, l2, as_rows, best, found):  # type: ignore[no-untyped-def]
+def _scan_one(query, lists, shape, probes, limit, l2, as_rows, best, found):  # type: ignore[no-untyped-def]
     best[:] = -np.inf
     found[:] = -1
-    _scan_query(query, u, lists, shape, probes, limit, l2, as_rows, best, found)
+    _scan_query(query, lists, shape, probes, limit, l2, as_rows, best, found)
     sort_heap(best, found)
     if l2:
         for i in range(best.shape[0]):
@@ -84,15 +88,15 @@ def _scan_one(query, u, lists, shape, probes, limit, l2, as_rows, best, found): 
 
 
 @njit(cache=True, nogil=True)
-def _scan_some(queries, u, lists, shape, probes, limits, l2, as_rows, best, found):  # type: ignore[no-untyped-def]
+def _scan_some(queries, lists, shape, probes, limits, l2, as_rows, best, found):  # type: ignore[no-untyped-def]
     for i in range(queries.shape[0]):
-        _scan_one(queries[i], u[i], lists, shape, probes[i], limits[i], l2, as_rows, best[i], found[i])
+        _scan_one(queries[i], lists, shape, probes[i], limits[i], l2, as_rows, best[i], found[i])
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _scan_many(queries, u, lists, shape, probes, limits, l2, as_rows, best, found):  # type: ignore[no-untyped-def]
+def _scan_many(queries, lists, shape, probes, limits, l2, as_rows, best, found):  # type: ignore[no-untyped-def]
     for i in prange(queries.shape[0]):
-        _scan_one(queries[i], u[i], lists, shape, probes[i], limits[i], l2, as_rows, best[i], found[i])
+        _scan_one(queries[i], lists, shape, probes[i], limits[i], l2, as_rows, best[i], found[i])
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,18 +106,12 @@ def _groups(widths: tuple[int, ...]) -> NDArray[np.int32]:
     return np.stack([word[::4], shift[::4], masks(widths)], axis=1).astype(np.int32)
 
 
-def _prepared(queries: Floats, lists: CodedLists) -> tuple[Floats, Floats, tuple[Any, ...], tuple[Any, ...]]:
-    """Return the queries, their turned selves, the lists, and the shape of the codes, fit for kernels."""
+def _views(lists: CodedLists) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the lists, and the shape of the codes, fit for kernels."""
     code = lists.code
-    count, bits = coded(code, 0)
-    queries = np.ascontiguousarray(queries, np.float32)
-    u = queries @ np.ascontiguousarray(code.inverse[0, :, :count], np.float32)
-    half = (((1 << bits) - 1) / 2).astype(np.float32)
-    table = scales(np.arange(256).astype(np.uint8), np.asarray(code.base[0], np.float32))
-    shape = (np.ascontiguousarray(code.step[0, :count]), half, _groups(tuple(code.widths[0].tolist())), table)
+    shape = (code.inverse, code.step, code.half, _groups(tuple(code.widths.tolist())), code.scales)
     allowed = EVERY_LANE if lists.allowed is None else lists.allowed
-    parts = (*lists[:6], lists.anchors, lists.turned, allowed)
-    return queries, u, parts, shape
+    return (*lists[:6], lists.anchors, lists.turned, allowed), shape
 
 
 def scan_coded(
@@ -126,10 +124,10 @@ def scan_coded(
     as_rows: bool,
 ) -> tuple[Floats, Ints]:
     """See `Ops.scan_coded`."""
-    queries, u, parts, shape = _prepared(queries, lists)
+    queries = np.ascontiguousarray(queries, np.float32)
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
-    arguments = (queries, u, parts, shape, probes, limits, l2, as_rows, best, found)
+    arguments = (queries, *_views(lists), probes, limits, l2, as_rows, best, found)
     if len(queries) < FEW:
         _scan_some(*arguments)
     else:

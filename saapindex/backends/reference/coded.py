@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from saapindex.backends.base import LANES, CodedLists, Floats, Ints
-from saapindex.backends.reference.codes import coded, scales, unpack
+from saapindex.backends.reference.codes import unpack
 from saapindex.backends.reference.scan import Visit, keep_best, keep_within, read_rows
 
 _TINY = 1e-30
@@ -22,21 +22,20 @@ def rounded(a: Floats) -> tuple[Floats, Floats]:
 def estimates(query: Floats, lists: CodedLists, rows: Ints, labels: Ints, l2: bool) -> Floats:
     """Return what codes say of the inner products with keys at `rows` of lists `labels`, or of distances."""
     dtype, code = query.dtype, lists.code
-    count, bits = coded(code, 0)
-    inverse, step = code.inverse[0, :, :count].astype(dtype), code.step[0, :count].astype(dtype)
+    inverse, step = code.inverse.astype(dtype), code.step.astype(dtype)
     # The list of each row, once, and what the query is to each of these lists.
     visited, place = np.unique(labels, return_inverse=True)
     anchors = lists.anchors[visited].astype(dtype)
     u = np.repeat(query[None] @ inverse, len(visited), axis=0)
     if l2:
-        u -= lists.turned[visited, :count].astype(dtype)
+        u -= lists.turned[visited].astype(dtype)
     a8, factor = rounded(u * step)
     centers = ((query - anchors) ** 2).sum(axis=1) if l2 else anchors @ query
     block, lane = rows // LANES, rows % LANES
-    fields = unpack(lists.words[block, :, lane], code.widths[0])[:, :count]
-    twice = (2 * fields - ((1 << bits) - 1)).astype(dtype)
-    f = scales(lists.exponents[block, 0, lane], code.base[0].astype(dtype))
-    inner = factor[place, 0] * f * ((a8[place] * twice).sum(axis=1) / 2)
+    fields = unpack(lists.words[block, :, lane], code.widths)[:, : len(step)]
+    levels = fields.astype(dtype) - code.half.astype(dtype)
+    scale = code.scales.astype(dtype)[lists.exponents[block, 0, lane]]
+    inner = factor[place, 0] * scale * (a8[place] * levels).sum(axis=1)
     found: Floats = centers[place] + inner
     if l2:
         found = centers[place] - 2 * inner + lists.norms[block, 0, lane].astype(dtype)
