@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saapindex.backends import get_ops
-from saapindex.codes import TransformCode, fit_codes, quantise_rows
+from saapindex.codes import TransformCode, fit_codes, quantise_rows, unpack
 from saapindex.codes.fit import allocate
 from saapindex.errors import InvalidInputError
 
@@ -177,6 +177,17 @@ def test_bad_training_is_refused(change, words, message):
 def test_arrays_that_do_not_belong_together_are_refused(change, message):
     with pytest.raises(InvalidInputError, match=message):
         TransformCode(**{**fitted(16, 2).tensors(), **change})
+
+
+def test_fields_are_those_of_one_head():
+    code = fitted(16, 2)
+    fields = code.fields
+    words, exponents = code.encode(trained(16, 1)[0][:, :20].astype(np.float32), OPS)
+    levels = unpack(words[0], fields.widths)[:, : len(fields.step)] - fields.half
+    decoded = fields.scales[exponents[0]][:, None] * levels * fields.step
+    np.testing.assert_allclose(decoded, code.decode(words, exponents)[0], rtol=1e-5)
+    with pytest.raises(InvalidInputError, match="codes are of 2 heads, expected 1"):
+        fitted(16, 2, 2).fields  # noqa: B018
 
 
 def test_codes_are_values():

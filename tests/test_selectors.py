@@ -77,10 +77,16 @@ def _trained(backend, metric, text):
     [{"nprobe": 2}, {"nprobe": NLIST}, {"budget": 7}, {"budget": 0.3}, {"budget": 1.0}, {"top_p": 0.8}],
 )
 @pytest.mark.parametrize("text", ["SAAP5,Flat", "SAAP5,Bits2", "SAAP5,Bits4,RFlat"])
-@settings(max_examples=12)
-@given(tree=trees, metric=METRICS, n=st.sampled_from([0, 1, 17, 100]), seed=st.integers(0, 999))
+@settings(max_examples=30)
+@given(
+    limits=st.sampled_from(LIMITS),
+    tree=trees,
+    metric=METRICS,
+    n=st.sampled_from([0, 1, 17, 100]),
+    seed=st.integers(0, 999),
+)
 def test_a_search_among_some_keys_is_the_search_of_an_index_of_these_alone(
-    backend, limits, text, tree, metric, n, seed
+    backend, text, limits, tree, metric, n, seed
 ):
     if "top_p" in limits:
         metric = sx.METRIC_INNER_PRODUCT

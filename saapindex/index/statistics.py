@@ -11,6 +11,8 @@ __all__ = ["SearchStatistics"]
 class SearchStatistics:
     """Sums over the searches that it is given to, as ``stats=``; Faiss's names where Faiss has one.
 
+    Threads that search at once need one each.
+
     Attributes
     ----------
     nq
