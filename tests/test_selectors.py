@@ -72,10 +72,9 @@ def _trained(backend, metric, text):
     return index
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [{"nprobe": 2}, {"nprobe": NLIST}, {"budget": 7}, {"budget": 0.3}, {"budget": 1.0}, {"top_p": 0.8}],
-)
+LIMITS = [{"nprobe": 2}, {"nprobe": NLIST}, {"budget": 7}, {"budget": 0.3}, {"budget": 1.0}, {"top_p": 0.8}]
+
+
 @pytest.mark.parametrize("text", ["SAAP5,Flat", "SAAP5,Bits2", "SAAP5,Bits4,RFlat"])
 @settings(max_examples=30)
 @given(
