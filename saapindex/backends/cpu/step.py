@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, get_num_threads, njit, prange, types
+from numba import carray, cfunc, get_num_threads, njit, types
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats, Ints
@@ -38,6 +38,7 @@ from saapindex.backends.cpu.codes import (
     visited_pages,
 )
 from saapindex.backends.cpu.heap import worse
+from saapindex.backends.cpu.helpers import call_helpers
 from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, largest, pool, rank, visit, worst_kept
 from saapindex.backends.cpu.vector import (
     atomic_add,
@@ -56,13 +57,13 @@ SCANNED = 32
 ROUND_BYTES = 1 << 26
 """What the working memory of the queries that are attended to in one go may take."""
 SERIAL = 4096
-"""Below this many keys to read in all, starting threads costs more than they save."""
+"""Below this many keys to read in all, helpers are not called."""
 
 STAGES = 6
 PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)
 TICKET, DONE = 0, 8  # far enough apart for a cache line each
-PATIENCE = 20_000
-"""Looks at the ticket before a thread without tasks goes: some tens of microseconds."""
+PATIENCE, FOREVER = 20_000, 1 << 62
+"""Looks at the ticket before a helper without tasks goes (some tens of microseconds), or who calls."""
 
 _NUMBERS = (
     # Sizes, as `AttentionOps` and `paged` name them; `rows` queries in a row, in `width` padded dimensions.
@@ -433,13 +434,13 @@ def task_address() -> int:
 
 
 @njit(cache=True, nogil=True)
-def _take_part(do, step, counts, state):  # type: ignore[no-untyped-def]
+def take_part(do, step, counts, state, patience):  # type: ignore[no-untyped-def]
     """Take tasks, stage after stage, until there are none.
 
     ``state[TICKET]`` holds the stage in its upper and the next task in its lower half; ``state[DONE]`` counts
-    tasks of the stage that are done, and who does the last opens the next stage. All threads are alike and
-    none waits for one that is not in the middle of a task, so one is enough, and one that comes late costs
-    nothing.
+    tasks of the stage that are done, and who does the last opens the next stage. Nobody waits for a thread
+    that is not in the middle of a task. A thread without a task looks `patience` times whether the next stage
+    has come, and then goes; the one that needs the result has no end of it.
     """
     while True:
         ticket = atomic_add(state, TICKET, 1)
@@ -450,39 +451,36 @@ def _take_part(do, step, counts, state):  # type: ignore[no-untyped-def]
             call_at(do, step, stage, task)
             if atomic_add(state, DONE, 1) + 1 == counts[stage]:
                 atomic_write(state, DONE, 0)
-                atomic_write(state, TICKET, _stage_from(counts, stage + 1) << 32)
+                atomic_write(state, TICKET, stage_from(counts, stage + 1) << 32)
             continue
-        patience = PATIENCE
+        left = patience
         while atomic_read(state, TICKET) >> 32 == stage:
-            patience -= 1
-            if patience == 0:  # others are at it, or cannot go on: they will do without
+            left -= 1
+            if left == 0:
                 return
 
 
 @njit(cache=True, nogil=True)
-def _stage_from(counts, stage):  # type: ignore[no-untyped-def]
+def stage_from(counts, stage):  # type: ignore[no-untyped-def]
     """Return the next stage that has tasks."""
     while stage < STAGES and counts[stage] == 0:
         stage += 1
     return stage
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _take_part_together(do, step, counts, state, threads):  # type: ignore[no-untyped-def]
-    for _ in prange(threads):
-        _take_part(do, step, counts, state)
-
-
 @njit(cache=True, nogil=True)
-def run_stages(do, steps, counts, threads, memory):  # type: ignore[no-untyped-def]
-    """Do all tasks, `counts` of each stage; `memory` is what the stages write to."""
+def _first_ticket(counts):  # type: ignore[no-untyped-def]
     state = np.zeros(2 * DONE, np.int64)
-    state[TICKET] = _stage_from(counts, 0) << 32
-    if threads == 1:
-        _take_part(do, steps.ctypes.data, counts, state)
-    else:
-        _take_part_together(do, steps.ctypes.data, counts, state, threads)
-    return memory.shape[0]  # it lives up to here
+    state[TICKET] = stage_from(counts, 0) << 32
+    return state
+
+
+def run_stages(step: NDArray[Any], counts: Ints, threads: int) -> None:
+    """Do all tasks, `counts` of each stage, of the step of a record."""
+    state, do, address = _first_ticket(counts), task_address(), step.ctypes.data
+    if threads > 1:
+        call_helpers(threads - 1, take_part, do, address, counts, state, PATIENCE)
+    take_part(do, address, counts, state, FOREVER)
 
 
 @njit(cache=True, nogil=True)
@@ -540,7 +538,9 @@ def set_up(  # type: ignore[no-untyped-def]
     means, mean_scales, spreads, sizes, starts, table, addresses, inverse, quanta, widths, base, spread,
     distortion, scan, left, out, lse,
 ):  # fmt: skip
-    """Complete the record; return the tasks of each stage, and the working memory."""
+    """Complete the record; return the tasks of each stage, the working memory, and whether it is so little
+    that waking helpers costs more than they save.
+    """
     step = steps[0]
     step.rows, step.g, step.width = queries.shape
     step.nlist, step.near_pages, step.chunks = sizes.shape[1], near_table.shape[1], addresses.shape[1]
@@ -565,19 +565,8 @@ def set_up(  # type: ignore[no-untyped-def]
     counts[PLAN], counts[SCAN] = rows * (step.near_parts + 1), rows * step.scan_parts
     counts[CHOOSE], counts[FETCH] = rows, rows * step.kept_parts
     counts[REST], counts[MERGE] = rows * (step.scan_parts + 1) if step.remainder else 0, rows
-    return counts, memory
-
-
-@njit(cache=True, nogil=True)
-def _is_little(step):  # type: ignore[no-untyped-def]
-    """Whether starting threads costs more than they save."""
-    return step.rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
-
-
-@njit(cache=True, nogil=True)
-def _run(do, threads, steps, *arrays):  # type: ignore[no-untyped-def]
-    counts, memory = set_up(steps, *arrays)
-    run_stages(do, steps, counts, 1 if _is_little(steps[0]) else threads, memory)
+    little = rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
+    return counts, memory, little
 
 
 def attend_lists(
@@ -650,10 +639,8 @@ def _in_rounds(
         part = slice(start, start + once)
         found = (out, lse) if once >= t else (np.empty_like(out[:, part]), np.empty_like(lse[:, part]))
         tokens = found[1].shape[1]
-        _run(
-            task_address(),
-            get_num_threads(),
-            step,
+        # The record knows only where these lie: they must live until the stages are done.
+        arrays = (
             np.ascontiguousarray(x[:, part]).reshape(streams * tokens, g, -1),
             np.ascontiguousarray(last[:, part]).reshape(streams * tokens),
             near.pages,
@@ -674,6 +661,9 @@ def _in_rounds(
             found[0].reshape(streams * tokens, g, d),
             found[1].reshape(streams * tokens, g),
         )
+        counts, memory, little = set_up(step, *arrays)
+        run_stages(step, counts, 1 if little else get_num_threads())
+        del arrays, memory
         if once < t:
             out[:, part], lse[:, part] = found
     return out, lse

@@ -117,8 +117,8 @@ class _Emitter:
         low = [*range(quarter), *range(half, half + quarter)]
         low += [LANES + i for i in low]
         high = [i + quarter for i in low]
-        one, other = pairs
-        total = add(shuffle(one, other, low), shuffle(one, other, high))
+        first, second = pairs
+        total = add(shuffle(first, second, low), shuffle(first, second, high))
         step = quarter // 2
         while step:
             turned = [i // quarter * quarter + (i + step) % quarter for i in range(LANES)]
