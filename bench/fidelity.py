@@ -64,6 +64,15 @@ ALL = ",".join(map(str, LAYERS))
 FEW = "4,13,25"
 """Layers on which settings are compared."""
 SHORT, LONG, YOUNG = 32768, 131072, 8192
+CONTEXTS = {
+    "train": SHORT,
+    "valid": SHORT,
+    "test": SHORT,
+    "shift": SHORT,
+    "train-long": LONG,
+    "test-long": LONG,
+}
+"""Tokens of a sequence of each part of the texts."""
 FEW_QUERIES = Protocol(max_queries=64)
 BUDGETS = (0.02, 0.05, 0.1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,18 +120,16 @@ def means(records: Iterable[Record], *by: str) -> list[dict[str, Any]]:
 
 
 @app.command()
-def capture(model: Path, texts: Path, out: Path = Path("traces"), layers: Layers = ALL) -> None:
+def capture(
+    model: Path,
+    texts: Path,
+    out: Path = Path("traces"),
+    layers: Layers = ALL,
+    parts: Annotated[str, typer.Option(help="Folders of texts with commas between.")] = ",".join(CONTEXTS),
+) -> None:
     """Capture sequences of 32k and 128k tokens, the rotary base raised for each ("NTK-aware")."""
     console = Console()
-    parts = {
-        "train": SHORT,
-        "valid": SHORT,
-        "test": SHORT,
-        "shift": SHORT,
-        "train-long": LONG,
-        "test-long": LONG,
-    }
-    for context, group in itertools.groupby(parts, parts.__getitem__):
+    for context, group in itertools.groupby(parts.split(","), CONTEXTS.__getitem__):
         loaded = load_model(model, context=context, rope_scaling="ntk")
         for part in group:
             # Held-out sequences lie with those of the training, which names them.
