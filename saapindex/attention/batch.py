@@ -91,9 +91,11 @@ class Batch:
             name: np.stack([getattr(table, name) for table in tables])
             for name in ("anchors", "anchor_scales", "means", "mean_scales")
         }
+        slopes = np.stack([table.slopes for table in tables])
         return PagedLists(
             **{name: array.reshape(*streams, *array.shape[2:]) for name, array in stacked.items()},
             spreads=(squares / np.maximum(sizes, 1)).astype(np.float32).reshape(streams),
+            slopes=slopes.reshape(streams[0], *slopes.shape[2:]),
             sizes=sizes.reshape(streams),
             starts=starts.reshape(streams),
             table=np.concatenate([table.held.pages for table in tables]),
