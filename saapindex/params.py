@@ -242,7 +242,7 @@ class AttendParameters:
     rank: RankBy | None = None
     refine: bool = True
     remainder: bool = True
-    scan_share: float = 0.3
+    scan_share: float = 0.4
 
     def __post_init__(self) -> None:
         limits = ("budget", "nprobe", "top_p")

@@ -101,7 +101,7 @@ class Ladder(Peer):
         self,
         nlist: int = 128,
         words: int = 3,
-        scan_share: float = 0.3,
+        scan_share: float = 0.4,
         adapt: int = 3,
         refine: bool = True,
         remainder: bool = True,
