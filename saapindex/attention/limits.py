@@ -40,7 +40,7 @@ def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: in
     >>> code = fit_codes(np.random.default_rng(0).standard_normal((1, 200, 64)), np.eye(64)[None], words=3)
     >>> found = reading(AttendParameters(budget=0.05), np.array([30_000]), code, nlist=128, element=2)
     >>> found.scan.tolist(), found.keep(found.scan[:, None]).tolist()
-    ([8270], [[980]])
+    ([10775], [[820]])
     """
     d, row = code.d, 2 * code.d * element
     matrices = 2 if params.remainder else 1
