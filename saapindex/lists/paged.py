@@ -151,7 +151,6 @@ class PagePool:
                 pages.exponents[chunk][where] = exponents[here]
         np.maximum.at(self.filled, page, lane + 1)
 
-
     def fill(
         self, pages: NDArray[np.int32], lane: int, keys: NDArray[Any], values: NDArray[Any], first: int
     ) -> None:

@@ -285,5 +285,10 @@ def merge(outs: Floats, lses: Floats) -> tuple[Floats, Floats]:
     parts, d = len(outs), outs.shape[-1]
     flat = lses.size // parts
     out, lse = np.empty((flat, d), np.float32), np.empty(flat, np.float32)
-    _merge(plain(outs.reshape(parts, flat, d), np.float32), plain(lses.reshape(parts, flat), np.float32), out, lse)
+    _merge(
+        plain(outs.reshape(parts, flat, d), np.float32),
+        plain(lses.reshape(parts, flat), np.float32),
+        out,
+        lse,
+    )
     return out.reshape(outs.shape[1:]), lse.reshape(lses.shape[1:])

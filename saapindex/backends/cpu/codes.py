@@ -262,6 +262,4 @@ def addressed(pages: Pages) -> tuple[Ints, int, int]:
 
 def code_arrays(code: Code, *names: str) -> list[NDArray[np.generic]]:
     """Return arrays of a code as the kernels know them."""
-    return [
-        plain(getattr(code, name), np.int64 if name == "widths" else np.float32) for name in names
-    ]
+    return [plain(getattr(code, name), np.int64 if name == "widths" else np.float32) for name in names]

@@ -166,9 +166,7 @@ def visit(logits, norms, sizes, limit, nprobe, top_p, policy, by_mass, refine, t
         if by_mass:
             for j in range(nlist):
                 ranks[j] = scores[j] + log(np.float32(sizes[j])) if sizes[j] > 0 else -np.inf
-        _visit_in_order(
-            ranks, scores, sizes, limit // rankers, nprobe, top_p, refine, heap, order, taken
-        )
+        _visit_in_order(ranks, scores, sizes, limit // rankers, nprobe, top_p, refine, heap, order, taken)
 
 
 @njit(cache=True, nogil=True)
