@@ -7,6 +7,7 @@
     python bench/fidelity.py train        # a codebook of 30 KV heads: 12 sequences, 2 held out
     python bench/fidelity.py compare      # every method, 4 test sequences
     python bench/fidelity.py attend       # the same through AttentionIndex.attend
+    python bench/fidelity.py ablate       # without one part at a time
     python bench/fidelity.py sweep        # lists, width of codes, how bytes are split: 8k, 32k and 128k
     python bench/fidelity.py shift        # other texts, and from 8k to 32k and 128k
     python bench/fidelity.py paper        # the paper's setting against training data
@@ -289,6 +290,32 @@ def attend(
         out, "attend-fidelity.json", {**content, "parameters": parameters, "seconds": seconds, "rows": rows}
     )
     show("AttentionIndex.attend, in groups", rows)
+
+
+@app.command()
+def ablate(traces: Traces = Path("traces"), out: Out = RESULTS, layers: Layers = ALL) -> None:
+    """Leave out one part at a time, in groups on the test sequences, and try other shares of the bytes."""
+    cases: list[dict[str, Any]] = [
+        {},
+        *({name: False} for name in ("slopes", "correction", "remainder", "refine")),
+        {"adapt": 0},
+        *({"scan_share": share} for share in (0.2, 0.3, 0.5)),
+        {"slopes": False, "scan_share": 0.3},
+    ]
+    records: list[Record] = []
+    makers = [peers_from_codebook(traces / "codebook.safetensors", device=DEVICE, **case) for case in cases]
+    paths = files(traces, "test", numbers(layers))
+    for path, head in track(list(itertools.product(paths, range(3))), "ablate", show=True):
+        trace = read_trace(path, heads=[head])
+        moment = take_snapshot(trace, head, device=DEVICE, sequence=path.parent.name)
+        for case, make in zip(cases, makers, strict=True):
+            peer = make(int(trace.info["layer"]), head)
+            peer.build(moment.context)
+            label = " ".join(f"{key}={value}" for key, value in case.items())
+            records += measure(peer, moment, BUDGETS, modes=["group"], setting=label)
+    rows = means(records, "budget", "setting")
+    write(out, "ablation.json", {"layers": numbers(layers), "rows": rows})
+    show("in groups", rows)
 
 
 def dense_output(trace: Trace, queries: NDArray[np.float32], positions: torch.Tensor) -> torch.Tensor:
