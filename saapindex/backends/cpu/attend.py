@@ -1,7 +1,7 @@
 """Attention in numba: exact over given keys, estimated over the rest, both as parts that are merged.
 
-A part is an output that is not divided by its sum of weights, the sum, and the logit that weights are relative
-to; minus infinity for a part without keys.
+A part is an output that is not divided by its sum of weights, the sum, and the logit that weights are
+relative to; minus infinity for a part without keys.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from numba import njit
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.codes import addressed, code_arrays, place_of, rotated
 from saapindex.backends.cpu.expected import expect_keys, expect_lists
+from saapindex.backends.cpu.select import largest
 from saapindex.backends.cpu.vector import HEADS, KEYS, KINDS, capped, dots, exp, mix, padded, plain
 from saapindex.backends.paged import Code, PagedLists, Pages, Scaling
 
 CHUNK = 256
 """Keys that are attended to at once; their logits stay in the first-level cache."""
-_ONE_VALUE = np.float32(1)
+_LANE_BITS = LANES.bit_length() - 1
 
 
 @njit(cache=True, nogil=True)
@@ -27,8 +28,8 @@ def locate(rows, addresses, span, shift, row_bytes, keys, values):  # type: igno
     """Write where the keys and values of rows lie in memory; `keys` up to a multiple of `KEYS`."""
     n = rows.shape[0]
     for i in range(n):
-        chunk, page = place_of(rows[i] // LANES, span, shift)
-        offset = (page * LANES + rows[i] % LANES) * row_bytes
+        chunk, page = place_of(rows[i] >> _LANE_BITS, span, shift)
+        offset = (page * LANES + (rows[i] & (LANES - 1))) * row_bytes
         keys[i], values[i] = addresses[0, chunk] + offset, addresses[1, chunk] + offset
     for i in range(n, (n + KEYS - 1) // KEYS * KEYS):
         keys[i] = keys[n - 1]
@@ -45,15 +46,6 @@ def _exponentials(row, peak):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
-def largest(row):  # type: ignore[no-untyped-def]
-    """Return the maximum, minus infinity of nothing."""
-    peak = np.float32(-np.inf)
-    for i in range(row.shape[0]):
-        peak = max(peak, row[i])
-    return peak
-
-
 @njit(cache=True, nogil=True)
 def attend_chunk(  # type: ignore[no-untyped-def]
     query, rows, addresses, span, shift, kind, d, scale, softcap, out, sums, peaks
@@ -68,7 +60,10 @@ def attend_chunk(  # type: ignore[no-untyped-def]
     for h in range(g):
         row = logits[h, :n]
         for i in range(n):
-            row[i] = capped(row[i] * scale, softcap)
+            row[i] *= scale
+        if softcap > 0:
+            for i in range(n):
+                row[i] = capped(row[i], softcap)
         peaks[h] = largest(row)
         sums[h] = _exponentials(row, peaks[h])
     for h in range(0, g, HEADS):
@@ -139,7 +134,7 @@ def merge_parts(outs, sums, peaks, d, out, lse):  # type: ignore[no-untyped-def]
             row = outs[p, h]
             for i in range(total.shape[0]):
                 total[i] += factor * row[i]
-        inverse = _ONE_VALUE / weights
+        inverse = np.float32(1) / weights
         for i in range(d):
             out[h, i] = total[i] * inverse
         lse[h] = peak + math.log(weights)
