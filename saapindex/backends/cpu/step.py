@@ -22,7 +22,7 @@ from saapindex.backends.cpu.attend import (
     CHUNK,
     add_mean,
     attend_chunk,
-    bounded_sum,
+    bounded_weights,
     kind_of,
     merge_parts,
     rest_of_lists,
@@ -37,6 +37,7 @@ from saapindex.backends.cpu.codes import (
     scan_pages,
     visited_pages,
 )
+from saapindex.backends.cpu.expected import expect_keys
 from saapindex.backends.cpu.heap import worse
 from saapindex.backends.cpu.helpers import call_helpers
 from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, largest, pool, rank, visit, worst_kept
@@ -74,12 +75,12 @@ _NUMBERS = (
     "pages slots kept near_parts kept_parts scan_parts parts "
 )
 _READ = (
-    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads sizes "
-    "starts table addresses inverse steps widths base spread distortion scan left "
+    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads slopes "
+    "sizes starts table addresses inverse steps widths base spread distortion scan left "
 )
 _WRITTEN = (
-    "logits norms centers bytes factors taken page_counts page_numbers labels counts estimates scores "
-    "kept_counts kept_rows outs sums peaks out lse"
+    "rotations logits norms centers bytes factors taken page_counts page_numbers labels counts estimates "
+    "scores kept_counts kept_rows outs sums peaks out lse"
 )
 STEP = np.dtype(
     [(name, np.int64) for name in (_NUMBERS + _READ + _WRITTEN).split()]
@@ -131,6 +132,12 @@ def _of_stream(step, address, r):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
+def _rotation(step, r):  # type: ignore[no-untyped-def]
+    """A row's queries in the space of the codes."""
+    return _floats(step.rotations + 4 * r * step.g * step.coded, (step.g, step.coded))
+
+
+@njit(cache=True, nogil=True, inline="always")
 def _factors(step, r):  # type: ignore[no-untyped-def]
     return _floats(step.factors + 12 * r * step.g, (3, step.g))
 
@@ -179,11 +186,7 @@ def _plan(step, r):  # type: ignore[no-untyped-def]
         taken[:] = sizes
     else:
         coded, norms = step.coded, _floats(step.norms + 4 * r * g, (g,))
-        u, query, logits = (
-            np.empty((g, coded), np.float32),
-            _query(step, r),
-            _list_floats(step, step.logits, r),
-        )
+        u, query, logits = _rotation(step, r), _query(step, r), _list_floats(step, step.logits, r)
         rotated(query, _floats(step.inverse + 4 * head * d * coded, (d, coded)), u)
         rank(
             query,
@@ -369,10 +372,16 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
             bounds[h] = np.inf
     means = _small(step.means + s * nlist * step.d, (nlist, step.d))
     mean_scales = _floats(step.mean_scales + 4 * s * nlist, (nlist,))
+    head, coded, u = s % step.heads, step.coded, _rotation(step, r)
+    slopes = _floats(step.slopes + 4 * s * coded * step.d, (coded, step.d))
     if part == step.scan_parts:
         sizes = _longs(step.sizes + 8 * s * nlist, (nlist,))
         rest = sizes - _longs(step.taken + 8 * r * nlist, (nlist,))
-        rest_of_lists(_list_floats(step, step.logits, r), rest, bounds, means, mean_scales, out, sums, peaks)
+        rest_of_lists(
+            _list_floats(step, step.logits, r), rest, bounds, means, mean_scales,
+            _floats(step.spreads + 4 * s * nlist, (nlist,)), u,
+            _floats(step.spread + 4 * head * coded, (coded,)), step.scale, slopes, out, sums, peaks,
+        )  # fmt: skip
         return
     pages, labels, _ = _visited(step, r)
     first, last = part * SCANNED, min((part + 1) * SCANNED, pages.shape[0])
@@ -381,20 +390,36 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
         return
     out[:] = 0
     sums[:] = 0
+    weights = np.zeros((g, (last - first) * LANES), np.float32)
     for h in range(g):
-        row = _estimates(step, r, part)[h]
-        peaks[h] = min(bounds[h], largest(row[: (last - first) * LANES]))
+        row = _estimates(step, r, part)[h, : (last - first) * LANES]
+        peaks[h] = min(bounds[h], largest(row))
         if peaks[h] == -np.inf:
             continue
-        start = first
-        for p in range(first, last):
-            label = labels[p]
-            if p + 1 == last or labels[p + 1] != label:
-                run = row[(start - first) * LANES : (p + 1 - first) * LANES]
-                weight = bounded_sum(run, bounds[h], peaks[h])
+        start = 0
+        for p in range(last - first):
+            label = labels[first + p]
+            if p + 1 == last - first or labels[first + p + 1] != label:
+                run = slice(start * LANES, (p + 1) * LANES)
+                weight = bounded_weights(row[run], bounds[h], peaks[h], weights[h, run])
                 sums[h] += weight
                 add_mean(weight, means[label], mean_scales[label], out[h])
                 start = p + 1
+    expect_keys(
+        pages[first:last],
+        _pool(step),
+        step.span,
+        step.shift,
+        _longs(step.widths + 8 * head * step.words, (step.words,)),
+        _floats(step.base, (step.heads,))[head],
+        _floats(step.steps + 4 * head * coded, (coded,)),
+        u,
+        _floats(step.distortion + 4 * head * coded, (coded,)),
+        step.scale,
+        slopes,
+        weights,
+        out,
+    )
 
 
 def _do(address: int, stage: int, task: int) -> None:
@@ -507,6 +532,7 @@ def _count_parts(step, scan, left, sizes, sinks, recent):  # type: ignore[no-unt
 def _lay_out(step, start):  # type: ignore[no-untyped-def]
     """Note down where in memory from `start` on the stages write; return where it ends."""
     at, rows, g, pages, slots = start, step.rows, step.g, step.pages, step.slots
+    step.rotations, at = at, at + _room(4 * rows * g * step.coded)
     step.logits, at = at, at + _room(4 * rows * g * step.nlist)
     step.centers, at = at, at + _room(4 * rows * g * step.nlist)
     step.norms, at = at, at + _room(4 * rows * g)
@@ -535,8 +561,8 @@ def _room(size):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def set_up(  # type: ignore[no-untyped-def]
     steps, queries, positions, near_table, sinks, first, recent, anchors, anchor_scales,
-    means, mean_scales, spreads, sizes, starts, table, addresses, inverse, quanta, widths, base, spread,
-    distortion, scan, left, out, lse,
+    means, mean_scales, spreads, slopes, sizes, starts, table, addresses, inverse, quanta, widths, base,
+    spread, distortion, scan, left, out, lse,
 ):  # fmt: skip
     """Complete the record; return the tasks of each stage, the working memory, and whether it is so little
     that waking helpers costs more than they save.
@@ -551,7 +577,7 @@ def set_up(  # type: ignore[no-untyped-def]
     step.first, step.recent = first.ctypes.data, recent.ctypes.data
     step.anchors, step.anchor_scales = anchors.ctypes.data, anchor_scales.ctypes.data
     step.means, step.mean_scales = means.ctypes.data, mean_scales.ctypes.data
-    step.spreads, step.sizes = spreads.ctypes.data, sizes.ctypes.data
+    step.spreads, step.slopes, step.sizes = spreads.ctypes.data, slopes.ctypes.data, sizes.ctypes.data
     step.starts, step.table = starts.ctypes.data, table.ctypes.data
     step.addresses, step.inverse = addresses.ctypes.data, inverse.ctypes.data
     step.steps, step.widths, step.base = quanta.ctypes.data, widths.ctypes.data, base.ctypes.data
@@ -652,6 +678,7 @@ def _in_rounds(
             lists.means,
             plain(lists.mean_scales, np.float32),
             plain(lists.spreads, np.float32),
+            plain(lists.slopes, np.float32),
             lists.sizes,
             lists.starts,
             lists.table,
