@@ -271,9 +271,9 @@ class AttendParameters:
     remainder
         Let the keys that are not fetched count by their estimates.
     slopes
-        Of keys that are not fetched, take the value that their code lets expect, by a regression that is fitted to
-        the context, and not the mean value of their list. By default on the host alone: the kernels of a device
-        do without.
+        Of keys that are not fetched, take the value that their code lets expect, by a regression that is
+        fitted to the context, and not the mean value of their list. By default on the host alone: the
+        kernels of a device do without.
     scan_share
         Share of the budget that goes to codes, after statistics, in (0, 1).
 

@@ -255,7 +255,9 @@ class AttentionIndex(AttentionStore):
         if self._device is None:
             return params
         if params.slopes:
-            raise InvalidInputError("slopes is True, expected None or False on a device: its kernels do without")
+            raise InvalidInputError(
+                "slopes is True, expected None or False on a device: its kernels do without"
+            )
         return params.replace(slopes=False)
 
     def _grouped(self, q: ArrayLike) -> tuple[NDArray[np.float32], int]:

@@ -311,3 +311,20 @@ def test_merge_takes_any_shape_and_precision():
         merge([outs[0], outs[1][:1]], [lses[0], lses[1]])
     with pytest.raises(ValueError, match=r"lses\[0\] is float32 of shape \(2,\), expected numbers"):
         merge([outs[0]], [lses[0, :, 0]])
+
+
+def test_without_slopes_values_are_those_of_lists(make_codebook, data):
+    rng = np.random.default_rng(0)
+    k, v = data(rng, 1, 600)
+    q = rng.standard_normal((1, 6, 16)).astype(np.float32)
+    found = {}
+    for backend in ("reference", "cpu"):
+        index = AttentionIndex(make_codebook(), window=20, flush=16, dense_below=0, backend=backend)
+        index.add(k, v)
+        for slopes in (None, True, False):
+            params = AttendParameters(budget=0.3, slopes=slopes)
+            found[backend, slopes], _ = index.attend(q, params=params)
+        np.testing.assert_array_equal(found[backend, None], found[backend, True])
+        assert not np.allclose(found[backend, False], found[backend, True], atol=1e-4)
+    np.testing.assert_allclose(found["reference", False], found["cpu", False], rtol=1e-3, atol=1e-4)
+    assert AttendParameters(slopes=False) != AttendParameters()
