@@ -1,5 +1,6 @@
 """The ANN face: an index with Faiss's names and contracts."""
 
+from saapindex.index.device import index_cpu_to_gpu, index_gpu_to_cpu
 from saapindex.index.factory import index_factory
 from saapindex.index.saap import IndexSAAP, clone_index
 from saapindex.index.statistics import SearchStatistics
@@ -23,7 +24,9 @@ __all__ = [
     "SearchStatistics",
     "clone_index",
     "deserialize_index",
+    "index_cpu_to_gpu",
     "index_factory",
+    "index_gpu_to_cpu",
     "omp_get_max_threads",
     "omp_set_num_threads",
     "read_index",

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
-from saapindex.backends import get_ops
 from saapindex.backends.base import Ints
 from saapindex.errors import InvalidInputError, NotTrainedError
 from saapindex.index.coder import Coder, code_words
+from saapindex.index.device import device_memory, device_number, get_device_ops, hold_on_device
 from saapindex.index.state import Held, Routing, State
 from saapindex.params import IndexParameters, check_integer, check_k_factor, get_preset
 from saapindex.partition import Partition, Router
@@ -48,6 +48,7 @@ class IndexBase:
         nprobe: int = 1,
         dtype: str = "float32",
         backend: str = "cpu",
+        device: str | None = None,
         verbose: bool = False,
         k_factor: float = 4.0,
     ) -> None:
@@ -81,7 +82,7 @@ class IndexBase:
         self.rope = rope
         self.nprobe = nprobe
         self.dtype = np.dtype(dtype)
-        self.ops = get_ops(backend)
+        self.ops = get_device_ops(device, backend)
         self.verbose = verbose
         self.k_factor = k_factor
         self._lock = threading.RLock()
@@ -123,6 +124,36 @@ class IndexBase:
     @property
     def _routing(self) -> Routing | None:
         return self._held.routing
+
+    @property
+    def device(self) -> str:
+        """Where searches run: ``"cpu"``, or ``"cuda:0"`` and so on."""
+        number = device_number(self.ops)
+        return "cpu" if number is None else f"cuda:{number}"
+
+    def to(self, device: str) -> Self:
+        """Return a copy of the index that searches on `device`; the index itself if it does so already.
+
+        Parameters
+        ----------
+        device
+            ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:0"`` and so on.
+
+        Raises
+        ------
+        InvalidInputError, MissingDependencyError
+            If there is no such device, or no CuPy.
+        DeviceMemoryError
+            If the keys do not fit there.
+        """
+        ops = get_device_ops(device, "cpu")
+        if device_number(ops) == device_number(self.ops):
+            return self
+        other = copy.copy(self)
+        other.ops = ops
+        with device_memory(other, "to"):
+            other._publish(other._state)
+        return other
 
     @property
     def _l2(self) -> bool:
@@ -255,6 +286,7 @@ class IndexBase:
         coder: Coder | None = None,
     ) -> None:
         """Make these what is searched, in one step."""
+        hold_on_device(self.ops, state)
         self._held = Held.of(partition, router, coder, state, self._l2)
 
     def _publish(self, state: State) -> None:

@@ -12,6 +12,7 @@ from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.errors import InvalidInputError, TrainingWarning
 from saapindex.index.coder import train_coder
+from saapindex.index.device import keeping_keys, on_any_device
 from saapindex.index.exchange import FaissLists, make_ivf, read_ivf
 from saapindex.index.searcher import Searcher
 from saapindex.index.store import METRIC_INNER_PRODUCT, METRIC_L2
@@ -55,7 +56,9 @@ class IndexSAAP(Searcher):
     k_factor
         Where `params` refines codes: candidates for each result that are scored exactly.
     backend
-        ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy).
+        ``"cpu"`` (numba, all cores), ``"reference"`` (NumPy) or ``"cuda"``.
+    device
+        Where it searches, adds and trains: ``"cpu"``, ``"cuda"`` or ``"cuda:0"`` and so on; see `to`.
     verbose
         Show progress while training.
 
@@ -83,6 +86,7 @@ class IndexSAAP(Searcher):
     ((3, 5), 2000)
     """
 
+    @on_any_device
     def train(
         self,
         x: ArrayLike,
@@ -128,17 +132,18 @@ class IndexSAAP(Searcher):
                 queries = query_positions = None
         if self.params.query_aware:
             _warn_of_few_queries(0 if queries is None else len(queries), self.d)
-        partition = train_partition(
-            keys,
-            key_positions,
-            queries,
-            query_positions,
-            self.nlist,
-            self.params,
-            rope=self.rope,
-            ops=self.ops,
-            show=self.verbose,
-        )
+        with keeping_keys(self.ops):
+            partition = train_partition(
+                keys,
+                key_positions,
+                queries,
+                query_positions,
+                self.nlist,
+                self.params,
+                rope=self.rope,
+                ops=self.ops,
+                show=self.verbose,
+            )
         coder = train_coder(
             keys,
             key_positions,
@@ -184,7 +189,8 @@ class IndexSAAP(Searcher):
             x, ids, positions = lists.keys(rows), lists.ids[rows], lists.positions[rows]
             seen = self.partition.view.apply(x, positions, self.ops)
             rng = np.random.default_rng(self.params.seed)
-            partition = self.partition.adapt(seen, niter, rng, self.ops)
+            with keeping_keys(self.ops):
+                partition = self.partition.adapt(seen, niter, rng, self.ops)
             labels = partition.assign(seen, self.ops)
             coder = None if held.coder is None else held.coder.moved(x, labels, self.ops)
             state = self._nothing().append(x, ids, positions, labels, partition, coder, self.ops)
@@ -299,12 +305,12 @@ def _warn_of_few_queries(count: int, d: int) -> None:
             "no training queries: the partition is plain k-means, which puts keys together that no query "
             "tells apart and costs recall at the same keys read; pass xq_train=queries",
             TrainingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     elif count < _QUERIES_PER_DIMENSION * d:
         warnings.warn(
             f"{count} training queries for {d} dimensions make a noisy metric; "
             f"pass {_QUERIES_PER_DIMENSION * d} or more",
             TrainingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

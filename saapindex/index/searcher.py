@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.backends.base import Floats, Ints
+from saapindex.devices import device_of
 from saapindex.errors import InvalidInputError
+from saapindex.index.device import on_any_device, placed_router
 from saapindex.index.probing import Probes, choose_lists, same_limit
 from saapindex.index.scanning import Allowed, Scanner
 from saapindex.index.state import Held, Routing, keys_at
@@ -35,6 +37,12 @@ class Searcher(KeyStore):
 
     _allowed: Allowed | None = None
 
+    @property
+    def can_search_in_place(self) -> bool:
+        """Whether a search by `nprobe` reads nothing but keys, so that a device can do all of it."""
+        return self._held.coder is None
+
+    @on_any_device
     def search(
         self,
         x: ArrayLike,
@@ -80,7 +88,7 @@ class Searcher(KeyStore):
         if plain and params.budget is None and params.top_p is None:
             p = min(params.nprobe or self.nprobe, self.nlist)
             found = self.ops.search(
-                routing.router.features(seen),
+                placed_router(routing.router, seen, self.ops).features(seen),
                 queries,
                 routing.table,
                 routing.bias(params.rank or self.params.rank),
@@ -94,6 +102,7 @@ class Searcher(KeyStore):
             found = self._scan(queries, scanner, self._router_probe(seen, routing, params), int(k))
         return _deliver(found, out, x, D, I)
 
+    @on_any_device
     def search_preassigned(
         self,
         x: ArrayLike,
@@ -121,6 +130,7 @@ class Searcher(KeyStore):
         found = self._scan(queries, scanner, probe, int(k))
         return _deliver(found, out, x, D, I)
 
+    @on_any_device
     def range_search(
         self,
         x: ArrayLike,
@@ -148,6 +158,7 @@ class Searcher(KeyStore):
         scanner, routing = self._scanner(held, routing, params, stats)
         return self._within(x, queries, scanner, self._router_probe(seen, routing, params), radius)
 
+    @on_any_device
     def range_search_preassigned(
         self,
         x: ArrayLike,
@@ -170,10 +181,12 @@ class Searcher(KeyStore):
         probe = self._given(Iq, len(queries), params.keys(routing.ntotal))
         return self._within(x, queries, scanner, probe, radius)
 
+    @on_any_device
     def assign(self, x: ArrayLike, k: int = 1, labels: ArrayLike | None = None) -> ArrayLike:
         """Return the ids of the `k` best keys of each query, int64 (n, k), as `search` finds them."""
         return self.search(x, k, I=labels)[1]
 
+    @on_any_device
     def route(
         self,
         x: ArrayLike,
@@ -204,6 +217,7 @@ class Searcher(KeyStore):
             keys[rows] = block.keys_read(scanner.sizes)
         return arrays.give_back(lists, x), arrays.give_back(keys, x)
 
+    @on_any_device
     def search_and_reconstruct(
         self, x: ArrayLike, k: int, *, params: SearchParameters | None = None
     ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
@@ -254,7 +268,7 @@ class Searcher(KeyStore):
         self, x: ArrayLike, positions: ArrayLike | None, held: Held
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the queries, and the partition's view of them."""
-        queries = arrays.vectors(x, "x", self.d)
+        queries = arrays.vectors(x, "x", self.d, device=device_of(x))
         partition = held.partition
         assert partition is not None
         if positions is None:
@@ -329,8 +343,8 @@ def _buffers(
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
     """Check the caller's buffers, before anything is computed."""
     return (
-        None if D is None else arrays.check_out(D, "D", shape, np.float32),
-        None if I is None else arrays.check_out(I, "I", shape, np.int64),
+        None if D is None else arrays.check_out(D, "D", shape, np.float32, device=device_of(D)),
+        None if I is None else arrays.check_out(I, "I", shape, np.int64, device=device_of(I)),
     )
 
 
@@ -346,7 +360,7 @@ def _deliver(
         return found
     for buffer, result in zip(buffers, found, strict=True):
         if buffer is not None:
-            buffer[:] = result
+            arrays.fill(buffer, result)
     return (
         arrays.give_back(found[0], x) if D is None else D,
         arrays.give_back(found[1], x) if I is None else I,

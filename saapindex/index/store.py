@@ -10,6 +10,7 @@ from saapindex.arrays import ArrayLike
 from saapindex.backends.base import Ints
 from saapindex.errors import InvalidInputError
 from saapindex.index.base import METRIC_INNER_PRODUCT, METRIC_L2, IndexBase
+from saapindex.index.device import keeping_keys, on_any_device
 from saapindex.index.state import difference, keys_at
 from saapindex.params import Selector, check_integer
 
@@ -24,6 +25,7 @@ _LARGEST_HALF = float(np.finfo(np.float16).max)
 class KeyStore(IndexBase):
     """The keys of an index in the lists of its partition; base of `IndexSAAP`."""
 
+    @on_any_device
     def add(self, x: ArrayLike, *, positions: ArrayLike | None = None) -> None:
         """Add keys `x`, (n, d), with ids from `ntotal` up.
 
@@ -43,6 +45,7 @@ class KeyStore(IndexBase):
         """
         self._add(x, None, positions)
 
+    @on_any_device
     def add_with_ids(self, x: ArrayLike, ids: ArrayLike, *, positions: ArrayLike | None = None) -> None:
         """Add keys `x`, (n, d), under `ids`, int (n,), not negative and not yet in the index.
 
@@ -55,6 +58,7 @@ class KeyStore(IndexBase):
         """
         self._add(x, ids, positions)
 
+    @on_any_device
     def add_preassigned(
         self,
         x: ArrayLike,
@@ -98,9 +102,11 @@ class KeyStore(IndexBase):
             if not len(keys):
                 return
             partition.check_position(int(places.max()))
-            if labels is None:
-                labels = partition.assign(partition.view.apply(keys, places, self.ops), self.ops)
-            self._publish(state.append(keys, fresh, places, labels, partition, held.coder, self.ops))
+            with keeping_keys(self.ops):
+                if labels is None:
+                    labels = partition.assign(partition.view.apply(keys, places, self.ops), self.ops)
+                appended = state.append(keys, fresh, places, labels, partition, held.coder, self.ops)
+            self._publish(appended)
 
     def remove_ids(self, ids: ArrayLike | Selector) -> int:
         """Remove the keys with these ids, an array or a selector; return how many there were.
