@@ -8,7 +8,6 @@
     ├── NotTrainedError        (also RuntimeError) the index or its router has not been trained
     ├── FileFormatError        (also ValueError)   a file is truncated, foreign, newer or tampered with
     ├── CodebookMismatchError  (also ValueError)   a codebook was trained for another model, layer or RoPE
-    ├── DeviceMemoryError      (also MemoryError)  a device has too little memory; says how much is needed
     └── MissingDependencyError (also ImportError)  an optional package is needed; says what to install
 
     SaapIndexWarning           (also UserWarning)

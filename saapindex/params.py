@@ -270,6 +270,10 @@ class AttendParameters:
         With a budget: read the codes of many keys and fetch the best; otherwise fetch whole lists.
     remainder
         Let the keys that are not fetched count by their estimates.
+    slopes
+        Of keys that are not fetched, take the value that their code lets expect, by a regression that is fitted to
+        the context, and not the mean value of their list. By default on the host alone: the kernels of a device
+        do without.
     scan_share
         Share of the budget that goes to codes, after statistics, in (0, 1).
 
@@ -289,7 +293,8 @@ class AttendParameters:
     rank: RankBy | None = None
     refine: bool = True
     remainder: bool = True
-    scan_share: float = 0.3
+    slopes: bool | None = None
+    scan_share: float = 0.4
 
     def __post_init__(self) -> None:
         limits = ("budget", "nprobe", "top_p")
@@ -310,6 +315,8 @@ class AttendParameters:
         for name in ("refine", "remainder"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if self.slopes not in (None, True, False):
+            raise InvalidInputError(f"slopes is {self.slopes!r}, expected True, False or None")
         if not _is_share(self.scan_share) or self.scan_share == 1:
             raise InvalidInputError(f"scan_share is {self.scan_share!r}, expected a share in (0, 1)")
 

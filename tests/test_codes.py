@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from saapindex.backends import get_ops
 from saapindex.codes import TransformCode, fit_codes, quantise_rows, unpack
 from saapindex.codes.fit import allocate
+from saapindex.codes.slopes import fit_slopes
 from saapindex.errors import InvalidInputError
 
 OPS = get_ops("reference")
@@ -188,6 +189,17 @@ def test_fields_are_those_of_one_head():
     np.testing.assert_allclose(decoded, code.decode(words, exponents)[0], rtol=1e-5)
     with pytest.raises(InvalidInputError, match="codes are of 2 heads, expected 1"):
         fitted(16, 2, 2).fields  # noqa: B018
+
+
+def test_slopes_regress_values_on_codes():
+    rng = np.random.default_rng(0)
+    y, slopes = rng.standard_normal((4000, 5)), rng.standard_normal((5, 3))
+    found = fit_slopes(y, y @ slopes + rng.standard_normal((4000, 3)))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, slopes, atol=0.1)
+    assert np.isfinite(fit_slopes(np.repeat(y[:, :1], 5, axis=1), y[:, :3])).all()
+    for few in (y[:79], np.zeros((100, 5)), y[:0]):
+        assert fit_slopes(few, np.ones((len(few), 3))).tolist() == [[0] * 3] * 5
 
 
 def test_codes_are_values():

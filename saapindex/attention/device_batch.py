@@ -234,6 +234,7 @@ class DeviceBatch(DeviceArrays):
         self.centroids = [None] * len(self.centroids)
         self._set_forms()
         self._learn()
+        self.keeping.pool.settle()
         return self
 
     def forked(self, numbers: Ints | None = None) -> Self:

@@ -72,7 +72,7 @@ def to_streams(batch: Batch, xp: Any = np, *, pages: int = 0, pool: int = 0, fil
     streams = len(batch.sequences) * heads
     lists, tables = batch.lists, [sequence.lists for sequence in batch.sequences]
     counts = (-(-lists.sizes // LANES)).sum(axis=1)
-    room = max(pages, int(counts.max(initial=0)))
+    room = -(-max(pages, int(counts.max(initial=0))) // LANES) * LANES  # rows of tables are read in vectors
     found = {
         name: _filled((streams, room), np.int32, fill) for name in ("pages", "labels", "orders", "before")
     }
@@ -208,8 +208,10 @@ def from_streams(
             sizes=host.sizes[of].reshape(-1).astype(np.int64),
             coded=host.coded[of].reshape(-1).astype(np.int64),
             **statistics,
+            slopes=np.zeros((heads, keeping.codebook.code.step.shape[1], keeping.codebook.d), np.float32),
+            fitted=0,
             centroids=None if centroids is None else centroids[b],
-        )
+        ).with_slopes(keeping.codebook, pool)
         sequences.append(Sequence(length, sinks, recent, table))
     del held  # by now the tables hold its pages
     return Batch(keeping, sequences)

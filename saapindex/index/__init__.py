@@ -17,9 +17,9 @@ from saapindex.index.tuning import ParameterSpace
 
 __all__ = [
     "IO_FLAG_MMAP",
+    "IndexSAAP",
     "METRIC_INNER_PRODUCT",
     "METRIC_L2",
-    "IndexSAAP",
     "ParameterSpace",
     "SearchStatistics",
     "clone_index",

@@ -286,8 +286,9 @@ class IndexBase:
         coder: Coder | None = None,
     ) -> None:
         """Make these what is searched, in one step."""
+        held = Held.of(partition, router, coder, state, self._l2)
         hold_on_device(self.ops, state)
-        self._held = Held.of(partition, router, coder, state, self._l2)
+        self._held = held
 
     def _publish(self, state: State) -> None:
         """Make `state` the one that is searched."""

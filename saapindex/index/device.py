@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from saapindex.index.base import IndexBase
     from saapindex.index.saap import IndexSAAP
     from saapindex.index.state import State
-    from saapindex.index.store import KeyStore
     from saapindex.partition import Router
 
 __all__ = [
@@ -37,7 +36,7 @@ __all__ = [
     "placed_router",
 ]
 
-S = TypeVar("S", bound="KeyStore")
+S = TypeVar("S", bound="IndexBase")
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -40,7 +40,7 @@ class Searcher(KeyStore):
     @property
     def can_search_in_place(self) -> bool:
         """Whether a search by `nprobe` reads nothing but keys, so that a device can do all of it."""
-        return self._held.coder is None
+        return self._coder is None
 
     @on_any_device
     def search(

@@ -102,11 +102,10 @@ class KeyStore(IndexBase):
             if not len(keys):
                 return
             partition.check_position(int(places.max()))
-            with keeping_keys(self.ops):
-                if labels is None:
+            if labels is None:
+                with keeping_keys(self.ops):
                     labels = partition.assign(partition.view.apply(keys, places, self.ops), self.ops)
-                appended = state.append(keys, fresh, places, labels, partition, held.coder, self.ops)
-            self._publish(appended)
+            self._publish(state.append(keys, fresh, places, labels, partition, held.coder, self.ops))
 
     def remove_ids(self, ids: ArrayLike | Selector) -> int:
         """Remove the keys with these ids, an array or a selector; return how many there were.

@@ -83,9 +83,9 @@ class DevicePool:
 
     def settle(self) -> None:
         """Take back the pages that nobody holds any more, and learn how many are free."""
-        for pages, counts in self._left:
+        left, self._left = self._left, []  # more may be left while these are counted
+        for pages, counts in left:
             self._count(pages[self.xp.arange(pages.shape[1]) < counts[:, None]], -1)
-        self._left = []
         if self.shared:
             self.shared = bool((self.holders > 1).any())
         idle = self.xp.flatnonzero(self.holders == 0).astype(np.int32)[::-1]

@@ -315,7 +315,8 @@ class InvertedLists:
         blocks = -(-self.sizes[lists] // LANES)
         source = ranges(self.offsets[lists] // LANES, blocks)
         target = ranges(offsets[lists] // LANES, blocks)
-        for part, copy in zip(self.stored, other.stored, strict=True):
+        parts: Any = zip(self.stored, other.stored, strict=True)
+        for part, copy in parts:
             copy[target] = part[source]
         for array, copy in ((self.ids, other.ids), (self.positions, other.positions)):
             copy.reshape(-1, LANES)[target] = array.reshape(-1, LANES)[source]
