@@ -217,6 +217,7 @@ class Searcher(KeyStore):
             keys[rows] = block.keys_read(scanner.sizes)
         return arrays.give_back(lists, x), arrays.give_back(keys, x)
 
+    @on_any_device
     def search_and_reconstruct(
         self, x: ArrayLike, k: int, *, params: SearchParameters | None = None
     ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
