@@ -33,7 +33,7 @@ STATUS = {
     2: "keys were lost, for want of room",
     4: "nothing was added, since the arrays of the index have moved",
 }
-_KEYS, _LISTS, _SLAB, _PAD, _WINDOW = 64, 128, 32, 4, 2048  # as in append.cu
+_KEYS, _LISTS, _SLAB, _PAD, _WINDOW = 64, 128, 32, 8, 2048  # as in append.cu
 _TABLES = 48 * 1024
 _SHARED_MOST = 96 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
@@ -275,7 +275,7 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
         If there are more lists than fit.
     """
     elements = -(-d // 64) * 2  # of a lane, at most
-    assign = 4 * _KEYS * (d + _PAD) + 4 * _LISTS * (_SLAB + _PAD)
+    assign = 4 * d * (_KEYS + _PAD) + 4 * _SLAB * (_LISTS + _PAD)
     place = 80 + 4 * _tables(lists) * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
     rows = 64 if d <= 128 else 32
