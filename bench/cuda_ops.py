@@ -172,7 +172,7 @@ def fitted() -> Any:
 
 
 def attention_like(n: int, d: int) -> tuple[Any, Any, Any]:
-    """Return keys, and queries of another distribution, to ask and to train with: topics in strong directions."""
+    """Return keys, and queries of another distribution to ask and to train with: topics in few directions."""
     q = 5120
     rng = cupy.random.RandomState(0)
     scale = (cupy.arange(1, d + 1, dtype=np.float32) ** -0.5) * 3

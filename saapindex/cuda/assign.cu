@@ -47,9 +47,9 @@ assign_split(const float* __restrict__ centroids, const float* __restrict__ bias
 
 // ---- Tensor cores
 
-#define STAGES 3
+#define STAGES 2
 #define ROW_PARTS (ELEMENT == 2 ? 2 : 1)  // of a row: high, and low
-#define TILE (D <= 128 ? 32 : 16)  // lists of a stage
+#define TILE (D <= 128 ? 64 : 32)  // lists of a stage
 // Rows of a stage lie half of all banks apart, so that 16-byte reads of two of them do not meet.
 #define STRIDE ((PADDED * 2) % 128 == 64 ? PADDED * 2 : PADDED * 2 + 64)
 #define STAGE_BYTES (TILE * 2 * STRIDE + TILE * 8)

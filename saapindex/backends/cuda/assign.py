@@ -39,7 +39,7 @@ class Centroids(NamedTuple):
 
 def _tile(d: int) -> int:
     """Return how many lists the tensor-core kernel holds at once."""
-    return 32 if d <= 128 else 16
+    return 64 if d <= 128 else 32
 
 
 def prepare(centroids: Any, bias: Any) -> Centroids:
@@ -49,7 +49,7 @@ def prepare(centroids: Any, bias: Any) -> Centroids:
     heads, nlist, d = centroids.shape
     if d % 8 or d > 256:
         return Centroids(centroids, bias, None, None)
-    lists = -(-nlist // 32) * 32
+    lists = -(-nlist // _tile(d)) * _tile(d)
     parts = cupy.empty((heads, lists, 2, -(-d // 32) * 32), np.uint16)
     terms = cupy.empty((heads, lists, 2), np.float32)
     kernel("assign", "assign_split", ELEMENT=ELEMENTS["float16"], D=d)(
@@ -63,7 +63,7 @@ def prepare(centroids: Any, bias: Any) -> Centroids:
 def _stage_bytes(d: int) -> int:
     """Return the shared memory of the tensor-core kernel, as ``assign.cu`` lays it out."""
     row = -(-d // 32) * 64
-    return 3 * _tile(d) * (2 * (row if row % 128 == 64 else row + 64) + 8)
+    return 2 * _tile(d) * (2 * (row if row % 128 == 64 else row + 64) + 8)
 
 
 def assign_heads(x: Any, centroids: Centroids) -> tuple[Any, Any]:
