@@ -15,17 +15,15 @@
 #define WORDS ((ROW_WORDS + WARP - 1) / WARP)       // of them, those of a lane of a warp
 #define PART (4 / (int)sizeof(element))             // elements of a word
 #define MINE (WORDS * PART)                         // elements of a lane
-#define AHEAD (WORDS > 4 ? 2 : 4)                   // keys with their values that a warp has in flight
-#define KEYS_AHEAD (WORDS > 4 ? 4 : WORDS > 2 ? 8 : 16)  // and keys alone
+#define AHEAD (WORDS > 4 ? 2 : WORDS > 2 ? 4 : 8)   // rows that a warp has in flight
 #define KEYS 64                                     // of a tile of the assignment
 #define LISTS 128
 #define SLAB 32
-#define PAD 4                                       // keeps the lanes of a product on different banks
+#define PAD 8                                       // keeps the lanes of a product on different banks
 #define FEW LANES                                   // keys of a tile of the encoding, after a flush
 #define MANY (D <= 128 ? 64 : 32)                   // and after a prompt
 #define SHEAF (MANY / LANES)                        // pages of such a tile
 #define LISTS_EACH 4                               // of a thread that places keys
-#define ROWS_AHEAD (WORDS > 4 ? 4 : 8)              // and keys of a tile of the assignment
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
 #define TINY 1e-30f
@@ -224,10 +222,16 @@ __device__ u64 block_scan(u64 x, u64* scratch, u64* total) {
     return before + sum - x;
 }
 
-// x as the sum of two numbers, of which tensor cores take the first as it is and the second to eleven digits.
+// x as the sum of two numbers that tensor cores take; the second is zero for keys of 16 bits.
+__device__ __forceinline__ u32 to_tf32(float x) {
+    u32 y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ void split(float x, u32& high, u32& low) {
-    high = __float_as_uint(x) & 0xffffe000u;
-    low = __float_as_uint(x - __uint_as_float(high));
+    high = to_tf32(x);
+    low = to_tf32(x - __uint_as_float(high));
 }
 
 // c += a b for a of 16 x 8 and b of 8 x 8.
@@ -241,8 +245,8 @@ __device__ __forceinline__ void multiply(float* c, const u32* a, const u32* b) {
 // many digits as float32 has: forms, and keys in float32, in two parts.
 __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, int list0, float* shared) {
     const int m = plan.until - plan.first, h = s % a.heads;
-    float* xs = shared;                         // [KEYS][D + PAD]
-    float* fs = xs + KEYS * (D + PAD);          // [LISTS][SLAB + PAD]
+    float* xs = shared;                         // [D][KEYS + PAD]
+    float* fs = xs + D * (KEYS + PAD);          // [SLAB][LISTS + PAD]
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 own = (i64)(a.own_forms ? s : h) * a.lists;
     float4 held[SLAB * LISTS / 4 / THREADS];
@@ -256,17 +260,17 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
     };
     fetch(0);
     __syncthreads();
-    for (int r0 = warp * ROWS_AHEAD; r0 < KEYS; r0 += WARPS * ROWS_AHEAD) {
-        u32 words[ROWS_AHEAD][WORDS] = {};
+    for (int r0 = warp * AHEAD; r0 < KEYS; r0 += WARPS * AHEAD) {
+        u32 words[AHEAD][WORDS] = {};
 #pragma unroll
-        for (int u = 0; u < ROWS_AHEAD; ++u)
+        for (int u = 0; u < AHEAD; ++u)
             if (key0 + r0 + u < m) load_row(entering_key(a, plan, s, plan.first + key0 + r0 + u), lane, words[u]);
 #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             const int at = element_of(lane, i);
 #pragma unroll
-            for (int u = 0; u < ROWS_AHEAD; ++u)
-                if (at < D) xs[(r0 + u) * (D + PAD) + at] = part_of(words[u][i / PART], i % PART);
+            for (int u = 0; u < AHEAD; ++u)
+                if (at < D) xs[at * (KEYS + PAD) + r0 + u] = part_of(words[u][i / PART], i % PART);
         }
     }
     if (a.turns) {
@@ -278,7 +282,7 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
             sincospif(2.f * (float)(turn - rint(turn)), &sine, &cosine);
             const float amplitude = a.amplitudes[h * a.pairs + pair];
             const int one = a.interleaved ? 2 * pair : pair, two = a.interleaved ? one + 1 : pair + a.pairs;
-            float *x = xs + r * (D + PAD) + one, *y = xs + r * (D + PAD) + two;
+            float *x = xs + one * (KEYS + PAD) + r, *y = xs + two * (KEYS + PAD) + r;
             const float u = *x, v = *y;
             *x = u * (cosine * amplitude) - v * (sine * amplitude);
             *y = v * (cosine * amplitude) + u * (sine * amplitude);
@@ -293,7 +297,11 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
 #pragma unroll
         for (int i = 0; i < SLAB * LISTS / 4 / THREADS; ++i) {
             const int at = threadIdx.x + i * THREADS;
-            *(float4*)(fs + at / (SLAB / 4) * (SLAB + PAD) + at % (SLAB / 4) * 4) = held[i];
+            float* to = fs + at % (SLAB / 4) * 4 * (LISTS + PAD) + at / (SLAB / 4);
+            to[0] = held[i].x;
+            to[LISTS + PAD] = held[i].y;
+            to[2 * (LISTS + PAD)] = held[i].z;
+            to[3 * (LISTS + PAD)] = held[i].w;
         }
         __syncthreads();
         if (k0 + SLAB < D) fetch(k0 + SLAB);
@@ -305,7 +313,7 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
             for (int i = 0; i < 2; ++i)
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const float* x = xs + (row0 + i * 16 + g + j % 2 * 8) * (D + PAD) + k0 + k + t + j / 2 * 4;
+                    const float* x = xs + (k0 + k + t + j / 2 * 4) * (KEYS + PAD) + row0 + i * 16 + g + j % 2 * 8;
                     split(*x, high[i][j], low[i][j]);
                 }
 #pragma unroll
@@ -313,7 +321,7 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
                 u32 form[2], rest[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    split(fs[(column0 + j * 8 + g) * (SLAB + PAD) + k + t + i * 4], form[i], rest[i]);
+                    split(fs[(k + t + i * 4) * (LISTS + PAD) + column0 + j * 8 + g], form[i], rest[i]);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     if (two_parts) multiply(acc[i][j], low[i], form);
@@ -626,17 +634,17 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
             const int count = full && pages <= WINDOW ? pages : look_up(a, task, from, slots);
             for (int q = threadIdx.x; q < count; q += THREADS) a.work[failed[1] + from + q] = make_int2(s, slots[q]);
             for (int q = pages + threadIdx.x; q < sheaves; q += THREADS) a.work[failed[1] + q] = make_int2(-1, 0);
-            for (int q = threadIdx.x; q < count; q += THREADS) fresh[q] = a.pages[(i64)s * a.room + slots[q]];
-            __syncthreads();
             const int end = min(task.old - from * LANES, count * LANES);
-            for (int j0 = warp * KEYS_AHEAD; j0 < end; j0 += WARPS * KEYS_AHEAD) {
-                u32 key[KEYS_AHEAD][WORDS];
+            for (int j0 = warp * AHEAD; j0 < end; j0 += THREADS / WARP * AHEAD) {
+                u32 key[AHEAD][WORDS];
 #pragma unroll
-                for (int u = 0; u < KEYS_AHEAD; ++u)
-                    if (j0 + u < end)
-                        load_row(a.keys + ((i64)fresh[(j0 + u) / LANES] * LANES + (j0 + u) % LANES) * D, lane, key[u]);
+                for (int u = 0; u < AHEAD; ++u)
+                    if (j0 + u < end) {
+                        const i64 page = a.pages[(i64)s * a.room + slots[(j0 + u) / LANES]];
+                        load_row(a.keys + (page * LANES + (j0 + u) % LANES) * D, lane, key[u]);
+                    }
 #pragma unroll
-                for (int u = 0; u < KEYS_AHEAD; ++u)
+                for (int u = 0; u < AHEAD; ++u)
                     if (j0 + u < end) add_row(key[u], keys);
             }
         }
@@ -672,15 +680,13 @@ __device__ void encode_tile(const State& a, int s, int list, int row, float* sha
         rows[threadIdx.x] = row;
     }
     if (!__syncthreads_or(threadIdx.x < ROWS && row >= 0)) return;
-    constexpr int OWN = ROWS / WARPS;  // rows of a warp
-    constexpr int FLIGHT = OWN < KEYS_AHEAD / 2 ? OWN : KEYS_AHEAD / 2;
-#pragma unroll 1
-    for (int r0 = warp; r0 < ROWS; r0 += FLIGHT * WARPS) {
-        u32 words[FLIGHT][WORDS] = {};
-        i8 anchor[FLIGHT][MINE] = {};
-        float scale[FLIGHT] = {};
 #pragma unroll
-        for (int u = 0; u < FLIGHT; ++u) {
+    for (int r0 = warp; r0 < ROWS; r0 += 2 * WARPS) {
+        u32 words[2][WORDS] = {};
+        i8 anchor[2][MINE] = {};
+        float scale[2] = {};
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
             const int r = r0 + u * WARPS;
             const i64 at = (i64)s * a.lists + listed[r];
             if (rows[r] < 0) continue;
@@ -691,7 +697,7 @@ __device__ void encode_tile(const State& a, int s, int list, int row, float* sha
                 if (element_of(lane, i) < D) anchor[u][i] = a.anchors[at * D + element_of(lane, i)];
         }
 #pragma unroll
-        for (int u = 0; u < FLIGHT; ++u)
+        for (int u = 0; u < 2; ++u)
 #pragma unroll
             for (int i = 0; i < MINE; ++i) {
                 const int e = element_of(lane, i);
@@ -724,51 +730,34 @@ __device__ void encode_tile(const State& a, int s, int list, int row, float* sha
         for (int i = 0; i < ROWS / 4; ++i) ys[(group * (ROWS / 4) + i) * (R + 1) + c0] = acc[i];
     }
     __syncthreads();
-    const int owned = lane < OWN ? rows[warp + lane * WARPS] : -1;  // of which this lane stores the code
-    float norm[OWN], product[OWN], length[OWN];
-#pragma unroll
-    for (int u = 0; u < OWN; ++u) {
-        const float* y = ys + (warp + u * WARPS) * (R + 1);
+    for (int r = warp; r < ROWS; r += WARPS) {
+        if (rows[r] < 0) continue;
+        const float* y = ys + r * (R + 1);
         float square = 0.f;
         for (int i = lane; i < fields; i += WARP) square = fmaf(y[i], y[i], square);
-        norm[u] = square;
-        product[u] = length[u] = 0.f;
-    }
-#pragma unroll
-    for (int u = 0; u < OWN; ++u) norm[u] = fmaxf(sqrtf(warp_sum(norm[u])), TINY);
-    int begin = 0;
-    for (int w = 0; w < a.words; ++w) {
-        const int bits = a.widths[h * a.words + w], count = 32 / bits, i = begin + lane;
-        const bool mine = lane < count && i < fields;
-        const float high = (float)((1 << bits) - 1), step = mine ? a.step[h * R + i] : 0.f;
-        u32 packed = 0;  // of the row `owned`
-#pragma unroll
-        for (int u = 0; u < OWN; ++u) {
+        const float norm = fmaxf(sqrtf(warp_sum(square)), TINY);
+        const i64 page = rows[r] / LANES, place = rows[r] % LANES;
+        float product = 0.f, length = 0.f;
+        int begin = 0;
+        for (int w = 0; w < a.words; ++w) {
+            const int bits = a.widths[h * a.words + w], count = 32 / bits, i = begin + lane;
             u32 field = 0;
-            if (mine) {
-                const float y = ys[(warp + u * WARPS) * (R + 1) + i];
-                const float spot = step > 0.f ? __fadd_rn(__fdiv_rn(__fdiv_rn(y, norm[u]), step), high / 2) : 0.f;
+            if (lane < count && i < fields) {
+                const float high = (float)((1 << bits) - 1), step = a.step[h * R + i];
+                const float spot = step > 0.f ? __fadd_rn(__fdiv_rn(__fdiv_rn(y[i], norm), step), high / 2) : 0.f;
                 const float rounded = fminf(fmaxf(rintf(spot), 0.f), high);
                 const float level = (rounded - high / 2) * step;
-                product[u] = fmaf(y, level, product[u]);
-                length[u] = fmaf(level, level, length[u]);
+                product = fmaf(y[i], level, product);
+                length = fmaf(level, level, length);
                 field = (u32)rounded << (8 * (lane % 4) + bits * (lane / 4));
             }
             field = __reduce_or_sync(FULL, field);
-            if (lane == u) packed = field;
+            if (lane == 0) a.codes[(page * a.words + w) * LANES + place] = field;
+            begin += count;
         }
-        if (owned >= 0) a.codes[((i64)(owned / LANES) * a.words + w) * LANES + owned % LANES] = packed;
-        begin += count;
-    }
-    float scale = 0.f;  // of the row `owned`
-#pragma unroll
-    for (int u = 0; u < OWN; ++u) {
-        const float found = warp_sum(product[u]) / fmaxf(warp_sum(length[u]), TINY);
-        if (lane == u) scale = fmaxf(found, TINY);
-    }
-    if (owned >= 0) {
+        const float scale = fmaxf(warp_sum(product) / fmaxf(warp_sum(length), TINY), TINY);
         const float exponent = rintf(16.f * log2f(__fdiv_rn(scale, a.base[h]))) + 128.f;
-        a.exponents[owned] = (u8)(int)fminf(fmaxf(exponent, 0.f), 255.f);
+        if (lane == 0) a.exponents[rows[r]] = (u8)(int)fminf(fmaxf(exponent, 0.f), 255.f);
     }
 }
 

@@ -33,25 +33,78 @@ STATUS = {
     2: "keys were lost, for want of room",
     4: "nothing was added, since the arrays of the index have moved",
 }
-_KEYS, _LISTS, _SLAB, _PAD, _WINDOW = 64, 128, 32, 4, 2048  # as in append.cu
+_KEYS, _LISTS, _SLAB, _PAD, _WINDOW = 64, 128, 32, 8, 2048  # as in append.cu
 _TABLES = 48 * 1024
 _SHARED_MOST = 96 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
 
-_STREAMS = (
-    "lengths first near_keys near_values keys values codes exponents ids pages labels orders before counts sizes "
-    "coded last anchors anchor_scales sums means mean_scales squares"
-).split()
+_STREAMS = [
+    "lengths",
+    "first",
+    "near_keys",
+    "near_values",
+    "keys",
+    "values",
+    "codes",
+    "exponents",
+    "ids",
+    "pages",
+    "labels",
+    "orders",
+    "before",
+    "counts",
+    "sizes",
+    "coded",
+    "last",
+    "anchors",
+    "anchor_scales",
+    "sums",
+    "means",
+    "mean_scales",
+    "squares",
+]
 _POINTERS = [
     *_STREAMS,
-    *"holders free available forms bias forward step base widths turns amplitudes new_keys new_values fresh".split(),
-    *"labels_in best order rows tasks heavy work counters moved stamps".split(),
+    *[
+        "holders",
+        "free",
+        "available",
+        "forms",
+        "bias",
+        "forward",
+        "step",
+        "base",
+        "widths",
+        "turns",
+        "amplitudes",
+        "new_keys",
+        "new_values",
+        "fresh",
+    ],
+    *["labels_in", "best", "order", "rows", "tasks", "heavy", "work", "counters", "moved", "stamps"],
 ]
-_STRIDES = "key_batch key_head key_token value_batch value_head value_token".split()
-_INTEGERS = (
-    "batch heads lists room ring sinks kept flush dense_below words coded_dimensions pairs interleaved own_forms "
-    "most tokens tables version many"
-).split()
+_STRIDES = ["key_batch", "key_head", "key_token", "value_batch", "value_head", "value_token"]
+_INTEGERS = [
+    "batch",
+    "heads",
+    "lists",
+    "room",
+    "ring",
+    "sinks",
+    "kept",
+    "flush",
+    "dense_below",
+    "words",
+    "coded_dimensions",
+    "pairs",
+    "interleaved",
+    "own_forms",
+    "most",
+    "tokens",
+    "tables",
+    "version",
+    "many",
+]
 APPEND = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
     + [(name, np.int64) for name in _STRIDES]
@@ -96,8 +149,8 @@ class Forms(NamedTuple):
     forward, step, base, widths
         Of the codes, see `saapindex.backends.paged.Code`; widths are int32.
     turns, amplitudes
-        (H, pairs) float64 and float32: turns a position, and factor, of the rotation that takes a key to its view;
-        None where keys are assigned as they are.
+        (H, pairs) float64 and float32: turns a position, and factor, of the rotation that takes a key to its
+        view; None where keys are assigned as they are.
     interleaved
         Whether a pair is two neighbours.
     """
@@ -275,7 +328,7 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
         If there are more lists than fit.
     """
     elements = -(-d // 64) * 2  # of a lane, at most
-    assign = 4 * _KEYS * (d + _PAD) + 4 * _LISTS * (_SLAB + _PAD)
+    assign = 4 * d * (_KEYS + _PAD) + 4 * _SLAB * (_LISTS + _PAD)
     place = 80 + 4 * _tables(lists) * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
     rows = 64 if d <= 128 else 32
@@ -283,8 +336,8 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
     shared = max(assign, place, enter, encode) + 16 * (batch + 1)
     if shared > _SHARED_MOST:
         raise InvalidInputError(
-            f"{lists} lists, {batch} sequences and {d} dimensions need {shared} bytes of shared memory on the "
-            f"device, expected at most {_SHARED_MOST}"
+            f"{lists} lists, {batch} sequences and {d} dimensions need {shared} bytes of shared memory on "
+            f"the device, expected at most {_SHARED_MOST}"
         )
     return shared
 
