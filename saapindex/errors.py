@@ -3,11 +3,11 @@
 ::
 
     SaapIndexError
+    ├── DeviceMemoryError      (also MemoryError)  a device has too little memory; says what was needed
     ├── InvalidInputError      (also ValueError)   an argument is wrong; says what was given and expected
     ├── NotTrainedError        (also RuntimeError) the index or its router has not been trained
     ├── FileFormatError        (also ValueError)   a file is truncated, foreign, newer or tampered with
     ├── CodebookMismatchError  (also ValueError)   a codebook was trained for another model, layer or RoPE
-    ├── DeviceMemoryError      (also MemoryError)  a device has too little memory; says how much is needed
     └── MissingDependencyError (also ImportError)  an optional package is needed; says what to install
 
     SaapIndexWarning           (also UserWarning)
@@ -52,7 +52,7 @@ class CodebookMismatchError(SaapIndexError, ValueError):
 
 
 class DeviceMemoryError(SaapIndexError, MemoryError):
-    """A device has less memory than the operation needs; nothing was changed."""
+    """A CUDA device has too little memory, or steps of a graph went past what was reserved."""
 
 
 class MissingDependencyError(SaapIndexError, ImportError):

@@ -57,7 +57,7 @@ struct Step {
     void* out;
     float* lse;
     u32* bits;  // (units, width): the positions that are chosen, instead of attending
-    float *dots, *rotated, *estimates;
+    float *dots, *rotated, *estimates, *masses;
     int2* visited;
     u16* bins;
     u8* kept;
@@ -87,36 +87,35 @@ enum { BARRIER, DONE, DEFERRED, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NE
 
 // What the threads of a block share. Arrays of a length known at run time lie behind it.
 struct Shared {
-    int factors[FIELDS][G];  // four int8 of a rounded query each
+    int factors[FIELDS][G];   // four int8 of a rounded query each
+    u32 quads[FIELDS];        // where the fields for them lie
     float query[G][D];
-    int2 queue[ROUND];       // page in the pool, label
+    int2 queue[ROUND];        // page in the pool, label
     int histogram[BINS];
-    int rows[QUEUE];         // keys to attend to,
-    int places[QUEUE];       // where their estimates are, -1 where they do not count yet,
-    u16 labels[QUEUE];       // and their lists
-    int own[OWN];            // candidates
+    int rows[QUEUE];          // keys to attend to
+    int own[OWN];             // candidates
     float own_weights[OWN];
     float reduced[WARPS][2 * G];
     u32 peaks[G], largest[G];
-    float unit[G], second[G], variance[G], norm[G], reference[G], bound[G];
-    int offsets[G];          // sum of (2^b - 1) a8
-    int queued, gathered, owned, visited, boundary, reached, deferred, unit_deferred, last;
+    float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G];
+    int offsets[G];           // sum of (2^b - 1) a8
+    u32 slot;
+    int chunks, queued, gathered, resolved, owned, visited, boundary, reached, deferred, unit_deferred, last;
     i64 scan, left, limit;
 };
-enum { LISTS_DEFERRED = 1, KEYS_DEFERRED = 2 };
 
 #include "attend_common.cuh"
-#include "attend_rows.cuh"
 #include "attend_select.cuh"
+#include "attend_rows.cuh"
 #include "attend_scan.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __grid_constant__ Step p) {
     extern __shared__ __align__(16) u8 memory[];
     Shared& s = *(Shared*)memory;
-    int* behind = (int*)(memory + sizeof(Shared));
-    Table table = {(float*)behind, behind + p.lists, behind + 2 * p.lists, (float*)(behind + 3 * p.lists)};
-    int* taken = table.taken;
-    float* reduction = (float*)(memory + sizeof(Shared));  // takes the place of both at the end
+    int* taken = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16);
+    // Behind it: what is known of the lists, then codes, then what is to be merged.
+    int* behind = taken + (p.lists + 3) / 4 * 4;
+    Table table = {(float*)behind, taken, behind + p.lists, (float*)(behind + 2 * p.lists)};
 
     const int unit = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, thread = threadIdx.x;
     const int stream = unit / p.tokens, sequence = stream / p.heads, head = stream % p.heads;
@@ -126,16 +125,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const int position = p.positions ? p.positions[sequence * p.tokens + token] : length - p.tokens + token;
     const int in_lists = max(0, first - p.sinks);
     const bool everything = p.everything || (in_lists > 0 && position < first - 1);
-    const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr;
-    const int most = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
+    const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr, nearby = p.near && !deciding;
     if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
+    const int most = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
     const Part part = {unit, block, stream, head, p.blocks, pages, (i64)blockIdx.x * most};
     u32* counters = p.counters + (i64)unit * COUNTERS;
     u32 met = 0;
+    // Near keys that the query sees.
+    const int seen = min(position + 1, length);
+    const int near = min(p.sinks, max(seen, 0)) + max(0, seen - max(first, p.sinks));
 
+#pragma unroll 1
     for (int i = thread; i < G * D; i += THREADS) s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
     if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
-    if (thread == 0) s.visited = s.deferred = s.gathered = 0;
+    if (thread == 0) s.visited = s.deferred = s.gathered = s.resolved = 0;
     __syncthreads();
 
     Partial mine;
@@ -146,12 +149,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         met += p.blocks;
     }
     STAMP(1);
-    if (p.near && !deciding) {
-        attend_near(p, s, part, mine, length, first, position);
-        if (sparse) publish_peaks(s, mine, s.peaks, counters + NEAREST);
-    }
-    STAMP(2);
-    if (sparse) {
+    const int rankers = p.policy == UNION ? G : 1;
+    bool at_lists = false;
+    for (int start = part.begin(near), ranker = 0;;) {
+        bool done = true;
+        if (!at_lists) {
+            if (nearby) {
+                start = gather_near(p, s, start, part.end(near), first, position);
+                done = start >= part.end(near);
+            }
+        } else if (everything || !p.refine) {
+            start = gather_whole(p, s, part, taken, everything, position, start);
+            done = start >= part.page_count();
+        } else {
+            const int total = s.visited * LANES;
+            start = gather_sure(p, s, part, ranker, start, total);
+            done = start >= total;
+            if (done) {
+                publish_candidates(p, s, part, ranker);
+                arrive(counters + BARRIER);
+                met += p.blocks;
+                wait(counters + BARRIER, met);
+                gather_candidates(p, s, part, ranker);
+                STAMP(7);
+                if (++ranker < rankers) {
+                    find_boundary(p, s, part, 2 * ranker, (int)min(s.limit / rankers, (i64)0x7fffffff));
+                    start = 0;
+                    done = false;
+                }
+            }
+            resolve(p, s, part);
+        }
+        if (!deciding) attend_gathered(p, s, part, mine);
+        if (!done) continue;
+        if (at_lists || !in_lists) break;
+        // The near keys are done: on to the lists.
+        at_lists = true;
+        start = 0;
+        STAMP(2);
+        if (!sparse) continue;
+        if (nearby) publish_peaks(mine, s.peaks, counters + NEAREST);
         wait(counters + BARRIER, met);
         arrive(counters + BARRIER);  // near logits are known when all have come here
         met += p.blocks;
@@ -160,61 +197,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         select_lists(p, s, part, table);
         STAMP(4);
         wait(counters + BARRIER, met);
-        find_reference(p, s, counters, mine);
-        if (p.remainder && !deciding) attend_rest_lists<false>(p, s, part, mine, table);
-    }
-    if (everything || (sparse && !p.refine)) {
-        attend_pages(p, s, part, mine, taken, everything, position);
-    } else if (sparse) {
-        scan(p, s, part, mine, taken);
+        find_reference(p, s, counters);
+        find_deferred_lists(p, s, part, table);
+        __syncthreads();
+        if (p.refine) scan(p, s, part, taken, (u8*)behind);
         STAMP(5);
         if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
         arrive(counters + BARRIER);
         met += p.blocks;
         wait(counters + BARRIER, met);
         STAMP(6);
-        const int rankers = p.policy == UNION ? G : 1, total = s.visited * LANES;
-        for (int ranker = 0; ranker < rankers; ++ranker) {
-            find_boundary(p, s, part, 2 * ranker, (int)min(s.limit / rankers, (i64)0x7fffffff));
-            for (int start = 0, done = false; !done;) {
-                start = gather_sure(p, s, part, ranker, start, total);
-                done = start >= total;
-                if (done) {
-                    arrive(counters + BARRIER);
-                    met += p.blocks;
-                    wait(counters + BARRIER, met);
-                    gather_candidates(p, s, part, ranker);
-                    STAMP(7);
-                    if (ranker < rankers - 1) break;
-                }
-                if (!deciding) attend_gathered<true>(p, s, part, mine);
-            }
-        }
+        if (p.refine) find_boundary(p, s, part, 0, (int)min(s.limit / rankers, (i64)0x7fffffff));
     }
     STAMP(8);
     if (sparse && p.remainder && !deciding) {
-        if (!p.refine) {  // no barrier has come since lists were deferred
-            if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
-            arrive(counters + BARRIER);
-            met += p.blocks;
-            wait(counters + BARRIER, met);
-        }
         if (thread == 0) s.unit_deferred = __ldcg(counters + DEFERRED);
         __syncthreads();
         if (s.unit_deferred) {
-            publish_peaks(s, mine, s.largest, counters + LARGEST);
+            publish_peaks(mine, s.largest, counters + LARGEST);
             arrive(counters + BARRIER);
             met += p.blocks;
             if (s.deferred) {
                 wait(counters + BARRIER, met);
                 find_bounds(s, counters);
-                if (s.deferred & LISTS_DEFERRED) attend_rest_lists<true>(p, s, part, mine, table);
-                if (s.deferred & KEYS_DEFERRED) attend_deferred_keys(p, s, part, mine);
+                if (p.refine) attend_deferred_keys(p, s, part);
             }
         }
+        __threadfence();
+        __syncthreads();
+        attend_means(p, s, part, mine, taken);
     }
     STAMP(9);
-    if (!deciding) reduce_block(p, s, part, mine, reduction);
+    if (!deciding) reduce_block(p, s, part, mine, (float*)behind);
     STAMP(10);
     __syncthreads();
     if (thread == 0) {
@@ -224,10 +238,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     __syncthreads();
     if (s.last) {
         __threadfence();
-        if (!deciding) merge_blocks(p, s, part, reduction);
+        if (!deciding) merge_blocks(p, s, part, (float*)behind);
         // The next step finds everything as this one did.
+#pragma unroll 1
         for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
-        const int rankers = p.policy == UNION ? G : 1;
+#pragma unroll 1
         for (int i = thread; i < 2 * rankers * BINS; i += THREADS) p.histogram[(i64)unit * 2 * G * BINS + i] = 0;
     }
     STAMP(11);

@@ -13,8 +13,8 @@ struct Part {
         const int end = ((mine - 1) * blocks + block) * 8 + 8;  // end of the last group
         return mine * 8 - max(0, end - pages);
     }
-    __device__ __forceinline__ int begin(int count) const { return (int)((i64)count * block / blocks); }
-    __device__ __forceinline__ int end(int count) const { return (int)((i64)count * (block + 1) / blocks); }
+    __device__ __forceinline__ int begin(int count) const { return (u32)count * block / (u32)blocks; }
+    __device__ __forceinline__ int end(int count) const { return (u32)count * (block + 1) / (u32)blocks; }
 };
 
 // Order-preserving integers, so that atomicMax works on floats; zero is below all.
@@ -25,12 +25,35 @@ __device__ __forceinline__ u32 ordered(float x) {
 __device__ __forceinline__ float unordered(u32 x) {
     return x == 0 ? -INFINITE : __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
 }
-__device__ __forceinline__ float exponential(float x) { return exp2f(x * LOG2E); }
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float exponential(float x) { return power_of_two(x * LOG2E); }
 
 __device__ __forceinline__ u32 load_acquire(const u32* p) {
     u32 x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
+}
+
+// Copy 16 bytes to shared memory without waiting; `wait_copies<N>` waits for all but the last N groups.
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N));
+}
+
+// Products of small matrices: (16, 32) of unsigned with (32, 8) of signed bytes.
+__device__ __forceinline__ void multiply_bytes(int* c, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // All blocks of a unit meet: arrive, do something else, wait.
@@ -138,14 +161,17 @@ __device__ __forceinline__ int fine_bin_of(float weight, int bin) {
     return min(BINS - 1, max(0, (int)(((weight - LOWEST) * PER_NAT - (float)bin) * BINS)));
 }
 
-// Find the bin in which the cut falls: all bins above weigh `reached`, with it they weigh more than `limit`.
-// `counts` holds the BINS / THREADS bins of each thread, from the top down; -1 where everything fits.
+// Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh
+// more than `limit`; -1 where everything fits.
 #define RUN ((BINS + THREADS - 1) / THREADS)
-__device__ __forceinline__ void find_bin(Shared& s, const int* counts, int limit) {
-    const int lane = threadIdx.x % WARP, begin = threadIdx.x * RUN;
-    int sum = 0;
+__device__ __noinline__ void find_bin(Shared& s, int limit) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, begin = threadIdx.x * RUN;
+    int counts[RUN], sum = 0;
 #pragma unroll
-    for (int i = 0; i < RUN; ++i) sum += counts[i];
+    for (int i = 0; i < RUN; ++i) {
+        counts[i] = begin + i < BINS ? s.histogram[BINS - 1 - begin - i] : 0;
+        sum += counts[i];
+    }
     int before = sum;
 #pragma unroll
     for (int step = 1; step < WARP; step <<= 1) {
@@ -153,12 +179,10 @@ __device__ __forceinline__ void find_bin(Shared& s, const int* counts, int limit
         if (lane >= step) before += other;
     }
     int* warps = (int*)s.reduced;
-    __syncthreads();
-    if (lane == WARP - 1) warps[threadIdx.x / WARP] = before;
+    if (lane == WARP - 1) warps[warp] = before;
     if (threadIdx.x == 0) s.boundary = -1, s.reached = limit, s.owned = 0;
     __syncthreads();
-    for (int w = 0; w < threadIdx.x / WARP; ++w) before += warps[w];
-    before -= sum;
+    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
     if (before <= limit && before + sum > limit) {
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {

@@ -75,37 +75,22 @@ __device__ __forceinline__ void add_mean(Partial& mine, const Mean& mean, const 
     for (int g = 0; g < G; ++g) mine.extra[g] += weights[g];
 }
 
-// Attend to AHEAD rows of each team; bit `a` of `there` says whether there is a row. With SUBTRACT, the rows are
-// those gathered from `start` on, and estimates of them that have been counted are taken back.
-template <bool SUBTRACT>
+// Attend to AHEAD rows of each team; a null key is passed over.
 __device__ __forceinline__ void attend_ahead(
-    const Step& p, const Shared& s, const Part& part, Partial& mine, const element* const* keys,
-    const element* const* values, u32 there, int start
+    const Step& p, const Shared& s, Partial& mine, const element* const* keys, const element* const* values
 ) {
-    const int member = threadIdx.x % TEAM, team = threadIdx.x % WARP / TEAM;
+    const int member = threadIdx.x % TEAM;
     uint4 raw_keys[AHEAD][PER_LANE], raw_values[AHEAD][PER_LANE];
-    Mean means[SUBTRACT ? AHEAD : 1];
-    float estimates[OWNED];
+    u32 there = 0;
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
+        there |= (u32)(keys[a] != nullptr) << a;
 #pragma unroll
         for (int v = 0; v < PER_LANE; ++v) {
             const int d = (v * TEAM + member) * VECTOR;
-            const bool load = (there >> a & 1) && d < D;
+            const bool load = keys[a] && d < D;
             raw_keys[a][v] = load ? *(const uint4*)(keys[a] + d) : make_uint4(0, 0, 0, 0);
             raw_values[a][v] = load ? *(const uint4*)(values[a] + d) : make_uint4(0, 0, 0, 0);
-        }
-        if (SUBTRACT) {
-            const int label = there >> a & 1 ? s.labels[start + a * TEAMS + team] : 0;
-            means[a] = load_mean(p, (i64)part.stream * p.lists + label);
-        }
-    }
-    if (SUBTRACT) {
-#pragma unroll
-        for (int j = 0; j < OWNED; ++j) {
-            const int n = member * OWNED + j, a = n / G;
-            const int at = n < LOGITS && (there >> a & 1) ? s.places[start + a * TEAMS + team] : -1;
-            estimates[j] = at < 0 ? -INFINITE : __ldcg(p.estimates + (part.first_place + at) * G + n % G);
         }
     }
     float logits[TEAM * OWNED];
@@ -162,20 +147,14 @@ __device__ __forceinline__ void attend_ahead(
     for (int j = 0; j < OWNED; ++j) {
         logits[j] = logits[j] > -INFINITE ? exponential(logits[j] - mine.owned_reference[j]) : 0.f;
         mine.sum[j] += logits[j];
-        if (SUBTRACT) {
-            estimates[j] = estimates[j] > -INFINITE ? exponential(estimates[j] - mine.owned_reference[j]) : 0.f;
-            mine.sum[j] -= estimates[j];
-        }
     }
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
-        float weights[G], taken_back[G];
+        float weights[G];
 #pragma unroll
         for (int g = 0; g < G; ++g) {
             const int n = a * G + g;
             weights[g] = __shfl_sync(FULL, logits[n % OWNED], n / OWNED, TEAM);
-            if (SUBTRACT)
-                taken_back[g] = means[a].scale * __shfl_sync(FULL, estimates[n % OWNED], n / OWNED, TEAM);
         }
 #pragma unroll
         for (int v = 0; v < PER_LANE; ++v) {
@@ -186,95 +165,77 @@ __device__ __forceinline__ void attend_ahead(
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i)
                     mine.out[g][v * VECTOR + i] = fmaf(weights[g], x[i], mine.out[g][v * VECTOR + i]);
-            if (SUBTRACT) {
-                widen_bytes(means[a].raw[v], x);
-#pragma unroll
-                for (int g = 0; g < G; ++g)
-#pragma unroll
-                    for (int i = 0; i < VECTOR; ++i)
-                        mine.out[g][v * VECTOR + i] = fmaf(-taken_back[g], x[i], mine.out[g][v * VECTOR + i]);
-            }
         }
     }
 }
 
-// This block's share of the sinks and the recent keys that the query sees.
-__device__ __forceinline__ void attend_near(
-    const Step& p, const Shared& s, const Part& part, Partial& mine, int length, int first, int position
-) {
-    const int warp = threadIdx.x / WARP, team = threadIdx.x % WARP / TEAM;
-    const int sinks = min(p.sinks, length), recent = max(first, p.sinks), count = sinks + max(0, length - recent);
-    const i64 offset = (i64)part.stream * (p.sinks + p.ring) * D;
-    const int begin = part.begin(count), end = part.end(count);
-    for (int start = begin + warp * AHEAD * TEAMS; start < end; start += WARPS * AHEAD * TEAMS) {
-        const element *keys[AHEAD], *values[AHEAD];
-        u32 there = 0;
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int i = start + a * TEAMS + team, at = i < sinks ? i : recent + i - sinks;
-            const int place = at < p.sinks ? at : p.sinks + (at - p.sinks) % p.ring;
-            there |= (u32)(i < end && at <= position) << a;
-            keys[a] = p.near_keys + offset + (i64)place * D;
-            values[a] = p.near_values + offset + (i64)place * D;
+// Gather this block's share of the sinks and the recent keys that the query sees, from the `start`-th on; returns
+// where it stopped for want of room. Rows below zero stand for places of near keys.
+__device__ __forceinline__ int gather_near(const Step& p, Shared& s, int start, int end, int first, int position) {
+    const int sinks = min(p.sinks, position + 1), recent = max(first, p.sinks), count = min(end - start, QUEUE);
+    const int turned = (u32)(recent - p.sinks) % (u32)p.ring;  // where the first recent key is in the ring
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        int place = start + i;
+        if (place >= sinks) {
+            place += turned - sinks;
+            place += place < p.ring ? p.sinks : p.sinks - p.ring;
         }
-        attend_ahead<false>(p, s, part, mine, keys, values, there, 0);
+        s.rows[i] = -1 - place;
     }
+    if (threadIdx.x == 0) s.gathered = max(count, 0);
+    __syncthreads();
+    return start + count;
 }
 
 // Attend to the rows that were gathered.
-template <bool SUBTRACT>
 __device__ __forceinline__ void attend_gathered(const Step& p, Shared& s, const Part& part, Partial& mine) {
     const int warp = threadIdx.x / WARP, team = threadIdx.x % WARP / TEAM, count = s.gathered;
+    const i64 near = (i64)part.stream * (p.sinks + p.ring);
+#pragma unroll 1
     for (int start = warp * AHEAD * TEAMS; start < count; start += WARPS * AHEAD * TEAMS) {
         const element *keys[AHEAD], *values[AHEAD];
-        u32 there = 0;
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
-            const int i = start + a * TEAMS + team;
-            const i64 row = i < count ? s.rows[i] : 0;
-            there |= (u32)(i < count) << a;
-            keys[a] = p.keys + row * D;
-            values[a] = p.values + row * D;
+            const int i = start + a * TEAMS + team, row = i < count ? s.rows[i] : 0;
+            const i64 offset = (row < 0 ? near - 1 - row : (i64)row) * D;
+            keys[a] = i < count ? (row < 0 ? p.near_keys : p.keys) + offset : nullptr;
+            values[a] = (row < 0 ? p.near_values : p.values) + offset;
         }
-        attend_ahead<SUBTRACT>(p, s, part, mine, keys, values, there, start);
+        attend_ahead(p, s, mine, keys, values);
     }
     __syncthreads();
-    if (threadIdx.x == 0) s.gathered = 0;
+    if (threadIdx.x == 0) s.gathered = s.resolved = 0;
     __syncthreads();
 }
 
-// Attend to whole pages: those of visited lists, or everything up to the position of the query.
-__device__ __forceinline__ void attend_pages(
-    const Step& p, Shared& s, const Part& part, Partial& mine, const int* taken, bool everything, int position
+// Gather the keys of whole pages, from this block's `start`-th page on: of visited lists, or everything up to the
+// position of the query. Returns where it stopped for want of room.
+__device__ __forceinline__ int gather_whole(
+    const Step& p, Shared& s, const Part& part, const int* taken, bool everything, int position, int start
 ) {
     const i64 row = (i64)part.stream * p.most_pages;
-    const int count = part.page_count(), step = QUEUE / LANES;
-    for (int start = 0; start < count; start += step) {
-        for (int i = threadIdx.x; i < step * LANES; i += THREADS) {
-            const int number = start + i / LANES, lane = i % LANES;
-            if (number >= count) continue;
-            const int page = part.page(number), label = p.labels[row + page];
-            if (lane >= (label & 31)) continue;
-            if (!everything) {
-                const int some = taken[label >> 5];
-                if (!some || p.orders[row + page] * LANES + lane >= some) continue;
-            }
-            const int at = p.pages[row + page] * LANES + lane;
-            if (everything && p.ids[at] > position) continue;
-            if (p.bits) {
-                const int id = p.ids[at];
-                atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
-            } else {
-                s.rows[atomicAdd(&s.gathered, 1)] = at;
-            }
+    const int end = min(part.page_count(), start + QUEUE / LANES);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (end - start) * LANES; i += THREADS) {
+        const int page = part.page(start + i / LANES), label = p.labels[row + page], lane = i % LANES;
+        if (lane >= (label & 31)) continue;
+        if (!everything && p.orders[row + page] * LANES + lane >= taken[label >> 5]) continue;
+        const int at = p.pages[row + page] * LANES + lane;
+        if (everything && p.ids[at] > position) continue;
+        if (p.bits) {
+            const int id = p.ids[at];
+            atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
+        } else {
+            s.rows[atomicAdd(&s.gathered, 1)] = at;
         }
-        __syncthreads();
-        attend_gathered<false>(p, s, part, mine);
     }
+    __syncthreads();
+    return end;
 }
 
 // Tell all blocks the largest logit of each head.
-__device__ __forceinline__ void publish_peaks(Shared& s, const Partial& mine, u32* own, u32* all) {
+__device__ __forceinline__ void publish_peaks(const Partial& mine, u32* own, u32* all) {
     const int member = threadIdx.x % TEAM;
 #pragma unroll
     for (int j = 0; j < OWNED; ++j)
@@ -283,16 +244,16 @@ __device__ __forceinline__ void publish_peaks(Shared& s, const Partial& mine, u3
     if (threadIdx.x < G && own[threadIdx.x]) atomicMax(all + threadIdx.x, own[threadIdx.x]);
 }
 
-// Take the largest near logit as the reference. Estimates up to it are below the bound; without it, none is known
-// to be, and they are taken relative to the norm.
-__device__ __forceinline__ void find_reference(const Step& p, Shared& s, const u32* counters, Partial& mine) {
-    if (threadIdx.x < G) s.reference[threadIdx.x] = unordered(__ldcg(counters + NEAREST + threadIdx.x));
-    __syncthreads();
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        const float known = s.reference[g];
-        refer(mine, g, known > -INFINITE ? known : s.norm[g]);
+// Take the largest near logit as the reference: estimates up to it are below the bound. Without it none is known
+// to be, and weights are taken relative to the norm.
+__device__ __forceinline__ void find_reference(const Step& p, Shared& s, const u32* counters) {
+    if (threadIdx.x < G) {
+        const float known = unordered(__ldcg(counters + NEAREST + threadIdx.x));
+        s.reference[threadIdx.x] = known;
+        s.basis[threadIdx.x] = known > -INFINITE ? known : s.norm[threadIdx.x];
+        s.bound[threadIdx.x] = INFINITE;
     }
+    __syncthreads();
 }
 
 // Estimates count for no more than the largest exact logit.
@@ -302,6 +263,37 @@ __device__ void find_bounds(Shared& s, const u32* counters) {
         s.bound[threadIdx.x] = largest ? unordered(largest) : INFINITE;
     }
     __syncthreads();
+}
+
+// Add the mean values of lists: with the weight of the keys that were visited and not kept, page by page, and of
+// those that were not visited, of this block's share of the lists.
+__device__ __forceinline__ void attend_means(
+    const Step& p, const Shared& s, const Part& part, Partial& mine, const int* taken
+) {
+    const int warp = threadIdx.x / WARP, team = threadIdx.x % WARP / TEAM, visited = p.refine ? s.visited : 0;
+    const int begin = part.begin(p.lists), count = visited + part.end(p.lists) - begin;
+    const i64 lists = (i64)part.stream * p.lists;
+    float lift[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        refer(mine, g, fmaxf(mine.reference[g], s.basis[g]));
+        lift[g] = exponential(s.basis[g] - mine.reference[g]);
+    }
+#pragma unroll 2
+    for (int i = warp * TEAMS + team; i < count; i += WARPS * TEAMS) {
+        Group weights;
+        int list;
+        if (i < visited) {
+            weights = load_group(p.masses + (part.first_place / LANES + i) * G);
+            list = __ldcg(&p.visited[part.first_place / LANES + i].y) >> 5;
+        } else {
+            list = begin + i - visited;
+            weights = rest_of_list(p, s, part, list, taken[list]);
+        }
+#pragma unroll
+        for (int g = 0; g < G; ++g) weights.x[g] *= lift[g];
+        add_mean(mine, load_mean(p, lists + list), weights.x);
+    }
 }
 
 // Merge what the teams of a block found, and leave it where the last block of the unit finds it.
@@ -317,9 +309,7 @@ __device__ __forceinline__ void reduce_block(const Step& p, Shared& s, const Par
     float* own = reduction + warp * G * (D + 1);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        float top = s.reduced[0][g];
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][g]);
+        const float top = warp_max(lane < WARPS ? s.reduced[lane][g] : -INFINITE);
         if (threadIdx.x == 0) s.reference[g] = top;
         refer(mine, g, top > -INFINITE ? top : 0.f);
         float sum = member == 0 ? mine.extra[g] : 0.f;
@@ -340,7 +330,7 @@ __device__ __forceinline__ void reduce_block(const Step& p, Shared& s, const Par
     float* left = p.partial + ((i64)part.unit * part.blocks + part.block) * G * (D + 2);
     for (int i = threadIdx.x; i < G * (D + 1); i += THREADS) {
         float sum = 0.f;
-#pragma unroll
+#pragma unroll 4
         for (int w = 0; w < WARPS; ++w) sum += reduction[w * G * (D + 1) + i];
         left[i / (D + 1) * (D + 2) + i % (D + 1)] = sum;
     }
@@ -350,11 +340,14 @@ __device__ __forceinline__ void reduce_block(const Step& p, Shared& s, const Par
 // Merge what the blocks of a unit found, and write the result.
 __device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* weights) {
     const float* parts = p.partial + (i64)part.unit * part.blocks * G * (D + 2);
+#pragma unroll 1
     for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
         const int lane = threadIdx.x % WARP;
         float peak = -INFINITE, sum = 0.f;
+#pragma unroll 1
         for (int b = lane; b < part.blocks; b += WARP) peak = fmaxf(peak, __ldcg(parts + (b * G + g) * (D + 2) + D + 1));
         peak = warp_max(peak);
+#pragma unroll 1
         for (int b = lane; b < part.blocks; b += WARP) {
             const float* one = parts + (b * G + g) * (D + 2);
             const float weight = peak > -INFINITE ? exponential(__ldcg(one + D + 1) - peak) : 0.f;
@@ -371,7 +364,7 @@ __device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* 
     for (int i = threadIdx.x; i < G * D; i += THREADS) {
         const int g = i / D;
         float out = 0.f;
-#pragma unroll 8
+#pragma unroll 4
         for (int b = 0; b < part.blocks; ++b)
             out = fmaf(weights[b * G + g], __ldcg(parts + (b * G + g) * (D + 2) + i % D), out);
         store_out(p.out, (i64)part.unit * G * D + i, out * s.bound[g]);

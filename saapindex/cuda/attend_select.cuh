@@ -5,6 +5,7 @@ __device__ void route(const Step& p, Shared& s, const Part& part) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, member = lane % TEAM, team = lane / TEAM;
     const i64 row = (i64)part.stream * p.lists;
     const int begin = part.begin(p.lists), end = part.end(p.lists);
+#pragma unroll 1
     for (int start = begin + warp * TEAMS * AHEAD; start < end; start += WARPS * TEAMS * AHEAD) {
         Bytes raw[AHEAD][PER_LANE];
         float scales[AHEAD];
@@ -46,6 +47,7 @@ __device__ void route(const Step& p, Shared& s, const Part& part) {
         }
     }
     // The last warps begin here, since the first have more lists.
+#pragma unroll 1
     for (int r = part.begin(p.coded_most) + WARPS - 1 - warp; r < part.end(p.coded_most); r += WARPS) {
         float dot[G];
 #pragma unroll
@@ -69,6 +71,18 @@ __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists
     const int coded = p.coded[part.head], padded = (p.coded_most + WARP - 1) / WARP * WARP;
     const i64 own = (i64)part.head * p.coded_most;
     for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0])[i] = 0;
+    if (threadIdx.x < FIELDS) {  // where the quads of fields lie: offset of the word, shift, mask
+        int left = threadIdx.x, quad = 0, total = 0;
+#pragma unroll 1
+        for (int w = 0; w < WORDS; ++w) {
+            const int bits = p.widths[part.head * WORDS + w], quads = 8 / bits;
+            if (left >= 0 && left < quads) quad = w * LANES * 4 | bits * left << 16 | ((1 << bits) - 1) << 24;
+            left -= quads;
+            total += quads;
+        }
+        s.quads[threadIdx.x] = quad;
+        if (threadIdx.x == 0) s.chunks = (total + 7) / 8;
+    }
     if (threadIdx.x < G) s.unit[threadIdx.x] = s.variance[threadIdx.x] = s.second[threadIdx.x] = 0.f;
     if (threadIdx.x < G) s.offsets[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
@@ -79,6 +93,7 @@ __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists
     }
     __syncthreads();
     // A warp works on one head at a time, since `padded` is a multiple of its width.
+#pragma unroll 1
     for (int i = threadIdx.x; i < padded * G; i += THREADS) {
         const int g = i / padded, r = i % padded;
         float u = 0.f, a = 0.f, variance = 0.f, second = 0.f;
@@ -101,11 +116,12 @@ __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists
     }
     __syncthreads();
     // Field 4 k + c of a word with fields of b bits lies in byte c, bits b k and up.
+#pragma unroll 1
     for (int i = threadIdx.x; i < padded * G; i += THREADS) {
         const int g = i / padded, r = i % padded;
         if (r >= coded) continue;
         int start = 0, group = 0, width = 0;
-#pragma unroll
+#pragma unroll 1
         for (int w = 0; w < WORDS; ++w) {
             const int bits = p.widths[part.head * WORDS + w];
             if (width == 0) {
@@ -160,6 +176,7 @@ __device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part&
     float peak[G], sum[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
+#pragma unroll 1
     for (int start = threadIdx.x; start < p.lists; start += AHEAD * THREADS) {
         int size[AHEAD];
         Group dots[AHEAD];
@@ -227,6 +244,7 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     for (int ranker = 0; ranker < rankers; ++ranker) {
         for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
         __syncthreads();
+#pragma unroll 1
         for (int list = threadIdx.x; list < p.lists; list += THREADS) {
             const int size = sizes[list];
             ranks[list] = -INFINITE;
@@ -239,24 +257,22 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
             atomicAdd(s.histogram + bin_of(rank), list_weight(p, s, part, table, list, size, ranker, masses));
         }
         __syncthreads();
-        int counts[RUN], limit = (int)min(s.scan / rankers, (i64)0x7fffffff);
-        const int begin = threadIdx.x * RUN;
-#pragma unroll
-        for (int i = 0; i < RUN; ++i) counts[i] = begin + i < BINS ? s.histogram[BINS - 1 - begin - i] : 0;
+        int limit = (int)min(s.scan / rankers, (i64)0x7fffffff);
         if (p.nprobe) limit = p.nprobe;
         if (p.top_p > 0.f) {
             int total = 0;
-#pragma unroll
-            for (int i = 0; i < RUN; ++i) total += counts[i];
+            for (int i = threadIdx.x; i < BINS; i += THREADS) total += s.histogram[i];
             total = warp_sum_int(total);
             if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = total;
             __syncthreads();
             total = 0;
             for (int w = 0; w < WARPS; ++w) total += ((int*)s.reduced)[w];
+            __syncthreads();
             limit = p.top_p >= 1.f ? 0x7fffffff : (int)(p.top_p * (float)total);
         }
-        find_bin(s, counts, limit);
+        find_bin(s, limit);
         const int boundary = s.boundary;
+#pragma unroll 1
         for (int list = threadIdx.x; list < p.lists; list += THREADS) {
             if (ranks[list] == -INFINITE) continue;
             const int bin = bin_of(ranks[list]);
@@ -273,6 +289,7 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
         for (int i = threadIdx.x; i < owned; i += THREADS) {
             const int list = s.own[i], size = sizes[list];
             int before = s.reached;
+#pragma unroll 1
             for (int j = 0; j < owned; ++j) {
                 const int other = s.own[j];
                 if (ranks[other] > ranks[list] || (ranks[other] == ranks[list] && other < list))
@@ -288,28 +305,27 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     }
 }
 
-// This block's share of the keys that were not visited, list by list. Those whose estimate may pass the bound
-// are deferred, and come in a second pass when it is known.
-template <bool SECOND>
-__device__ __forceinline__ void attend_rest_lists(const Step& p, Shared& s, const Part& part, Partial& mine, const Table& table) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, team = lane / TEAM;
-    const int begin = part.begin(p.lists), end = part.end(p.lists);
-    for (int list = begin + warp * TEAMS + team; list < end; list += WARPS * TEAMS) {
-        const int size = table.sizes[list], rest = size - table.taken[list];
-        if (rest <= 0) continue;
-        Group weights = list_logits(p, s, part, table, list, size);
+// The weight of the keys of a list that were not visited, for each head.
+__device__ __forceinline__ Group rest_of_list(const Step& p, const Shared& s, const Part& part, int list, int taken) {
+    const int size = p.sizes[(i64)part.stream * p.lists + list], rest = size - taken;
+    Group weights = load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
+    weights = corrected(p, s, weights, p.squares[(i64)part.stream * p.lists + list], max(size, 1));
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+        weights.x[g] = rest > 0 ? (float)rest * exponential(fminf(weights.x[g], s.bound[g]) - s.basis[g]) : 0.f;
+    return weights;
+}
+
+// Whether a list of this block's share may count for more than the bound: note that it is deferred.
+__device__ __forceinline__ void find_deferred_lists(const Step& p, Shared& s, const Part& part, const Table& table) {
+#pragma unroll 1
+    for (int list = part.begin(p.lists) + threadIdx.x; list < part.end(p.lists); list += THREADS) {
+        const int size = table.sizes[list];
+        if (size <= table.taken[list]) continue;
+        const Group logits = list_logits(p, s, part, table, list, size);
         bool passes = false;
 #pragma unroll
-        for (int g = 0; g < G; ++g) passes |= weights.x[g] > s.reference[g];
-        if (passes != SECOND) {
-            if (!SECOND) atomicOr(&s.deferred, (int)LISTS_DEFERRED);
-            continue;
-        }
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            if (SECOND) weights.x[g] = fminf(weights.x[g], s.bound[g]);
-            weights.x[g] = (float)rest * exponential(weights.x[g] - mine.reference[g]);
-        }
-        add_mean(mine, load_mean(p, (i64)part.stream * p.lists + list), weights.x);
+        for (int g = 0; g < G; ++g) passes |= logits.x[g] > s.reference[g];
+        if (passes) s.deferred = 1;
     }
 }

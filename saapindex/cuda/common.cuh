@@ -91,7 +91,11 @@ __device__ __forceinline__ int warp_sum_int(int x) {
     return x;
 }
 
-// The logit under the cap of the model; no cap if `cap` is zero.
+// The logit under the cap of the model, where it has one (-DCAPPED).
 __device__ __forceinline__ float capped(float logit, float cap) {
-    return cap > 0.f ? cap * tanhf(logit / cap) : logit;
+#ifdef CAPPED
+    return cap * tanhf(logit / cap);
+#else
+    return logit;
+#endif
 }

@@ -24,6 +24,8 @@ MACROS = {
         *({"ELEMENT": e, "D": 128, "QUERY": e, "G": 4, "WORDS": 3} for e in ELEMENTS),
         *({"ELEMENT": 1, "D": d, "QUERY": 1, "G": 4, "WORDS": 3} for d in (64, 80, 96, 256)),
         *({"ELEMENT": 1, "D": 128, "QUERY": 2, "G": g, "WORDS": w} for g, w in ((1, 1), (3, 4))),
+        {"ELEMENT": 1, "D": 128, "QUERY": 1, "G": 8, "WORDS": 6, "THREADS": 256},
+        {"ELEMENT": 1, "D": 64, "QUERY": 1, "G": 2, "WORDS": 3, "CAPPED": 1},
     ],
     "codes": [{"COLUMNS": columns} for columns in range(1, 9)],
     "rope": [*({"ELEMENT": e} for e in ELEMENTS), *({"ELEMENT": e, "PAIRS": 2} for e in (0, 1))],
@@ -38,7 +40,7 @@ FILES = sorted(
 )
 CASES = [(file, macros) for file in FILES for macros in MACROS.get(file, ANY)]
 # Bytes that a kernel may keep in local memory; what is not here must keep none.
-SPILLS = {"assign_many": 16}
+SPILLS = {"assign_many": 16, "attend": 96}
 
 
 def compiled(file, macros, arch):

@@ -1,7 +1,7 @@
 """Attention in numba: exact over given keys, estimated over the rest, both as parts that are merged.
 
-A part is an output that is not divided by its sum of weights, the sum, and the logit that weights are relative
-to; minus infinity for a part without keys.
+A part is an output that is not divided by its sum of weights, the sum, and the logit that weights are
+relative to; minus infinity for a part without keys.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from numba import njit
 
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.codes import addressed, place_of
+from saapindex.backends.cpu.select import largest
 from saapindex.backends.cpu.vector import HEADS, KEYS, KINDS, capped, dots, exp, mix, padded, plain
 from saapindex.backends.paged import PagedLists, Pages, Scaling
 
 CHUNK = 256
 """Keys that are attended to at once; their logits stay in the first-level cache."""
-_ONE_VALUE = np.float32(1)
+_LANE_BITS = LANES.bit_length() - 1
 
 
 @njit(cache=True, nogil=True)
@@ -26,8 +27,8 @@ def locate(rows, addresses, span, shift, row_bytes, keys, values):  # type: igno
     """Write where the keys and values of rows lie in memory; `keys` up to a multiple of `KEYS`."""
     n = rows.shape[0]
     for i in range(n):
-        chunk, page = place_of(rows[i] // LANES, span, shift)
-        offset = (page * LANES + rows[i] % LANES) * row_bytes
+        chunk, page = place_of(rows[i] >> _LANE_BITS, span, shift)
+        offset = (page * LANES + (rows[i] & (LANES - 1))) * row_bytes
         keys[i], values[i] = addresses[0, chunk] + offset, addresses[1, chunk] + offset
     for i in range(n, (n + KEYS - 1) // KEYS * KEYS):
         keys[i] = keys[n - 1]
@@ -44,15 +45,6 @@ def _exponentials(row, peak):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
-def largest(row):  # type: ignore[no-untyped-def]
-    """Return the maximum, minus infinity of nothing."""
-    peak = np.float32(-np.inf)
-    for i in range(row.shape[0]):
-        peak = max(peak, row[i])
-    return peak
-
-
 @njit(cache=True, nogil=True)
 def attend_chunk(  # type: ignore[no-untyped-def]
     query, rows, addresses, span, shift, kind, d, scale, softcap, out, sums, peaks
@@ -67,7 +59,10 @@ def attend_chunk(  # type: ignore[no-untyped-def]
     for h in range(g):
         row = logits[h, :n]
         for i in range(n):
-            row[i] = capped(row[i] * scale, softcap)
+            row[i] *= scale
+        if softcap > 0:
+            for i in range(n):
+                row[i] = capped(row[i], softcap)
         peaks[h] = largest(row)
         sums[h] = _exponentials(row, peaks[h])
     for h in range(0, g, HEADS):
@@ -132,7 +127,7 @@ def merge_parts(outs, sums, peaks, d, out, lse):  # type: ignore[no-untyped-def]
             row = outs[p, h]
             for i in range(total.shape[0]):
                 total[i] += factor * row[i]
-        inverse = _ONE_VALUE / weights
+        inverse = np.float32(1) / weights
         for i in range(d):
             out[h, i] = total[i] * inverse
         lse[h] = peak + math.log(weights)
@@ -188,7 +183,11 @@ def kind_of(pages: Pages) -> int:
 def _estimate_rest(logits, rest, estimates, labels, bounds, means, mean_scales, out, lse):  # type: ignore[no-untyped-def]
     streams, t, g, _ = logits.shape
     d = means.shape[2]
-    outs, sums, peaks = (np.empty((2, g, d), np.float32), np.empty((2, g), np.float32), np.empty((2, g), np.float32))  # fmt: skip
+    outs, sums, peaks = (
+        np.empty((2, g, d), np.float32),
+        np.empty((2, g), np.float32),
+        np.empty((2, g), np.float32),
+    )
     for s in range(streams):
         for i in range(t):
             bound = bounds[s, i]

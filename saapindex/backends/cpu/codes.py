@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats, Ints
-from saapindex.backends.cpu.vector import HEADS, byte_at, capped, code_sums, exp, padded, plain
+from saapindex.backends.cpu.vector import HEADS, capped, code_sums, exp, padded, plain, pointer
 from saapindex.backends.paged import Code, PagedLists, Pages, Scaling
 from saapindex.backends.reference.codes import CORRECTION, coded, fields
 
@@ -124,8 +124,8 @@ def place_of(page, span, shift):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def scan_pages(  # type: ignore[no-untyped-def]
-    pages, labels, counts, addresses, span, shift, widths, bytes_, factors, offsets, kappas, base, list_centers,
-    softcap, estimates,
+    pages, labels, counts, addresses, span, shift, widths, bytes_, factors, offsets, kappas, base,
+    list_centers, softcap, estimates,
 ):  # fmt: skip
     """Write the estimates of all keys in some pages, (g, n pages of `LANES`), minus infinity where there is
     none.
@@ -138,25 +138,26 @@ def scan_pages(  # type: ignore[no-untyped-def]
         code = addresses[2, chunk] + at * words * LANES * 4
         for h in range(0, g, HEADS):
             code_sums(code, widths, bytes_[h : h + HEADS], sums[h : h + HEADS], p * LANES)
-        exponent = addresses[3, chunk] + at * LANES
+        exponents = carray(pointer(addresses[3, chunk] + at * LANES), (LANES,), np.uint8)
         for lane in range(LANES):
-            f[p * LANES + lane] = np.float32(byte_at(exponent + lane))
+            f[p * LANES + lane] = np.float32(exponents[lane])
     for i in range(n * LANES):
         f[i] = base * exp((f[i] - _MIDDLE) * _EXPONENT_STEP)
     for h in range(g):
-        row, whole = estimates[h], sums[h]
+        row, whole = estimates[h, : n * LANES], sums[h]
         factor, offset, kappa = factors[h], offsets[h], kappas[h]
+        for i in range(n * LANES):
+            second = min(kappa * f[i] * f[i], _CORRECTION)
+            row[i] = factor * f[i] * (np.float32(whole[i]) - offset) + second
         for p in range(n):
-            center = list_centers[h, labels[p]]
-            for i in range(p * LANES, (p + 1) * LANES):
-                second = min(kappa * f[i] * f[i], _CORRECTION)
-                row[i] = center + factor * f[i] * (np.float32(whole[i]) - offset) + second
+            lanes, center = row[p * LANES : (p + 1) * LANES], list_centers[h, labels[p]]
+            for lane in range(LANES):
+                lanes[lane] += center
+            for lane in range(counts[p], LANES):
+                lanes[lane] = -np.inf
         if softcap > 0:
             for i in range(n * LANES):
-                row[i] = capped(row[i], softcap)
-        for p in range(n):
-            for i in range(p * LANES + counts[p], (p + 1) * LANES):
-                row[i] = -np.inf
+                row[i] = capped(row[i], softcap) if row[i] > -np.inf else row[i]
 
 
 @njit(cache=True, nogil=True)
@@ -185,8 +186,8 @@ def page_total(taken):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _scan_codes(  # type: ignore[no-untyped-def]
-    queries, taken, anchors, anchor_scales, starts, table, addresses, span, shift, inverse, step, widths, base,
-    distortion, scale, softcap, estimates, rows, labels,
+    queries, taken, anchors, anchor_scales, starts, table, addresses, span, shift, inverse, step, widths,
+    base, distortion, scale, softcap, estimates, rows, labels,
 ):  # fmt: skip
     streams, t, g, _ = queries.shape
     heads, nlist = inverse.shape[0], taken.shape[2]

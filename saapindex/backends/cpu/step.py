@@ -1,7 +1,7 @@
 """A step of attention in numba: stages of small tasks, which the threads take one after the other.
 
-The tasks of a stage are independent, and what a stage writes, the next one reads. Nothing of the length of the
-context is held but the estimates of the keys that are visited.
+The tasks of a stage are independent, and what a stage writes, the next one reads. Nothing of the length of
+the context is held but the estimates of the keys that are visited.
 
 All that the stages read and write is described by one record of addresses and sizes, as a kernel of a GPU has
 its arguments. So a task is called through its address with three numbers, and compiled once: handed on as
@@ -24,7 +24,6 @@ from saapindex.backends.cpu.attend import (
     attend_chunk,
     bounded_sum,
     kind_of,
-    largest,
     merge_parts,
     rest_of_lists,
 )
@@ -39,8 +38,17 @@ from saapindex.backends.cpu.codes import (
     visited_pages,
 )
 from saapindex.backends.cpu.heap import worse
-from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, pool, rank, visit, worst_kept
-from saapindex.backends.cpu.vector import call_at, integer_at, next_task, padded, plain, pointer
+from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, largest, pool, rank, visit, worst_kept
+from saapindex.backends.cpu.vector import (
+    atomic_add,
+    atomic_read,
+    atomic_write,
+    call_at,
+    integer_at,
+    padded,
+    plain,
+    pointer,
+)
 from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling
 
 SCANNED = 32
@@ -50,7 +58,11 @@ ROUND_BYTES = 1 << 26
 SERIAL = 4096
 """Below this many keys to read in all, starting threads costs more than they save."""
 
-PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(6)
+STAGES = 6
+PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)
+TICKET, DONE = 0, 8  # far enough apart for a cache line each
+PATIENCE = 20_000
+"""Looks at the ticket before a thread without tasks goes: some tens of microseconds."""
 
 _NUMBERS = (
     # Sizes, as `AttentionOps` and `paged` name them; `rows` queries in a row, in `width` padded dimensions.
@@ -61,8 +73,8 @@ _NUMBERS = (
     "pages slots kept near_parts kept_parts scan_parts parts "
 )
 _READ = (
-    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads sizes starts "
-    "table addresses inverse steps widths base spread distortion scan left "
+    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads sizes "
+    "starts table addresses inverse steps widths base spread distortion scan left "
 )
 _WRITTEN = (
     "logits norms centers bytes factors taken page_counts page_numbers labels counts estimates scores "
@@ -136,8 +148,10 @@ def _visited(step, r):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _estimates(step, r):  # type: ignore[no-untyped-def]
-    return _floats(step.estimates + 4 * r * step.g * step.slots, (step.g, step.slots))
+def _estimates(step, r, part):  # type: ignore[no-untyped-def]
+    """Of the pages of one task: (g, its slots), side by side so that loops over them are SIMD."""
+    slots = SCANNED * LANES
+    return _floats(step.estimates + 4 * (r * step.slots + part * slots) * step.g, (step.g, slots))
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -220,8 +234,8 @@ def _attend(step, r, part, rows):  # type: ignore[no-untyped-def]
         peaks[part] = -np.inf
         return
     attend_chunk(
-        _query(step, r), rows, _pool(step), step.span, step.shift, step.kind, step.d, step.scale, step.softcap,
-        outs[part], sums[part], peaks[part],
+        _query(step, r), rows, _pool(step), step.span, step.shift, step.kind, step.d, step.scale,
+        step.softcap, outs[part], sums[part], peaks[part],
     )  # fmt: skip
 
 
@@ -245,16 +259,15 @@ def _near_rows(step, r, part, rows):  # type: ignore[no-untyped-def]
 def _scan(step, r, part):  # type: ignore[no-untyped-def]
     """Estimate the logits of the keys in some of the pages, and score them."""
     pages, labels, counts = _visited(step, r)
-    here = slice(part * SCANNED, min((part + 1) * SCANNED, pages.shape[0]))
-    if here.start >= here.stop:
+    start, stop = part * SCANNED, min((part + 1) * SCANNED, pages.shape[0])
+    if start >= stop:
         return
     head, factors, g = r // step.tokens % step.heads, _factors(step, r), step.g
-    keys = slice(here.start * LANES, here.stop * LANES)
-    estimates = _estimates(step, r)[:, keys]
+    estimates = _estimates(step, r, part)
     scan_pages(
-        pages[here],
-        labels[here],
-        counts[here],
+        pages[start:stop],
+        labels[start:stop],
+        counts[start:stop],
         _pool(step),
         step.span,
         step.shift,
@@ -269,7 +282,8 @@ def _scan(step, r, part):  # type: ignore[no-untyped-def]
         estimates,
     )
     if step.policy != UNION:
-        pool(estimates, _floats(step.norms + 4 * r * g, (g,)), step.policy, _scores(step, r)[keys])
+        scores = _scores(step, r)[start * LANES : stop * LANES]
+        pool(estimates, _floats(step.norms + 4 * r * g, (g,)), step.policy, scores)
 
 
 @njit(cache=True, nogil=True)
@@ -321,18 +335,22 @@ def _choose(step, r):  # type: ignore[no-untyped-def]
     for keys in _longs(step.taken + 8 * r * step.nlist, (step.nlist,)):
         scanned += keys
     limit = max(_longs(step.left, (s + 1,))[s] - scanned * step.code_bytes, 0) // step.row_bytes
-    kept, estimates = np.zeros(slots, np.bool_), _estimates(step, r)
-    if step.policy == UNION:
-        for h in range(step.g):
-            _keep(step, pages, estimates[h, :slots], limit // step.g, kept)
-    else:
-        _keep(step, pages, _scores(step, r)[:slots], limit, kept)
-    for slot in range(slots):
-        if kept[slot]:
-            rows[n] = np.int64(pages[slot // LANES]) * LANES + slot % LANES
-            n += 1
-            for h in range(step.g):
-                estimates[h, slot] = -np.inf
+    kept, scores, block = np.zeros(slots, np.bool_), _scores(step, r)[:slots], SCANNED * LANES
+    for h in range(step.g if step.policy == UNION else 1):
+        if step.policy == UNION:  # each head by its own estimates
+            limit = limit // step.g if h == 0 else limit
+            for part in range((slots + block - 1) // block):
+                end = min(block, slots - part * block)
+                scores[part * block : part * block + end] = _estimates(step, r, part)[h, :end]
+        _keep(step, pages, scores, limit, kept)
+    for part in range((slots + block - 1) // block):
+        estimates = _estimates(step, r, part)
+        for i in range(min(block, slots - part * block)):
+            if kept[part * block + i]:
+                rows[n] = np.int64(pages[part * SCANNED + i // LANES]) * LANES + i % LANES
+                n += 1
+                for h in range(step.g):
+                    estimates[h, i] = -np.inf
     _longs(step.kept_counts, (r + 1,))[r] = n
 
 
@@ -361,17 +379,18 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
     if first >= last:
         return
     out[:] = 0
+    sums[:] = 0
     for h in range(g):
-        row = _estimates(step, r)[h]
-        peaks[h] = min(bounds[h], largest(row[first * LANES : last * LANES]))
-        sums[h] = 0
+        row = _estimates(step, r, part)[h]
+        peaks[h] = min(bounds[h], largest(row[: (last - first) * LANES]))
         if peaks[h] == -np.inf:
             continue
         start = first
         for p in range(first, last):
             label = labels[p]
             if p + 1 == last or labels[p + 1] != label:
-                weight = bounded_sum(row[start * LANES : (p + 1) * LANES], bounds[h], peaks[h])
+                run = row[(start - first) * LANES : (p + 1 - first) * LANES]
+                weight = bounded_sum(run, bounds[h], peaks[h])
                 sums[h] += weight
                 add_mean(weight, means[label], mean_scales[label], out[h])
                 start = p + 1
@@ -382,7 +401,7 @@ def _do(address: int, stage: int, task: int) -> None:
     step = carray(pointer(address), 1, STEP)[0]
     if stage == PLAN and task % (step.near_parts + 1) == 0:
         _plan(step, task // (step.near_parts + 1))
-    elif stage == PLAN or stage == FETCH:
+    elif stage in (PLAN, FETCH):
         # One call for both, since all that it calls is compiled at every place that calls it.
         rows = np.empty(CHUNK, np.int64)
         if stage == PLAN:
@@ -408,24 +427,62 @@ def _do(address: int, stage: int, task: int) -> None:
 
 
 @functools.cache
-def _task() -> int:
+def task_address() -> int:
     """Address of `_do`, compiled when it is first needed."""
     return int(cfunc(types.void(types.int64, types.int64, types.int64), cache=True)(_do).address)
 
 
 @njit(cache=True, nogil=True)
-def _run_tasks(do, step, stage, count, counter):  # type: ignore[no-untyped-def]
-    """Take tasks until there are none."""
-    task = next_task(counter)
-    while task < count:
-        call_at(do, step, stage, task)
-        task = next_task(counter)
+def _take_part(do, step, counts, state):  # type: ignore[no-untyped-def]
+    """Take tasks, stage after stage, until there are none.
+
+    ``state[TICKET]`` holds the stage in its upper and the next task in its lower half; ``state[DONE]`` counts
+    tasks of the stage that are done, and who does the last opens the next stage. All threads are alike and
+    none waits for one that is not in the middle of a task, so one is enough, and one that comes late costs
+    nothing.
+    """
+    while True:
+        ticket = atomic_add(state, TICKET, 1)
+        stage, task = ticket >> 32, ticket & 0xFFFFFFFF
+        if stage >= STAGES:
+            return
+        if task < counts[stage]:
+            call_at(do, step, stage, task)
+            if atomic_add(state, DONE, 1) + 1 == counts[stage]:
+                atomic_write(state, DONE, 0)
+                atomic_write(state, TICKET, _stage_from(counts, stage + 1) << 32)
+            continue
+        patience = PATIENCE
+        while atomic_read(state, TICKET) >> 32 == stage:
+            patience -= 1
+            if patience == 0:  # others are at it, or cannot go on: they will do without
+                return
+
+
+@njit(cache=True, nogil=True)
+def _stage_from(counts, stage):  # type: ignore[no-untyped-def]
+    """Return the next stage that has tasks."""
+    while stage < STAGES and counts[stage] == 0:
+        stage += 1
+    return stage
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _run_together(do, step, stage, count, counter, threads):  # type: ignore[no-untyped-def]
+def _take_part_together(do, step, counts, state, threads):  # type: ignore[no-untyped-def]
     for _ in prange(threads):
-        _run_tasks(do, step, stage, count, counter)
+        _take_part(do, step, counts, state)
+
+
+@njit(cache=True, nogil=True)
+def run_stages(do, steps, counts, threads, memory):  # type: ignore[no-untyped-def]
+    """Do all tasks, `counts` of each stage; `memory` is what the stages write to."""
+    state = np.zeros(2 * DONE, np.int64)
+    state[TICKET] = _stage_from(counts, 0) << 32
+    if threads == 1:
+        _take_part(do, steps.ctypes.data, counts, state)
+    else:
+        _take_part_together(do, steps.ctypes.data, counts, state, threads)
+    return memory.shape[0]  # it lives up to here
 
 
 @njit(cache=True, nogil=True)
@@ -445,7 +502,7 @@ def _count_parts(step, scan, left, sizes, sinks, recent):  # type: ignore[no-unt
     scans = step.refine and not step.everything
     step.scan_parts = (pages + SCANNED - 1) // SCANNED if scans else 0
     step.parts = step.near_parts + step.kept_parts + (step.scan_parts + 1 if step.remainder else 0)
-    step.slots = pages * LANES if scans else 0
+    step.slots = step.scan_parts * SCANNED * LANES
 
 
 @njit(cache=True, nogil=True)
@@ -478,11 +535,12 @@ def _room(size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _run(  # type: ignore[no-untyped-def]
-    do, most_threads, steps, queries, positions, near_table, sinks, first, recent, anchors, anchor_scales,
+def set_up(  # type: ignore[no-untyped-def]
+    steps, queries, positions, near_table, sinks, first, recent, anchors, anchor_scales,
     means, mean_scales, spreads, sizes, starts, table, addresses, inverse, quanta, widths, base, spread,
     distortion, scan, left, out, lse,
 ):  # fmt: skip
+    """Complete the record; return the tasks of each stage, and the working memory."""
     step = steps[0]
     step.rows, step.g, step.width = queries.shape
     step.nlist, step.near_pages, step.chunks = sizes.shape[1], near_table.shape[1], addresses.shape[1]
@@ -503,24 +561,23 @@ def _run(  # type: ignore[no-untyped-def]
     _count_parts(step, scan, left, sizes, sinks, recent)
     memory = np.empty(_lay_out(step, 0) + 64, np.uint8)
     _lay_out(step, _room(memory.ctypes.data))
-    counter, rows = np.empty(1, np.int64), step.rows
-    few = rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
-    for stage in range(PLAN, MERGE + 1):
-        count = rows
-        if stage == PLAN:
-            count = rows * (step.near_parts + 1)
-        elif stage == SCAN:
-            count = rows * step.scan_parts
-        elif stage == FETCH:
-            count = rows * step.kept_parts
-        elif stage == REST:
-            count = rows * (step.scan_parts + 1) if step.remainder else 0
-        counter[0] = 0
-        if few or most_threads == 1 or count < 2:
-            _run_tasks(do, steps.ctypes.data, stage, count, counter)
-        else:
-            _run_together(do, steps.ctypes.data, stage, count, counter, most_threads)
-    return memory.shape[0]  # it lives up to here
+    counts, rows = np.empty(STAGES, np.int64), step.rows
+    counts[PLAN], counts[SCAN] = rows * (step.near_parts + 1), rows * step.scan_parts
+    counts[CHOOSE], counts[FETCH] = rows, rows * step.kept_parts
+    counts[REST], counts[MERGE] = rows * (step.scan_parts + 1) if step.remainder else 0, rows
+    return counts, memory
+
+
+@njit(cache=True, nogil=True)
+def _is_little(step):  # type: ignore[no-untyped-def]
+    """Whether starting threads costs more than they save."""
+    return step.rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
+
+
+@njit(cache=True, nogil=True)
+def _run(do, threads, steps, *arrays):  # type: ignore[no-untyped-def]
+    counts, memory = set_up(steps, *arrays)
+    run_stages(do, steps, counts, 1 if _is_little(steps[0]) else threads, memory)
 
 
 def attend_lists(
@@ -594,7 +651,7 @@ def _in_rounds(
         found = (out, lse) if once >= t else (np.empty_like(out[:, part]), np.empty_like(lse[:, part]))
         tokens = found[1].shape[1]
         _run(
-            _task(),
+            task_address(),
             get_num_threads(),
             step,
             np.ascontiguousarray(x[:, part]).reshape(streams * tokens, g, -1),

@@ -81,10 +81,7 @@ class _Emitter:
         """Load stored elements as floats; with a mask, only where it is set, and zero elsewhere."""
         width, bits = (4, _I32) if kind == FLOAT32 else (2, _I16)
         raw = ir.VectorType(bits, LANES)
-        if mask is None:
-            x = self.load(address, raw, width)
-        else:
-            x = self._masked_load(address, raw, width, mask)
+        x = self.load(address, raw, width) if mask is None else self._masked_load(address, raw, width, mask)
         if kind == FLOAT32:
             return self.builder.bitcast(x, _FLOATS)
         if kind == FLOAT16:
@@ -337,14 +334,42 @@ code_sums_portable: Callable[..., Any] = _make_code_sums(portable=True)
 
 
 @intrinsic
-def next_task(typingctx, counter):  # type: ignore[no-untyped-def]
-    """Return ``counter[0]``, int64, and count it up, safe among threads."""
+def atomic_add(typingctx, counters, i, value):  # type: ignore[no-untyped-def]
+    """Add to ``counters[i]``, int64, in one go that no thread sees half of; return what it was."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, _long(1), "monotonic")
+        place = _element(context, builder, signature, args)
+        return builder.atomic_rmw("add", place, args[2], "seq_cst")
 
-    return types.int64(counter), codegen
+    return types.int64(counters, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_read(typingctx, counters, i):  # type: ignore[no-untyped-def]
+    """Return ``counters[i]``, int64, as other threads have left it."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(_element(context, builder, signature, args), "seq_cst", 8, typ=_I64)
+
+    return types.int64(counters, types.int64), codegen
+
+
+@intrinsic
+def atomic_write(typingctx, counters, i, value):  # type: ignore[no-untyped-def]
+    """Set ``counters[i]``, int64, for other threads to see, and all that was written before with it."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store_atomic(args[2], _element(context, builder, signature, args), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64, types.int64), codegen
+
+
+def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Pointer to an element of an array of int64."""
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    address = builder.add(builder.ptrtoint(array.data, _I64), builder.mul(args[1], _long(8)))
+    return builder.inttoptr(address, _I64.as_pointer())
 
 
 @intrinsic
@@ -387,16 +412,6 @@ def float_of(typingctx, bits):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], _FLOAT)
 
     return types.float32(types.int32), codegen
-
-
-@intrinsic
-def byte_at(typingctx, address):  # type: ignore[no-untyped-def]
-    """Return the uint8 at an address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _Emitter(builder).load(args[0], _I8, 1)
-
-    return types.uint8(types.int64), codegen
 
 
 @intrinsic
