@@ -142,9 +142,9 @@ def kernels(limits: dict[str, float]) -> list[dict[str, Any]]:
             name = "assign float16, 8 heads of 256"
             add(name, partial(assign_heads, few, ready), 2 * centroids.nbytes, flops, "float16")
             add("prepare 8 heads of 1024", partial(prepare, centroids, bias), 2 * centroids.nbytes)
-            wide, flops = one[0].astype(np.float32), 2 * n * NLIST * d
+            wide, flops = one[0].astype(np.float32), 3 * 2 * n * NLIST * d
             name = "assign float32, one head of 128k"
-            add(name, partial(ops.assign, wide, one[1], one[2]), wide.nbytes, flops)
+            add(name, partial(ops.assign, wide, one[1], one[2]), wide.nbytes, flops, "float16")
             labels, _ = ops.assign(*one)
             name = "accumulate float16, one head of 128k"
             add(name, partial(ops.accumulate, one[0], labels, NLIST), one[0].nbytes)
