@@ -82,7 +82,8 @@ def drawn(book: LayerCodebook, batch: int, n: int, seed: int) -> torch.Tensor:
 
 def microseconds(run: Callable[[], object], times: int = 20) -> float:
     """Return the median time of `run` replayed as a graph."""
-    stream: Any = torch.cuda.Stream()
+    kind: Any = torch.cuda.Stream
+    stream = kind()
     with torch.cuda.stream(stream):
         run()
         run()
