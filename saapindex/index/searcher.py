@@ -51,8 +51,8 @@ class Searcher(KeyStore):
         Parameters
         ----------
         x
-            Queries, (n, d); NumPy or a CPU torch tensor, for an index on a device also CuPy or a CUDA tensor; it
-            also says what comes back. NaN is refused, but on a device finds nothing.
+            Queries, (n, d); NumPy or a CPU torch tensor, for an index on a device also CuPy or a CUDA tensor;
+            it also says what comes back. NaN is refused, but on a device finds nothing.
         k
             At least 1; more than the keys that are read leaves the rest -1.
         params
