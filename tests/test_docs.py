@@ -1,4 +1,4 @@
-"""Every Python block of the README and the quickstart runs, in order."""
+"""Every Python block of these pages runs, in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(page, fence):
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/faiss.md", "docs/quickstart.md"])
 def test_code_runs(page):
     run(page, "python")
 

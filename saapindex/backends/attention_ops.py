@@ -157,25 +157,43 @@ class AttentionOps(ABC):
     @abstractmethod
     def estimate_rest(
         self,
+        queries: Floats,
         logits: Floats,
         rest: Ints,
         estimates: Floats,
+        rows: Ints,
         labels: Ints,
         bounds: Floats,
         lists: PagedLists,
+        pages: Pages,
+        code: Code,
+        scaling: Scaling,
     ) -> tuple[Floats, Floats]:
-        """Attend to what was not fetched: every key by its estimate, with the mean value of its list.
+        """Attend to what was not fetched: every key by its estimate, with the value that is expected of it.
 
-        No estimate counts for more than its bound: on loose lists they would blow up.
+        No estimate counts for more than its bound: on loose lists they would blow up. So a list has the
+        weight ``W_j = rest_j * exp(min(logit_j, bound))`` and a visited key ``w_i = exp(min(estimate_i,
+        bound))``.
+
+        The expected value of a key is the mean of its list plus ``y @ slopes``. Of a visited key, `y` is what
+        its code holds, ``f * (field - hi) * step``, plus ``scale * min(f^2, 3 / a) * distortion * u`` with
+        ``a = scale^2 / 2 * sum u^2 distortion``: among the keys of one code, those on the side of the query
+        weigh more. Of a list, it is ``scale * min(spread_j, 3 / b) * lam * u`` with ``b = scale^2 / 2 * sum
+        u^2 lam`` alike. Both are the derivatives of the second-order terms of the estimates, and capped where
+        these are (caps of logits are left out). Only three sums are needed, ``sum w_i f_i (field_i - hi)``,
+        ``sum w_i min(f_i^2, 3 / a)`` and ``sum W_j min(spread_j, 3 / b)``, and one product with `slopes`.
 
         Parameters
         ----------
+        queries
+            (S, t, g, d).
         logits
             (S, t, g, L), for each of the `rest` keys of a list.
         rest
             (S, t, L) int64, keys of each list that were not visited.
-        estimates, labels
-            (S, t, g, N) and (S, t, N), of keys that were visited and not kept; minus infinity for the others.
+        estimates, rows, labels
+            (S, t, g, N), (S, t, N) and (S, t, N), of keys that were visited and not kept; estimates of minus
+            infinity for the others, and rows and labels of -1 beyond.
         bounds
             (S, t, g), the largest logit that was computed exactly; infinity for no bound.
 
@@ -262,7 +280,7 @@ class AttentionOps(ABC):
             estimates = np.where(kept[:, :, None], -np.inf, estimates).astype(queries.dtype)
         else:
             fetched = lists.all_rows(taken)
-            labels = np.empty((*taken.shape[:2], 0), np.int64)
+            rows = labels = np.empty((*taken.shape[:2], 0), np.int64)
             estimates = np.empty((*queries.shape[:3], 0), queries.dtype)
         exact = np.concatenate([near.all_rows(positions), fetched], axis=-1)
         out, lse, peaks = self.attend_rows(queries, exact, pages, scaling)
@@ -270,5 +288,7 @@ class AttentionOps(ABC):
             return out, lse
         bounds = np.where(peaks > -np.inf, peaks, np.inf).astype(queries.dtype)
         rest = lists.sizes[:, None] - taken
-        other, other_lse = self.estimate_rest(logits, rest, estimates, labels, bounds, lists)
+        other, other_lse = self.estimate_rest(
+            queries, logits, rest, estimates, rows, labels, bounds, lists, pages, code, scaling
+        )
         return self.merge(np.stack([out, other]), np.stack([lse, other_lse]))

@@ -152,6 +152,9 @@ class PagedLists(NamedTuple):
         (S, L, d) int8 and (S, L) float32: their product is the mean value of the list.
     spreads
         (S, L) float32, mean square of the scales of the keys' codes.
+    slopes
+        (S, R, d) float32: the value of a key is about the mean of its list plus ``y @ slopes``, `y` being its
+        coded residual (see `Code`).
     sizes
         (S, L) int64, keys in each list; ids rise along a list.
     starts
@@ -166,6 +169,7 @@ class PagedLists(NamedTuple):
     means: NDArray[np.int8]
     mean_scales: Floats
     spreads: Floats
+    slopes: Floats
     sizes: Ints
     starts: Ints
     table: NDArray[np.int32]
