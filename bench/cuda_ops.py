@@ -2,7 +2,7 @@
 
 ::
 
-    python bench/cuda_ops.py    # needs a CUDA device, CuPy and torch; compares with faiss-gpu if it is there
+    python bench/cuda_ops.py    # needs a CUDA device, CuPy and torch; --faiss COMMAND to compare with Faiss
 
 Every time is the median of replays of a CUDA graph, so that launches from Python do not count; the device
 runs nothing else. A kernel's floors are the bytes that it must move at the bandwidth of a large copy, and its
@@ -11,10 +11,12 @@ multiply-adds at the rate of a large matrix product, both measured in the same r
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
+import shlex
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,13 +37,6 @@ from saapindex.learn import read_trace
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parent.parent / "saapindex" / "data"
-try:
-    faiss: Any = importlib.import_module("faiss")
-    importlib.import_module("faiss.contrib.torch_utils")
-    if not hasattr(faiss, "StandardGpuResources"):  # the build for CPUs
-        faiss = None
-except ImportError:
-    faiss = None
 HEADS, TOKENS, D, NLIST = 8, 131_072, 128, 1024
 
 
@@ -147,9 +142,9 @@ def kernels(limits: dict[str, float]) -> list[dict[str, Any]]:
             name = "assign float16, 8 heads of 256"
             add(name, partial(assign_heads, few, ready), 2 * centroids.nbytes, flops, "float16")
             add("prepare 8 heads of 1024", partial(prepare, centroids, bias), 2 * centroids.nbytes)
-            wide, flops = one[0].astype(np.float32), 2 * n * NLIST * d
+            wide, flops = one[0].astype(np.float32), 3 * 2 * n * NLIST * d
             name = "assign float32, one head of 128k"
-            add(name, partial(ops.assign, wide, one[1], one[2]), wide.nbytes, flops)
+            add(name, partial(ops.assign, wide, one[1], one[2]), wide.nbytes, flops, "float16")
             labels, _ = ops.assign(*one)
             name = "accumulate float16, one head of 128k"
             add(name, partial(ops.accumulate, one[0], labels, NLIST), one[0].nbytes)
@@ -222,7 +217,9 @@ def trace_head(test: Path, train: Path, head: int) -> tuple[Any, Any, Any]:
     return keys, queries, training
 
 
-def searches(name: str, keys: Any, queries: Any, training: Any, nlist: int) -> list[dict[str, Any]]:
+def searches(
+    name: str, keys: Any, queries: Any, training: Any, nlist: int, command: str
+) -> list[dict[str, Any]]:
     """Time searches at recall@10 of 0.9 beside Faiss's IVF on the same device, and brute force."""
     n, d = keys.shape
     exact = cupy.from_dlpack(from_dlpack(queries @ keys.T).topk(10)[1])
@@ -239,7 +236,7 @@ def searches(name: str, keys: Any, queries: Any, training: Any, nlist: int) -> l
     index.nprobe = least_nprobe(
         lambda p: recall(index.search(queries, 10, params=sx.SearchParameters(nprobe=p))[1]), nlist
     )
-    theirs = {kind: faiss_index(kind, keys, nlist, recall, queries) for kind in FAISS} if faiss else {}
+    theirs = faiss_times(command, keys, queries, exact, nlist)
     half_keys, half_queries = from_dlpack(keys).half(), from_dlpack(queries).half()
     read = float(index.route(queries)[1].mean())
     routing = index._routing
@@ -272,39 +269,26 @@ def searches(name: str, keys: Any, queries: Any, training: Any, nlist: int) -> l
             "brute force kernels us": brute,
             "times brute force": brute / replayed,
         }
-        tensor = from_dlpack(part)
         for kind, other in theirs.items():
-            call = wall_microseconds(partial(other["index"].search, tensor, k))
-            about = {"nprobe": other["nprobe"], "recall@10": other["recall"], "call us": call}
-            row[kind] = {**about, "times": call / row["call us"], "times kernels": call / replayed}
+            if kind.startswith("Faiss"):
+                call = other["call us"][f"{k} {batch}"]
+                times = {"times call": call / row["call us"], "times kernels": call / replayed}
+                row[kind] = {**other, "call us": call, **times}
         rows.append(row)
         print(row, flush=True)
     return rows
 
 
-FAISS = ("Faiss GPU IVFFlat", "Faiss GPU IVF SQfp16")
-
-
-def faiss_index(
-    name: str, keys: Any, nlist: int, recall: Callable[[Any], float], queries: Any
-) -> dict[str, Any]:
-    """Return Faiss's index of these keys on the device, with the least `nprobe` for a recall of 0.9."""
-    resources, d = faiss.StandardGpuResources(), keys.shape[1]
-    if name == FAISS[0]:
-        index = faiss.GpuIndexIVFFlat(resources, d, nlist, faiss.METRIC_INNER_PRODUCT)
-    else:
-        half = faiss.ScalarQuantizer.QT_fp16
-        index = faiss.GpuIndexIVFScalarQuantizer(resources, d, nlist, half, faiss.METRIC_INNER_PRODUCT)
-    on_host, asked = keys.get(), from_dlpack(queries)
-    index.train(on_host)
-    index.add(on_host)
-
-    def reached(p: int) -> float:
-        index.nprobe = p
-        return recall(cupy.from_dlpack(index.search(asked, 10)[1]))
-
-    nprobe = least_nprobe(reached, nlist)
-    return {"index": index, "nprobe": nprobe, "recall": reached(nprobe), "resources": resources}
+def faiss_times(command: str, keys: Any, queries: Any, exact: Any, nlist: int) -> dict[str, Any]:
+    """Return what ``bench/faiss_gpu.py`` finds for these keys; nothing without a command that runs it."""
+    if not command:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        data, out = f"{folder}/data.npz", f"{folder}/out.json"
+        np.savez(data, keys=keys.get(), queries=queries.get(), exact=exact.get(), nlist=nlist)
+        subprocess.run([*shlex.split(command), data, out], check=True)
+        found: dict[str, Any] = json.loads(Path(out).read_text())
+    return found
 
 
 def main(
@@ -313,6 +297,7 @@ def main(
     train: Annotated[Path, typer.Option(help="The same layer in another context.")] = DATA
     / "train.safetensors",
     head: Annotated[int, typer.Option(help="KV head of the trace.")] = 0,
+    faiss: Annotated[str, typer.Option(help="Command that runs bench/faiss_gpu.py.")] = "",
     out: Path = RESULTS / "cuda-ops.json",
 ) -> None:
     """Time everything, print it and write it to OUT."""
@@ -325,10 +310,9 @@ def main(
             "cupy": cupy.__version__,
             "ceilings": limits,
             "kernels": kernels(limits),
-            "faiss": faiss.__version__ if faiss else "not here: brute force alone",
             "search": [
-                *searches("real attention", *trace_head(test, train, head), 512),
-                *searches("attention-like", *attention_like(1_048_576, D), 2048),
+                *searches("real attention", *trace_head(test, train, head), 512, faiss),
+                *searches("attention-like", *attention_like(1_048_576, D), 2048, faiss),
             ],
         }
     out.parent.mkdir(exist_ok=True)

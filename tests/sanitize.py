@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 
-import cupy
 import pytest
 
 SMALL = (
@@ -21,6 +20,8 @@ SMALL = (
 )
 
 if __name__ == "__main__":
+    import cupy
+
     cupy.cuda.set_allocator(None)
     options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", SMALL, "tests/backends", *sys.argv[1:]]
     sys.exit(pytest.main(options))

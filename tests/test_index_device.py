@@ -80,6 +80,17 @@ def test_arrays_of_cupy_stay_on_the_device(cupy, made, queries, params):
     same([part.get() for part in (lims, scores, ids)], index.range_search(queries, 3.0))
 
 
+def test_a_query_of_nan_on_the_device_finds_nothing(cupy, made, queries):
+    _, there = made()
+    queries[3, 2] = np.nan
+    scores, ids = (part.get() for part in there.search(cupy.asarray(queries), 7))
+    assert (ids[3] == -1).all()
+    assert np.isneginf(scores[3]).all()
+    assert (ids[[0, 1, 2, 4]] >= 0).all()
+    with pytest.raises(sx.InvalidInputError, match="x holds NaN"):
+        there.search(queries, 7)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("params", [None, sx.SearchParameters(budget=50)])
 def test_tensors_stay_on_the_device(torch, made, queries, params):

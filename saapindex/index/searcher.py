@@ -59,7 +59,8 @@ class Searcher(KeyStore):
         Parameters
         ----------
         x
-            Queries, (n, d); NumPy or a CPU torch tensor, which also says what comes back.
+            Queries, (n, d); NumPy or a CPU torch tensor, for an index on a device also CuPy or a CUDA tensor;
+            it also says what comes back. NaN is refused, but on a device finds nothing.
         k
             At least 1; more than the keys that are read leaves the rest -1.
         params
@@ -268,7 +269,9 @@ class Searcher(KeyStore):
         self, x: ArrayLike, positions: ArrayLike | None, held: Held
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the queries, and the partition's view of them."""
-        queries = arrays.vectors(x, "x", self.d, device=device_of(x))
+        # To look for NaN on a device would be to wait for it; such a query finds nothing.
+        place = device_of(x)
+        queries = arrays.vectors(x, "x", self.d, finite=place is None, device=place)
         partition = held.partition
         assert partition is not None
         if positions is None:

@@ -148,9 +148,15 @@ def ready(queries: Any, lists: Lists) -> tuple[Any, Lists]:
     return cupy.ascontiguousarray(queries, np.float32), lists
 
 
-def _counts_allowed(lists: Lists, limits: Any) -> bool:
-    """Tell whether a limit counts allowed keys alone, which the kernels do not."""
-    return getattr(lists, "allowed", None) is not None and bool((limits < len(lists.ids)).any())
+def _limits(lists: Lists, limits: Any) -> Any:
+    """Return the limits as the kernels count, all keys of a list; None where they must count allowed ones."""
+    allowed = getattr(lists, "allowed", None)
+    if allowed is None:
+        return limits
+    cupy = get_cupy()
+    most = int((allowed[:, None] >> cupy.arange(LANES, dtype=np.uint16) & np.uint16(1)).sum())
+    limits = cupy.asarray(limits)
+    return None if bool((limits < most).any()) else cupy.full(len(limits), len(lists.ids), np.int64)
 
 
 def _on_host(run: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
@@ -164,8 +170,9 @@ def scan(queries: Floats, lists: Lists, probes: Ints, limits: Ints, k: int, l2: 
     cupy = get_cupy()
     if not len(queries):
         return cupy.empty((0, k), np.float32), cupy.empty((0, k), np.int64)
-    if _counts_allowed(lists, limits):
-        return _on_host(scan_reference, queries, lists, probes, limits, k, l2)
+    given, limits = limits, _limits(lists, limits)
+    if limits is None:
+        return _on_host(scan_reference, queries, lists, probes, given, k, l2)
     queries, lists = ready(queries, lists)
     probes = cupy.ascontiguousarray(probes, np.int64)
     return best_of(queries, lists, probes, *planned(lists, probes, limits), k, l2)
@@ -179,8 +186,9 @@ def range_scan(
     cupy = get_cupy()
     if not len(queries):
         return cupy.zeros(1, np.int64), cupy.empty(0, np.float32), cupy.empty(0, np.int64)
-    if _counts_allowed(lists, limits):
-        return _on_host(range_scan_reference, queries, lists, probes, limits, radius, l2)
+    given, limits = limits, _limits(lists, limits)
+    if limits is None:
+        return _on_host(range_scan_reference, queries, lists, probes, given, radius, l2)
     queries, lists = ready(queries, lists)
     probes = cupy.ascontiguousarray(probes, np.int64)
     return _within(queries, lists, probes, *planned(lists, probes, limits), -radius if l2 else radius, l2)
