@@ -43,6 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STAGES = ("plan and near", "scan", "choose", "fetch", "rest", "merge")
 CONTEXT, BUDGET, QUERIES = 32_768, 0.05, 16
+FLUSHED = 40 << 20
 LENGTHS = [1 << i for i in range(10, 17)]
 console = Console()
 
@@ -121,12 +122,20 @@ class Layer:
 
 
 def in_turn(runs: Mapping[str, Callable[[int], Any]], repeats: int) -> dict[str, NDArray[np.float64]]:
-    """Run everything `repeats` times, one after the other; return microseconds of each."""
+    """Run everything `repeats` times, one after the other; return microseconds of each.
+
+    Before each, other memory is read and written: caches are cold, as where the layers of a model take turns,
+    and the threads of what ran before have come to rest. The pause after it keeps a busy machine from taking
+    the core away just then.
+    """
+    other = np.zeros(FLUSHED // 4, np.float32)
     times = {name: np.empty(repeats) for name in runs}
     for run in runs.values():
         run(0)
     for i in range(repeats):
         for name, run in runs.items():
+            other += 1
+            time.sleep(0.005)
             start = time.perf_counter()
             run(i)
             times[name][i] = 1e6 * (time.perf_counter() - start)
