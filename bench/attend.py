@@ -13,11 +13,12 @@ it is fastest here.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STAGES = ("plan and near", "scan", "choose", "fetch", "rest", "merge")
 CONTEXT, BUDGET, QUERIES = 32_768, 0.05, 16
+FLUSHED = 40 << 20
 LENGTHS = [1 << i for i in range(10, 17)]
 console = Console()
 
@@ -94,8 +96,9 @@ class Layer:
         x = 1.5 * wanted[:, None] + self.rng.standard_normal((heads, g, m, d))
         return self._turned(x.reshape(heads * g, m, d), np.full(m, position))
 
+    @functools.cache  # noqa: B019, a layer lives for one measurement
     def index(self, dtype: str) -> AttentionIndex:
-        """Return an index that holds the keys."""
+        """Return an index that holds the keys; fork it to add more."""
         index = AttentionIndex(self.codebook, dense_below=0)
         kind = TYPES[dtype]
         index.add(self.keys.to(kind), self.values.to(kind))
@@ -119,12 +122,20 @@ class Layer:
 
 
 def in_turn(runs: Mapping[str, Callable[[int], Any]], repeats: int) -> dict[str, NDArray[np.float64]]:
-    """Run everything `repeats` times, one after the other; return microseconds of each."""
+    """Run everything `repeats` times, one after the other; return microseconds of each.
+
+    Before each, other memory is read and written: caches are cold, as where the layers of a model take turns,
+    and the threads of what ran before have come to rest. The pause after it keeps a busy machine from taking
+    the core away just then.
+    """
+    other = np.zeros(FLUSHED // 4, np.float32)
     times = {name: np.empty(repeats) for name in runs}
     for run in runs.values():
         run(0)
     for i in range(repeats):
         for name, run in runs.items():
+            other += 1
+            time.sleep(0.005)
             start = time.perf_counter()
             run(i)
             times[name][i] = 1e6 * (time.perf_counter() - start)
@@ -142,9 +153,8 @@ def best_type(layer: Layer) -> str:
     return min(found, key=lambda name: found[name])
 
 
-def against_dense(layer: Layer, repeats: int) -> dict[str, Any]:
+def against_dense(layer: Layer, dtype: str, repeats: int) -> dict[str, Any]:
     """One step of the library in every type, and torch's in its best."""
-    dtype = best_type(layer)
     runs = {name: layer.sparse(name, BUDGET) for name in TYPES}
     times = in_turn({**runs, "torch": layer.dense(dtype)}, repeats)
     return {
@@ -195,7 +205,7 @@ def by_stage(layer: Layer, dtype: str, repeats: int) -> dict[str, Any]:
 
 def adding(layer: Layer, dtype: str, steps: int) -> dict[str, Any]:
     """Microseconds that adding one token takes: most of the time, and on average with what enters lists."""
-    index, kind = layer.index(dtype), TYPES[dtype]
+    index, kind = layer.index(dtype).fork(), TYPES[dtype]
     tokens = [
         (layer.keys[:, :, i : i + 1].to(kind), layer.values[:, :, i : i + 1].to(kind)) for i in range(64)
     ]
@@ -203,26 +213,24 @@ def adding(layer: Layer, dtype: str, steps: int) -> dict[str, Any]:
     return {"type": dtype, "tokens": steps, **spread(times), "mean": round(float(times.mean()), 1)}
 
 
-def crossover(shape: Shape, dtype: str, lengths: list[int], repeats: int) -> list[dict[str, Any]]:
+def crossover(
+    shape: Shape, dtype: str, dense: str, lengths: list[int], repeats: int
+) -> Iterator[dict[str, Any]]:
     """Sparse steps, dense steps over the same pages, and torch's, at every length."""
-    rows = []
     for n in track(lengths, f"lengths, {shape.name}"):
         layer = Layer(shape, n)
         runs = {
             "sparse": layer.sparse(dtype, BUDGET),
             "dense": layer.sparse(dtype, 1.0),
-            "torch": layer.dense(best_type(layer)),
+            "torch": layer.dense(dense),
         }
         times = in_turn(runs, repeats)
-        rows.append(
-            {
-                "keys": n,
-                "microseconds": {name: spread(found) for name, found in times.items()},
-                "sparse over dense": round(float(np.median(times["sparse"] / times["dense"])), 3),
-                "sparse over torch": round(float(np.median(times["sparse"] / times["torch"])), 3),
-            }
-        )
-    return rows
+        yield {
+            "keys": n,
+            "microseconds": {name: spread(found) for name, found in times.items()},
+            "sparse over dense": round(float(np.median(times["sparse"] / times["dense"])), 3),
+            "sparse over torch": round(float(np.median(times["sparse"] / times["torch"])), 3),
+        }
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -276,15 +284,23 @@ def main(
     result |= {"stages": {}, "add": {}, "crossover": {}}
     for shape in SHAPES:
         layer = Layer(shape, CONTEXT)
-        result["steps"].append(against_dense(layer, repeats))
+        dense = best_type(layer)
+        result["steps"].append(against_dense(layer, dense, repeats))
         result["stages"][shape.name] = by_stage(layer, "float16", 5 * repeats)
         result["add"][shape.name] = adding(layer, "float16", 1024)
-    lengths = [n for n in LENGTHS if n <= longest]
-    for shape in SHAPES:
-        result["crossover"][shape.name] = crossover(shape, "float16", lengths, repeats)
+        write(result)
+        del layer
+        result["crossover"][shape.name] = rows = []
+        for row in crossover(shape, "float16", dense, [n for n in LENGTHS if n <= longest], repeats):
+            rows.append(row)
+            write(result)
+    show(result)
+
+
+def write(result: dict[str, Any]) -> None:
+    """Write down what has been measured so far."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "attend.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result)
 
 
 if __name__ == "__main__":
