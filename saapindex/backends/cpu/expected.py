@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cpu.codes import key_scales, place_of
-from saapindex.backends.cpu.vector import pointer
+from saapindex.backends.cpu.vector import HEADS, field_sums
 from saapindex.backends.reference.codes import CORRECTION
 
 _TINY = np.float32(1e-30)
@@ -56,42 +56,25 @@ def _weigh(weights, f, cap):  # type: ignore[no-untyped-def]
     return total, second
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
-def _add_fields(word, weights, shift, mask, fields, lanes):  # type: ignore[no-untyped-def]
-    """Add the fields at one shift of the four bytes of words, times weights, (g, LANES), to (g, 4, LANES)."""
-    for lane in range(LANES):
-        x = word[lane] >> shift
-        fields[0, lane] = np.float32(np.int32(x & mask))
-        fields[1, lane] = np.float32(np.int32((x >> np.uint32(8)) & mask))
-        fields[2, lane] = np.float32(np.int32((x >> np.uint32(16)) & mask))
-        fields[3, lane] = np.float32(np.int32((x >> np.uint32(24)) & mask))
-    for h in range(weights.shape[0]):
-        for c in range(4):
-            for lane in range(LANES):
-                lanes[h, c, lane] += weights[h, lane] * fields[c, lane]
-
-
 @njit(cache=True, nogil=True)
-def _field_sums(pages, addresses, span, shift, widths, weights, sums):  # type: ignore[no-untyped-def]
+def _all_field_sums(pages, addresses, span, shift, widths, weights, sums):  # type: ignore[no-untyped-def]
     """Write the sum of ``weight * field`` over keys of pages, (g, n * LANES), for each dimension, (g, R)."""
     g, n, words = weights.shape[0], pages.shape[0], widths.shape[0]
-    lanes, fields = np.empty((g, 4, LANES), np.float32), np.empty((4, LANES), np.float32)
+    places, four, r = np.empty(n, np.int64), np.empty((g, 4), np.float32), 0
     sums[:] = 0
-    r = 0
     for w in range(words):
-        mask = np.uint32((1 << widths[w]) - 1)
+        for p in range(n):
+            chunk, at = place_of(pages[p], span, shift)
+            places[p] = addresses[2, chunk] + 4 * LANES * (at * words + w)
+        mask = (1 << widths[w]) - 1
         for step in range(0, 8, widths[w]):
             if r >= sums.shape[1]:
                 return
-            lanes[:] = 0
-            for p in range(n):
-                chunk, at = place_of(pages[p], span, shift)
-                word = carray(pointer(addresses[2, chunk] + 4 * LANES * (at * words + w)), LANES, np.uint32)
-                keys = weights[:, p * LANES : (p + 1) * LANES]
-                _add_fields(word, keys, np.uint32(step), mask, fields, lanes)
+            for h in range(0, g, HEADS):
+                field_sums(places, step, mask, weights[h : h + HEADS], four[h : h + HEADS])
             for h in range(g):
                 for c in range(min(4, sums.shape[1] - r)):
-                    sums[h, r + c] = lanes[h, c].sum()
+                    sums[h, r + c] = four[h, c]
             r += 4
 
 
@@ -110,7 +93,7 @@ def expect_keys(  # type: ignore[no-untyped-def]
     for h in range(g):
         totals[h], seconds[h] = _weigh(weights[h], f, cap_of(u[h], distortion, scale))
     y = np.empty((g, coded), np.float32)
-    _field_sums(pages, addresses, span, shift, widths, weights, y)
+    _all_field_sums(pages, addresses, span, shift, widths, weights, y)
     for h in range(g):
         r = 0
         for width in widths:

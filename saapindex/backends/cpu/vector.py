@@ -328,6 +328,57 @@ def _emit_code_sums(
         emit.store(builder.load(total), emit.at(out[0], emit.times(out[1], h), emit.times(first, 4)))
 
 
+def _field_sums(typingctx, places, shift, mask, weights, out):  # type: ignore[no-untyped-def]
+    """Write ``sum weights[h, k] * field`` to ``out[h, c]`` for the fields at one shift of the four bytes `c`.
+
+    `places`, (n,) int64, are the addresses of `LANES` words each; `weights` is (1 to `HEADS`, n * `LANES`)
+    float32; `out` is (heads, 4) float32.
+    """
+    signature = types.void(places, types.int64, types.int64, weights, out)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        n, count = (
+            cgutils.unpack_tuple(
+                builder, context.make_array(signature.args[i])(context, builder, args[i]).shape
+            )[0]
+            for i in (0, 3)
+        )
+        places, w, o = (_data(context, builder, signature, args, i) for i in (0, 3, 4))
+        for heads in range(1, HEADS + 1):
+            with builder.if_then(builder.icmp_signed("==", count, _long(heads))):
+                _emit_field_sums(_Emitter(builder), heads, places[0], n, args[1], args[2], w, o)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit_field_sums(
+    emit: _Emitter, heads: int, places: Any, n: Any, shift: Any, mask: Any, w: Any, out: Any
+) -> None:
+    builder = emit.builder
+    zero = ir.Constant(_FLOATS, [0.0] * LANES)
+    totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(4)] for _ in range(heads)]
+    for total in (total for row in totals for total in row):
+        builder.store(zero, total)
+    shifts, masks = (emit.splat(builder.trunc(value, _I32)) for value in (shift, mask))
+    with cgutils.for_range_slice(builder, _long(0), n, _long(1), intp=_I64) as (k, _):
+        place = emit.load(emit.at(places, emit.times(k, 8)), _I64, 8)
+        moved = builder.lshr(emit.load(place, _INTS, 4), shifts)
+        weights = [
+            emit.load(emit.at(w[0], emit.times(w[1], h), emit.times(k, 4 * LANES)), _FLOATS, 4)
+            for h in range(heads)
+        ]
+        for c in range(4):
+            byte = builder.lshr(moved, emit.splat(ir.Constant(_I32, 8 * c))) if c else moved
+            field = builder.sitofp(builder.and_(byte, masks), _FLOATS)
+            for weight, row in zip(weights, totals, strict=True):
+                builder.store(emit.multiply_add(weight, field, builder.load(row[c])), row[c])
+    for h, row in enumerate(totals):
+        found = emit.sums([builder.load(total) for total in row])
+        emit.store(found, emit.at(out[0], emit.times(out[1], h)))
+
+
+field_sums: Callable[..., Any] = intrinsic(_field_sums)
 dots: Callable[..., Any] = intrinsic(_dots)
 mix: Callable[..., Any] = intrinsic(_mix)
 code_sums: Callable[..., Any] = _make_code_sums(portable=False)
