@@ -1,0 +1,136 @@
+"""What adapters to torch share: a selection as tensors of positions, and checks of what it is applied to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from saapindex.arrays import ArrayLike
+from saapindex.attention import Selection
+from saapindex.errors import InvalidInputError, MissingDependencyError
+
+try:
+    import torch
+    from torch.utils.dlpack import from_dlpack
+except ImportError as error:
+    raise MissingDependencyError("torch", "handing a selection to another attention", "sdpa") from error
+
+__all__ = ["as_tensor", "check_cache", "check_queries", "like", "positions"]
+
+
+def as_tensor(value: ArrayLike, name: str, device: torch.device | None = None) -> torch.Tensor:
+    """Return an array of any framework as a tensor, without a copy where it is on `device` already.
+
+    Raises
+    ------
+    InvalidInputError
+        If `value` is no array.
+    """
+    if not isinstance(value, torch.Tensor):
+        try:
+            if hasattr(value, "__dlpack__") and not (
+                isinstance(value, np.ndarray) and not value.flags.writeable
+            ):
+                value = from_dlpack(value)
+            else:
+                value = torch.from_numpy(np.array(value))
+        except (TypeError, ValueError, RuntimeError, BufferError) as error:
+            raise InvalidInputError(
+                f"{name} is a {type(value).__name__} that is no array: {error}"
+            ) from error
+    tensor: torch.Tensor = value if device is None else value.to(device)
+    return tensor
+
+
+def like(result: torch.Tensor, model: ArrayLike) -> ArrayLike:
+    """Return `result` in the framework of `model`, through DLPack."""
+    if isinstance(model, torch.Tensor):
+        return result
+    if isinstance(model, np.ndarray):
+        return result.numpy()
+    return model.__array_namespace__().from_dlpack(result)
+
+
+def check_queries(q: torch.Tensor, selection: Selection) -> tuple[int, int, int, int]:
+    """Return batch, KV heads, query heads a KV head, and dimension of queries of one token.
+
+    Raises
+    ------
+    InvalidInputError
+        If `q` is not (batch, q_heads, d) or (batch, q_heads, 1, d) with the sequences and KV heads of the
+        selection.
+    """
+    batch, heads = tuple(selection.ids.shape[:2])
+    fits = q.ndim == 3 or (q.ndim == 4 and q.shape[2] == 1)
+    if not fits or q.shape[0] != batch or not q.shape[1] or q.shape[1] % heads:
+        raise InvalidInputError(
+            f"q has shape {tuple(q.shape)}, expected ({batch}, a multiple of {heads} heads, d): a selection "
+            "is for the newest token of each sequence"
+        )
+    return batch, heads, q.shape[1] // heads, q.shape[-1]
+
+
+def check_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection) -> None:
+    """Check keys and values of shape (batch, kv_heads, n, d) beside queries.
+
+    Raises
+    ------
+    InvalidInputError
+        On another layout, dtype or device.
+    """
+    batch, heads, _, d = check_queries(q, selection)
+    for name, x in (("k", k), ("v", v)):
+        if x.ndim != 4 or x.shape[:2] != (batch, heads) or (name == "k" and x.shape[3] != d):
+            raise InvalidInputError(
+                f"{name} has shape {tuple(x.shape)}, expected (batch, kv_heads, n, d) = ({batch}, {heads}, "
+                f"n, {d}); another layout has to be transposed to it, {name}.transpose(1, 2) for (batch, n, "
+                "kv_heads, d)"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise InvalidInputError(
+                f"{name} is {x.dtype} on {x.device}, expected {q.dtype} on {q.device} as q is"
+            )
+    if k.shape[2] != v.shape[2]:
+        raise InvalidInputError(f"k has {k.shape[2]} columns and v {v.shape[2]}, expected as many of both")
+
+
+def positions(
+    selection: Selection, device: torch.device | None = None, *, near: bool = True, shift: Any = None
+) -> torch.Tensor:
+    """Return everything that each KV head attends to, sinks and window once.
+
+    Parameters
+    ----------
+    selection
+        Of any device.
+    device
+        Where the result is wanted; by default where the selection is.
+    near
+        Whether the sinks and the window belong to it.
+    shift
+        int, (batch,), added to every position: the column of position 0.
+
+    Returns
+    -------
+    Tensor
+        int64, (batch, kv_heads, most): rising up to gaps of -1.
+    """
+    ids = as_tensor(selection.ids, "ids", device)
+    parts = [ids]
+    if near:
+        start, ends = (
+            as_tensor(getattr(selection, name), name, device)[:, None] for name in ("window_start", "ends")
+        )
+        sinks = torch.arange(selection.sinks, device=ids.device)[None]
+        width = max(0, int((ends - start).max()))
+        recent = start + torch.arange(width, device=ids.device)
+        close = (
+            torch.where(at < ends, at, -1)[:, None].expand(-1, ids.shape[1], -1) for at in (sinks, recent)
+        )
+        parts = [next(close), ids, next(close)]
+    found = torch.cat(parts, dim=2)
+    if shift is None:
+        return found
+    moved = found + as_tensor(shift, "offsets", ids.device)[:, None, None]
+    return torch.where(found >= 0, moved, -1)
