@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError("torch", "handing a selection to another attention", "sdpa") from error
 
-__all__ = ["as_tensor", "check_cache", "check_queries", "like", "positions"]
+__all__ = ["as_tensor", "check_cache", "check_queries", "like", "membership", "positions"]
 
 
 def as_tensor(value: ArrayLike, name: str, device: torch.device | None = None) -> torch.Tensor:
@@ -52,7 +52,7 @@ def like(result: torch.Tensor, model: ArrayLike) -> ArrayLike:
     return model.__array_namespace__().from_dlpack(result)
 
 
-def check_queries(q: torch.Tensor, selection: Selection) -> tuple[int, int, int, int]:
+def check_queries(q: torch.Tensor, streams: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Return batch, KV heads, query heads a KV head, and dimension of queries of one token.
 
     Raises
@@ -61,7 +61,7 @@ def check_queries(q: torch.Tensor, selection: Selection) -> tuple[int, int, int,
         If `q` is not (batch, q_heads, d) or (batch, q_heads, 1, d) with the sequences and KV heads of the
         selection.
     """
-    batch, heads = tuple(selection.ids.shape[:2])
+    batch, heads = streams
     fits = q.ndim == 3 or (q.ndim == 4 and q.shape[2] == 1)
     if not fits or q.shape[0] != batch or not q.shape[1] or q.shape[1] % heads:
         raise InvalidInputError(
@@ -71,7 +71,7 @@ def check_queries(q: torch.Tensor, selection: Selection) -> tuple[int, int, int,
     return batch, heads, q.shape[1] // heads, q.shape[-1]
 
 
-def check_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection) -> None:
+def check_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, streams: tuple[int, ...]) -> None:
     """Check keys and values of shape (batch, kv_heads, n, d) beside queries.
 
     Raises
@@ -79,7 +79,7 @@ def check_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Se
     InvalidInputError
         On another layout, dtype or device.
     """
-    batch, heads, _, d = check_queries(q, selection)
+    batch, heads, _, d = check_queries(q, streams)
     for name, x in (("k", k), ("v", v)):
         if x.ndim != 4 or x.shape[:2] != (batch, heads) or (name == "k" and x.shape[3] != d):
             raise InvalidInputError(
@@ -134,3 +134,16 @@ def positions(
         return found
     moved = found + as_tensor(shift, "offsets", ids.device)[:, None, None]
     return torch.where(found >= 0, moved, -1)
+
+
+def membership(columns: torch.Tensor, n: int) -> torch.Tensor:
+    """Return which of `n` columns are in `columns`, (batch, kv_heads, any), gaps of -1 apart.
+
+    Returns
+    -------
+    Tensor
+        bool, (batch, kv_heads, n).
+    """
+    mask = columns.new_zeros((*columns.shape[:2], n + 1), dtype=torch.bool)
+    mask.scatter_(2, torch.where(columns >= 0, columns, n), True)  # the last column takes the gaps
+    return mask[..., :n]

@@ -9,7 +9,7 @@ inside any model.
 
 from __future__ import annotations
 
-from saapindex.adapters._tensors import as_tensor, check_cache, check_queries, like, positions
+from saapindex.adapters._tensors import as_tensor, check_cache, check_queries, like, membership, positions
 from saapindex.arrays import ArrayLike
 from saapindex.attention import Selection
 from saapindex.errors import InvalidInputError
@@ -63,8 +63,9 @@ def attend(
     array([2., 2.])
     """
     x, keys, values = (as_tensor(part, name) for part, name in ((q, "q"), (k, "k"), (v, "v")))
-    check_cache(x, keys, values, selection)
-    batch, heads, g, d = check_queries(x, selection)
+    streams = tuple(selection.ids.shape[:2])
+    check_cache(x, keys, values, streams)
+    batch, heads, g, d = check_queries(x, streams)
     columns = _columns(selection, keys.shape[2], keys.device, offsets)
     if not columns.shape[2]:
         return like(x.new_zeros((*x.shape[:-1], values.shape[3])), q)
@@ -125,9 +126,7 @@ def attention_mask(
     if dtype != torch.bool and not dtype.is_floating_point:
         raise InvalidInputError(f"dtype is {dtype}, expected torch.bool or a floating one")
     columns = _columns(selection, n, None if device is None else torch.device(device), offsets, near=near)
-    mask = columns.new_zeros((*columns.shape[:2], n + 1), dtype=torch.bool)
-    mask.scatter_(2, torch.where(columns >= 0, columns, n), True)  # the last column takes the gaps
-    mask = mask[..., :n].repeat_interleave(q_heads // heads, dim=1)[:, :, None]
+    mask = membership(columns, n).repeat_interleave(q_heads // heads, dim=1)[:, :, None]
     if dtype == torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
