@@ -2,8 +2,8 @@
 
 FlexAttention skips whole blocks of columns. In the order of tokens what is selected lies scattered, so blocks
 hold more than was selected: those keys are read and masked out. In the order of lists (`in_order` of
-`AttentionIndex.list_order`) keys that are visited together stand together, and lists that are taken whole fill
-their blocks.
+`AttentionIndex.list_order`) keys that are visited together stand together, and lists that are taken whole
+fill their blocks.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def block_mask(
                 "order does not hold every key selected, expected one made after the last"
             )
     count = -(-n // block_size)
-    blocks = torch.nn.functional.pad(chosen, (0, count * block_size - n)).unflatten(2, (count, block_size))
+    padded = torch.nn.functional.pad(chosen, (0, count * block_size - n))
+    blocks = padded.reshape(*padded.shape[:2], count, block_size)
     some, full = blocks.any(3), blocks.all(3)
     kinds = [_numbers(kind) for kind in (some & ~full, full)]
     mask = BlockMask.from_kv_blocks(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.backends.common import Floats, Ints
-from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling
+from saapindex.backends.paged import Chosen, Code, Near, PagedLists, Pages, Reading, Scaling
 
 __all__ = ["AttentionOps"]
 
@@ -250,6 +250,20 @@ class AttentionOps(ABC):
         out : (S, t, g, d)
         lse : (S, t, g)
         """
+        chosen = self.choose_rows(queries, lists, pages, code, scaling, reading)
+        exact = np.concatenate([near.all_rows(positions), chosen.rows], axis=-1)
+        return self.attend_chosen(queries, exact, chosen, lists, pages, scaling, reading)
+
+    def choose_rows(
+        self,
+        queries: Floats,
+        lists: PagedLists,
+        pages: Pages,
+        code: Code,
+        scaling: Scaling,
+        reading: Reading,
+    ) -> Chosen:
+        """Rank lists, visit some, and keep the best keys: what `attend_lists` does before it fetches."""
         logits, norms = self.rank_lists(queries, lists, code, scaling)
         taken = self.select_lists(logits, norms, lists.sizes, reading)
         if reading.refine:
@@ -264,11 +278,28 @@ class AttentionOps(ABC):
             fetched = lists.all_rows(taken)
             labels = np.empty((*taken.shape[:2], 0), np.int64)
             estimates = np.empty((*queries.shape[:3], 0), queries.dtype)
-        exact = np.concatenate([near.all_rows(positions), fetched], axis=-1)
-        out, lse, peaks = self.attend_rows(queries, exact, pages, scaling)
+        return Chosen(fetched, logits, taken, estimates, labels)
+
+    def attend_chosen(
+        self,
+        queries: Floats,
+        rows: Ints,
+        chosen: Chosen,
+        lists: PagedLists,
+        pages: Pages,
+        scaling: Scaling,
+        reading: Reading,
+    ) -> tuple[Floats, Floats]:
+        """Attend exactly to the keys at `rows`, (S, t, K), and let what was not chosen count by estimates.
+
+        The rows are those of `chosen` and of the near keys, perhaps in other pages than those of the lists.
+        """
+        out, lse, peaks = self.attend_rows(queries, rows, pages, scaling)
         if not reading.remainder:
             return out, lse
         bounds = np.where(peaks > -np.inf, peaks, np.inf).astype(queries.dtype)
-        rest = lists.sizes[:, None] - taken
-        other, other_lse = self.estimate_rest(logits, rest, estimates, labels, bounds, lists)
+        rest = lists.sizes[:, None] - chosen.taken
+        other, other_lse = self.estimate_rest(
+            chosen.logits, rest, chosen.estimates, chosen.labels, bounds, lists
+        )
         return self.merge(np.stack([out, other]), np.stack([lse, other_lse]))
