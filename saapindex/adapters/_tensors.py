@@ -16,7 +16,16 @@ try:
 except ImportError as error:
     raise MissingDependencyError("torch", "handing a selection to another attention", "sdpa") from error
 
-__all__ = ["as_tensor", "check_cache", "check_queries", "like", "membership", "positions"]
+__all__ = [
+    "as_tensor",
+    "check_cache",
+    "check_columns",
+    "check_queries",
+    "chosen_columns",
+    "like",
+    "membership",
+    "positions",
+]
 
 
 def as_tensor(value: ArrayLike, name: str, device: torch.device | None = None) -> torch.Tensor:
@@ -147,3 +156,70 @@ def membership(columns: torch.Tensor, n: int) -> torch.Tensor:
     mask = columns.new_zeros((*columns.shape[:2], n + 1), dtype=torch.bool)
     mask.scatter_(2, torch.where(columns >= 0, columns, n), True)  # the last column takes the gaps
     return mask[..., :n]
+
+
+def chosen_columns(
+    selection: Selection,
+    n: int,
+    device: torch.device | None = None,
+    *,
+    order: ArrayLike | None = None,
+    near: bool = True,
+    offsets: ArrayLike | None = None,
+) -> torch.Tensor:
+    """Return which of the `n` columns of a cache hold something selected.
+
+    Parameters
+    ----------
+    selection, device, near
+        As for `positions`.
+    n
+        Columns of the cache.
+    order
+        int, (batch, kv_heads, n): the position that each column holds, -1 for none; by default the columns
+        are the positions.
+    offsets
+        int, (batch,): the column of position 0; not with `order`.
+
+    Returns
+    -------
+    Tensor
+        bool, (batch, kv_heads, n).
+
+    Raises
+    ------
+    InvalidInputError
+        If the cache does not hold what is selected, or `order` has another shape.
+    """
+    if order is None:
+        check_columns(selection, n, offsets)
+        return membership(positions(selection, device, near=near, shift=offsets), n)
+    found = positions(selection, device, near=near)
+    stands = as_tensor(order, "order", found.device)
+    if tuple(stands.shape) != (*found.shape[:2], n):
+        raise InvalidInputError(
+            f"order has shape {tuple(stands.shape)}, expected {(*tuple(found.shape[:2]), n)}"
+        )
+    end = int(as_tensor(selection.ends, "ends").max())
+    chosen = membership(found, max(end, 1)).gather(2, stands.clamp(0, max(end - 1, 0)))
+    chosen &= (stands >= 0) & (stands < end)
+    if not torch.equal(chosen.sum(2), (found >= 0).sum(2)):
+        raise InvalidInputError("order does not hold every key selected, expected one made after the last")
+    return chosen
+
+
+def check_columns(selection: Selection, n: int, offsets: ArrayLike | None = None) -> None:
+    """Check that a cache of `n` columns, with position 0 at `offsets`, holds all that was selected.
+
+    Raises
+    ------
+    InvalidInputError
+        If it does not.
+    """
+    ends = as_tensor(selection.ends, "ends")
+    if offsets is not None:
+        ends = ends + as_tensor(offsets, "offsets", ends.device)
+    if int(ends.max()) > n:
+        raise InvalidInputError(
+            f"the cache has {n} columns, expected {int(ends.max())} for the keys selected"
+        )

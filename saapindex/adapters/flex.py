@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from saapindex.adapters._tensors import as_tensor, check_cache, check_queries, membership, positions
+from saapindex.adapters._tensors import as_tensor, check_cache, check_queries, chosen_columns
 from saapindex.arrays import ArrayLike
 from saapindex.attention import Selection
 from saapindex.errors import InvalidInputError, MissingDependencyError
@@ -86,24 +86,8 @@ def block_mask(
     """
     for name, value, least in (("n", n, 1), ("g", g, 1), ("block_size", block_size, 1)):
         check_integer(name, value, least)
-    found = positions(selection, None if device is None else torch.device(device))
-    end = int(as_tensor(selection.ends, "ends").max())
-    if order is None:
-        if end > n:
-            raise InvalidInputError(f"the cache has {n} columns, expected {end} for the keys selected")
-        chosen = membership(found, n)
-    else:
-        stands = as_tensor(order, "order", found.device)
-        if tuple(stands.shape) != (*found.shape[:2], n):
-            raise InvalidInputError(
-                f"order has shape {tuple(stands.shape)}, expected {(*tuple(found.shape[:2]), n)}"
-            )
-        chosen = membership(found, end).gather(2, stands.clamp(0, max(end - 1, 0)))
-        chosen &= (stands >= 0) & (stands < end)
-        if not torch.equal(chosen.sum(2), (found >= 0).sum(2)):
-            raise InvalidInputError(
-                "order does not hold every key selected, expected one made after the last"
-            )
+    where = None if device is None else torch.device(device)
+    chosen = chosen_columns(selection, n, where, order=order)
     count = -(-n // block_size)
     padded = torch.nn.functional.pad(chosen, (0, count * block_size - n))
     blocks = padded.reshape(*padded.shape[:2], count, block_size)

@@ -9,7 +9,15 @@ inside any model.
 
 from __future__ import annotations
 
-from saapindex.adapters._tensors import as_tensor, check_cache, check_queries, like, membership, positions
+from saapindex.adapters._tensors import (
+    as_tensor,
+    check_cache,
+    check_columns,
+    check_queries,
+    chosen_columns,
+    like,
+    positions,
+)
 from saapindex.arrays import ArrayLike
 from saapindex.attention import Selection
 from saapindex.errors import InvalidInputError
@@ -66,7 +74,8 @@ def attend(
     streams = tuple(selection.ids.shape[:2])
     check_cache(x, keys, values, streams)
     batch, heads, g, d = check_queries(x, streams)
-    columns = _columns(selection, keys.shape[2], keys.device, offsets)
+    check_columns(selection, keys.shape[2], offsets)
+    columns = positions(selection, keys.device, shift=offsets)
     if not columns.shape[2]:
         return like(x.new_zeros((*x.shape[:-1], values.shape[3])), q)
     rows = columns.clamp(min=0)[..., None]
@@ -125,27 +134,9 @@ def attention_mask(
         raise InvalidInputError(f"q_heads is {q_heads}, expected a multiple of the {heads} KV heads")
     if dtype != torch.bool and not dtype.is_floating_point:
         raise InvalidInputError(f"dtype is {dtype}, expected torch.bool or a floating one")
-    columns = _columns(selection, n, None if device is None else torch.device(device), offsets, near=near)
-    mask = membership(columns, n).repeat_interleave(q_heads // heads, dim=1)[:, :, None]
+    where = None if device is None else torch.device(device)
+    chosen = chosen_columns(selection, n, where, near=near, offsets=offsets)
+    mask = chosen.repeat_interleave(q_heads // heads, dim=1)[:, :, None]
     if dtype == torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-
-
-def _columns(
-    selection: Selection,
-    n: int,
-    device: torch.device | None,
-    offsets: ArrayLike | None,
-    *,
-    near: bool = True,
-) -> torch.Tensor:
-    """Return the columns of the selected keys, int64 (batch, kv_heads, most), with gaps of -1."""
-    most = as_tensor(selection.ends, "ends")
-    if offsets is not None:
-        most = most + as_tensor(offsets, "offsets", most.device)
-    if int(most.max()) > n:
-        raise InvalidInputError(
-            f"the cache has {n} columns, expected {int(most.max())} for the keys selected"
-        )
-    return positions(selection, device, near=near, shift=offsets)
