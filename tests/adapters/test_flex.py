@@ -92,3 +92,21 @@ def test_says_what_does_not_fit(served, tensors, flex):
         flex.attend(q, k[:, :, :-1], v[:, :, :-1], blocks)
     with pytest.raises(InvalidInputError, match=r"k has shape \(3, 300, 2, 16\)"):
         flex.attend(q, k.transpose(1, 2), v, blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("block_size", [128, 64, 32, 16])
+def test_on_a_gpu(how, block_size, serve, flex, torch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    served = serve((300, 70, 1), g=4, d=64)
+    selection, order = served.select(**how), served.index.list_order(block_size)
+    q, k, v = (torch.from_numpy(x).cuda().half() for x in (served.q, *served.kv))
+    blocks = flex.block_mask(selection, 300, 4, block_size=block_size, device="cuda")
+    out = flex.attend(q, k, v, blocks)
+    np.testing.assert_allclose(out.float().cpu(), served.dense(selection), atol=4e-3)
+    how_read = {"order": order, "block_size": block_size, "device": "cuda"}
+    blocks = flex.block_mask(selection, order.shape[2], 4, **how_read)
+    out = flex.attend(q, flex.in_order(k, order), flex.in_order(v, order), blocks)
+    np.testing.assert_allclose(out.float().cpu(), served.dense(selection), atol=4e-3)

@@ -117,3 +117,31 @@ def test_says_what_does_not_fit(served, sdpa, torch):
         sdpa.attention_mask(selection, 300, 5)
     with pytest.raises(InvalidInputError, match=r"dtype is torch.int64, expected torch.bool"):
         sdpa.attention_mask(selection, 300, 6, dtype=torch.int64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [1.0, 0.3])
+def test_on_a_gpu(budget, served, sdpa, torch):
+    """The selection may be on the CPU or on the GPU; keys, queries and result are on the GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    selection = served.select(budget=budget)
+    names = ("ids", "lengths", "partitions", "window_start", "ends")
+    there = Selection(
+        **{name: torch.as_tensor(getattr(selection, name)).cuda() for name in names}, sinks=selection.sinks
+    )
+    q, k, v = (torch.from_numpy(x).cuda() for x in (served.q, *served.kv))
+    for chosen in (selection, there):
+        out = sdpa.attend(q, k, v, chosen)
+        np.testing.assert_allclose(out.cpu(), served.dense(selection), atol=1e-3)
+        mask = sdpa.attention_mask(chosen, 300, 6, device="cuda")
+        np.testing.assert_array_equal(mask[:, ::3, 0].cpu().numpy(), selection.bool_mask(300))
+
+
+@pytest.mark.gpu
+def test_arrays_of_cupy(served, sdpa):
+    cupy = pytest.importorskip("cupy")
+    selection = served.select(budget=0.3)
+    out = sdpa.attend(*(cupy.asarray(x) for x in (served.q, *served.kv)), selection)
+    assert isinstance(out, cupy.ndarray)
+    np.testing.assert_allclose(out.get(), served.dense(selection), atol=1e-3)
