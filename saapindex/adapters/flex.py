@@ -140,7 +140,7 @@ def in_order(x: ArrayLike, order: ArrayLike) -> torch.Tensor:
 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)  # a cache that grows is compiled for any length the second time
 
 
 def attend(
