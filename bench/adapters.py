@@ -3,11 +3,12 @@
 Keys are clustered random ones of Llama-3.1-8B's shape (32 query heads, 8 KV heads of 128 dimensions)::
 
     python bench/adapters.py                      # on a GPU; without one, small shapes on the CPU
-    python bench/adapters.py --contexts 32768 --batch 1
+    python bench/adapters.py --contexts 32768,131072
 
 ``error`` is that against dense attention over the selected keys, ``error_to_dense`` over all keys (which are
-random here, so it says nothing about models). Times are medians; ``graph`` says whether the calls were replayed from a CUDA graph. An adapter that is not
-installed or does not run is listed with the reason. Writes ``bench/results/adapters.json``.
+random here, so it says nothing about models). Times are medians; ``graph`` says whether calls were replayed
+from a CUDA graph. An adapter that is not installed or does not run is listed with the reason. Writes
+``bench/results/adapters.json``.
 """
 
 from __future__ import annotations
