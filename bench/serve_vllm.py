@@ -5,8 +5,8 @@ Run it with the Python of an environment that has vLLM's CPU wheel and saapindex
 
     python bench/serve_vllm.py MODEL codebook.safetensors TEXT
 
-Every server reads the same prompts of different lengths at once, twice: the second pass, whose prompts come
-from the prefix cache, is timed. Writes ``bench/results/vllm.json``.
+Every server reads the same prompts of different lengths at once; then it is asked again, and these passes,
+whose prompts come from the prefix cache, are timed, the servers in turn. Writes ``bench/results/vllm.json``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import platform
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,10 +37,23 @@ _HELD = re.compile(r"saapindex holds ([\d.]+) MiB beside ([\d.]+) MiB")
 
 
 class Server:
-    """A running server: its address, and what it logs."""
+    """A server: its process, its address, and what it logs."""
 
-    def __init__(self, url: str, log: Path) -> None:
-        self.url, self.log = url, log
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+        self.process, self.url, self.log = process, url, log
+
+    def wait(self, patience: float = 1200) -> None:
+        """Wait until it answers."""
+        end = time.monotonic() + patience
+        while True:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                self.ask("/health")
+                return
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(
+                    f"the server did not start:\n{self.log.read_text(errors='replace')[-6000:]}"
+                )
+            time.sleep(1)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> str:
         """Return the answer to a request."""
@@ -78,8 +92,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: Path, environment: dict[str, str], *options: str, patience: float = 900) -> Iterator[Server]:
-    """Run vLLM's OpenAI-compatible server on a free port of this machine."""
+def serve(model: Path, environment: dict[str, str], *options: str) -> Iterator[Server]:
+    """Start vLLM's OpenAI-compatible server on a free port of this machine, and end it afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -97,19 +111,8 @@ def serve(model: Path, environment: dict[str, str], *options: str, patience: flo
                 env={**inherited, **base, **environment},
                 start_new_session=True,
             )
-        server = Server(f"http://127.0.0.1:{port}", log)
         try:
-            end = time.monotonic() + patience
-            while True:
-                with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                    server.ask("/health")
-                    break
-                if process.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(
-                        f"the server did not start:\n{log.read_text(errors='replace')[-6000:]}"
-                    )
-                time.sleep(1)
-            yield server
+            yield Server(process, f"http://127.0.0.1:{port}", log)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGINT)
@@ -120,17 +123,23 @@ def serve(model: Path, environment: dict[str, str], *options: str, patience: flo
                 process.wait()
 
 
-def run(server: Server, prompts: list[list[int]], count: int) -> dict[str, Any]:
-    """Send all prompts at once, twice; return what came back and how fast."""
+def ask_all(server: Server, prompts: list[list[int]], count: int) -> tuple[list[Any], float]:
+    """Send all prompts at once; return the completions, and the seconds that they took."""
+    start = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        first = list(pool.map(lambda prompt: server.complete(prompt, count), prompts))
-        start = time.perf_counter()
-        again = list(pool.map(lambda prompt: server.complete(prompt, count), prompts))
-        seconds = time.perf_counter() - start
+        found = list(pool.map(lambda prompt: server.complete(prompt, count), prompts))
+    return found, time.perf_counter() - start
+
+
+def run(server: Server, prompts: list[list[int]], count: int) -> dict[str, Any]:
+    """Send all prompts at once, twice; return what came back, and what the server counted."""
+    server.wait()
+    first, _ = ask_all(server, prompts, count)
+    again, seconds = ask_all(server, prompts, count)
     return {
         "completions": first,
         "same_again": [a[0] == b[0] for a, b in zip(first, again, strict=True)],
-        "tokens_per_second": count * len(prompts) / seconds,
+        "seconds": [seconds],
         "preemptions": server.metric("vllm:num_preemptions"),
         "prefix_cache_hits": server.metric("vllm:prefix_cache_hits"),
         "held_mib": server.held(),
@@ -151,8 +160,9 @@ def main(
     model: Annotated[Path, typer.Argument(exists=True, file_okay=False)],
     codebook: Annotated[Path, typer.Argument(exists=True)],
     text: Annotated[Path, typer.Argument(help="A text that the codebook was not trained on.", exists=True)],
-    lengths: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "7500,6000,5000,3000",
-    count: Annotated[int, typer.Option(help="Tokens that each request asks for.")] = 64,
+    lengths: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "7000,5500,4500,3000",
+    rounds: Annotated[int, typer.Option(help="Passes that are timed.", min=1)] = 3,
+    count: Annotated[int, typer.Option(help="Tokens that each request asks for.")] = 32,
     budgets: Annotated[str, typer.Option(help="Shares of the bytes.")] = "1.0,0.05",
     window: Annotated[int, typer.Option(help="Recent tokens that are always attended to.")] = 2047,
     dtype: Annotated[str, typer.Option(help="Of the model and its cache.")] = "bfloat16",
@@ -167,24 +177,35 @@ def main(
     prompts = [tokens[i * 500 : i * 500 + n] for i, n in enumerate(sizes)]
     options = ["--max-model-len", "8192", "--dtype", dtype, "--enforce-eager"]
     options += ["--num-gpu-blocks-override", str(blocks)] if blocks else []
-    with serve(model, {}, *options) as server:
-        alone = run(server, prompts, count)
-    results: dict[str, Any] = {"alone": alone}
+    asked: dict[str, dict[str, str]] = {"alone": {}}
     for budget in budgets.split(","):
-        asked = {
-            "SAAPINDEX_CODEBOOK": str(codebook),
-            "SAAPINDEX_BUDGET": budget,
-            "SAAPINDEX_WINDOW": str(window),
-        }
-        with serve(model, asked, *options) as server:
-            results[budget] = run(server, prompts, count)
-        results[budget] |= agreement(results[budget]["completions"], alone["completions"])
+        given = {"CODEBOOK": str(codebook.resolve()), "BUDGET": budget, "WINDOW": str(window)}
+        asked[budget] = {f"SAAPINDEX_{name}": value for name, value in given.items()}
+    with contextlib.ExitStack() as stack:
+        servers = {name: stack.enter_context(serve(model, how, *options)) for name, how in asked.items()}
+        results = {name: run(server, prompts, count) for name, server in servers.items()}
+        for _ in range(rounds - 1):  # one after the other, so that all meet the same load of the machine
+            for name, server in servers.items():
+                results[name]["seconds"].append(ask_all(server, prompts, count)[1])
+        for name, server in servers.items():
+            results[name]["held_mib"] = server.held()
+    alone = results["alone"]
+    for name, found in results.items():
+        found |= agreement(found["completions"], alone["completions"]) if name != "alone" else {}
+        found["tokens_per_second"] = count * len(prompts) / statistics.median(found["seconds"])
+        pairs = zip(alone["seconds"], found["seconds"], strict=True)
+        found["speed_beside_alone"] = statistics.median(a / b for a, b in pairs)
     for found in results.values():
         del found["completions"]
         typer.echo(json.dumps(found))
     import vllm
 
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "vllm": vllm.__version__}
+    machine = {
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[1],
+        "machine": platform.machine(),
+        "vllm": vllm.__version__,
+    }
     settings = {"lengths": sizes, "count": count, "dtype": dtype, "window": window, "blocks": blocks}
     out.write_text(
         json.dumps({"machine": machine, "settings": settings, "results": results}, indent=1) + "\n"

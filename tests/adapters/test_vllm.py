@@ -105,9 +105,9 @@ def test_a_server_that_cannot_start_says_why(variables, message, bench, prompts)
     asked = {"SAAPINDEX_CODEBOOK": codebook, **variables}
     with (
         pytest.raises(RuntimeError, match=message),
-        bench.serve(pathlib.Path(model), asked, *OPTIONS),
+        bench.serve(pathlib.Path(model), asked, *OPTIONS) as server,
     ):
-        pass
+        server.wait()
 
 
 def test_other_releases_are_refused(bench, monkeypatch):
