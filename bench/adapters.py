@@ -239,6 +239,9 @@ def main(
     device, shape = ("cuda", (8, 4, 128)) if gpu else ("cpu", (2, 4, 64))
     wanted = contexts or ("32768,131072,32768+20000+8192+3000" if gpu else "4096")
     results: dict[str, Any] = {}
+    machine = {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
+    settings = {"kv_heads": shape[0], "group": shape[1], "d": shape[2], "window": 2047, "sinks": 1}
+    found = {"machine": machine, "settings": settings, "results": results}
     for text in wanted.split(","):
         case = Case([int(part) for part in text.split("+")], *shape, device)
         for how in ({"budget": budget}, {"nprobe": nprobe}):
@@ -247,11 +250,7 @@ def main(
             results[name] = {"selected": round(case.selected, 1), "rows": case.rows()}
             for label, row in results[name]["rows"].items():
                 typer.echo(f"{name:36} {label:44} {json.dumps(row)}")
-    machine = {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
-    settings = {"kv_heads": shape[0], "group": shape[1], "d": shape[2], "window": 2047, "sinks": 1}
-    out.write_text(
-        json.dumps({"machine": machine, "settings": settings, "results": results}, indent=1) + "\n"
-    )
+            out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
