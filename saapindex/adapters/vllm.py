@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from saapindex.codebook import Codebook
 from saapindex.errors import InvalidInputError, MissingDependencyError
 
 __all__ = ["TESTED", "Settings", "register"]
@@ -97,8 +98,11 @@ def register() -> None:
         On another release or platform of vLLM than this is tested with, or wrong settings.
     MissingDependencyError
         If vLLM is not installed.
+    FileFormatError, OSError
+        If the codebook is none, or cannot be read.
     """
-    if Settings.of(os.environ) is None:
+    settings = Settings.of(os.environ)
+    if settings is None:
         return
     try:
         import vllm
@@ -116,4 +120,5 @@ def register() -> None:
             f"vLLM runs on {current_platform.device_name}, expected its CPU platform: indices live "
             "in main memory"
         )
+    Codebook.load(settings.codebook)  # so that a wrong path is told now, and not by a worker later
     register_backend(AttentionBackendEnum.CPU_ATTN, "saapindex.adapters._vllm_backend.SaapBackend")
