@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,9 @@ def like(result: torch.Tensor, model: ArrayLike) -> ArrayLike:
         return result
     if isinstance(model, np.ndarray):
         return result.numpy()
-    return model.__array_namespace__().from_dlpack(result)
+    if hasattr(model, "__array_namespace__"):
+        return model.__array_namespace__().from_dlpack(result)
+    return importlib.import_module(type(model).__module__.partition(".")[0]).from_dlpack(result)
 
 
 def check_queries(q: torch.Tensor, streams: tuple[int, ...]) -> tuple[int, int, int, int]:
