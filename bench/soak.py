@@ -30,6 +30,7 @@ from rich.table import Table
 
 from saapindex.attention import AttendParameters, AttentionIndex, LayerCodebook, fit_layer
 from saapindex.lists.paged import PagePool
+from saapindex.progress import track
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, GROUP, D, NLIST = 2, 2, 16, 8
@@ -153,7 +154,7 @@ class Soak:
             mask = selection.bool_mask(int(index.lengths.max()))
             chosen = [mask[b, :, : x.shape[1]] for b, x in enumerate(one.keys)]
             self._compare(one, q, index.attend(q, params=params), chosen)
-            pool = index._batch.keeping.pool if index._batch else None
+            pool = index.host_batch.keeping.pool if index._batch else None
             if pool is not None:
                 self.pools.add(pool)
                 self.tally.most_pages = max(self.tally.most_pages, pool.used)
@@ -203,7 +204,7 @@ def main(
     soak = Soak(fit_layer(keys[0], queries, NLIST, words=2), backend, seed)
     times = np.empty(steps, np.float32)
     memory = [0, 0]
-    for i in range(steps):
+    for i in track(range(steps), "decoding"):
         times[i] = soak.step()
         if i % every == every - 1 or i == steps - 1:
             soak.check()

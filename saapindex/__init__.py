@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from saapindex.codebook import Codebook
     from saapindex.errors import (
         CodebookMismatchError,
+        DeviceMemoryError,
         FileFormatError,
         InvalidInputError,
         MissingDependencyError,
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
         SaapIndexError,
         SaapIndexWarning,
     )
-    from saapindex.index import METRIC_INNER_PRODUCT, METRIC_L2, IndexSAAP, read_index, write_index
+    from saapindex.index import (
+        METRIC_INNER_PRODUCT,
+        METRIC_L2,
+        IndexSAAP,
+        index_cpu_to_gpu,
+        index_gpu_to_cpu,
+        read_index,
+        write_index,
+    )
     from saapindex.params import PRESETS, AttendParameters, IndexParameters, SearchParameters
     from saapindex.rope import Rope
 
@@ -37,6 +46,7 @@ _HOMES = {
     "AttentionIndex": "saapindex.attention",
     "Codebook": "saapindex.codebook",
     "CodebookMismatchError": "saapindex.errors",
+    "DeviceMemoryError": "saapindex.errors",
     "FileFormatError": "saapindex.errors",
     "IndexParameters": "saapindex.params",
     "IndexSAAP": "saapindex.index",
@@ -50,6 +60,8 @@ _HOMES = {
     "SaapIndexError": "saapindex.errors",
     "SaapIndexWarning": "saapindex.errors",
     "SearchParameters": "saapindex.params",
+    "index_cpu_to_gpu": "saapindex.index",
+    "index_gpu_to_cpu": "saapindex.index",
     "read_index": "saapindex.index",
     "write_index": "saapindex.index",
 }
@@ -62,6 +74,7 @@ __all__ = [
     "AttentionIndex",
     "Codebook",
     "CodebookMismatchError",
+    "DeviceMemoryError",
     "FileFormatError",
     "IndexParameters",
     "IndexSAAP",
@@ -72,6 +85,8 @@ __all__ = [
     "SaapIndexError",
     "SaapIndexWarning",
     "SearchParameters",
+    "index_cpu_to_gpu",
+    "index_gpu_to_cpu",
     "read_index",
     "write_index",
 ]

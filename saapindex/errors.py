@@ -3,6 +3,7 @@
 ::
 
     SaapIndexError
+    ├── DeviceMemoryError      (also MemoryError)  a device has too little memory; says what was needed
     ├── InvalidInputError      (also ValueError)   an argument is wrong; says what was given and expected
     ├── NotTrainedError        (also RuntimeError) the index or its router has not been trained
     ├── FileFormatError        (also ValueError)   a file is truncated, foreign, newer or tampered with
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 __all__ = [
     "CodebookMismatchError",
+    "DeviceMemoryError",
     "FileFormatError",
     "InvalidInputError",
     "MissingDependencyError",
@@ -47,6 +49,10 @@ class FileFormatError(SaapIndexError, ValueError):
 
 class CodebookMismatchError(SaapIndexError, ValueError):
     """A codebook was trained for another model, layer or rotary embedding; says what differs."""
+
+
+class DeviceMemoryError(SaapIndexError, MemoryError):
+    """A CUDA device has too little memory, or steps of a graph went past what was reserved."""
 
 
 class MissingDependencyError(SaapIndexError, ImportError):

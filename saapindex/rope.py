@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.arrays import ArrayLike, as_numpy, give_back, integers, vectors
+from saapindex.arrays import ArrayLike, as_array, as_numpy, give_back, integers, vectors
+from saapindex.devices import device_of
 from saapindex.errors import InvalidInputError
 from saapindex.rope_config import read_config
 from saapindex.rope_scaling import (
@@ -241,13 +242,14 @@ class Rope:
         scale: NDArray[np.float64],
         ops: Ops | None,
     ) -> ArrayLike:
-        rows: Floats = as_numpy(x, "x")
+        device = None if ops is None else device_of(x)
+        rows: Floats = as_array(x, "x", device)
         if rows.ndim != 2 or rows.shape[1] < self.dim:
             raise InvalidInputError(
                 f"x has shape {rows.shape}, expected (n, d) with d of at least {self.dim}"
             )
         if rows.dtype != np.float64:
-            rows = vectors(rows, "x", rows.shape[1], finite=False)
+            rows = vectors(rows, "x", rows.shape[1], finite=False, device=device)
         checked = integers(positions, "positions", rows.shape[:1])
         if ops is None:
             from saapindex.backends import get_ops

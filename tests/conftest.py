@@ -7,14 +7,27 @@ import pytest
 from hypothesis import settings
 
 import saapindex as sx
+from saapindex.devices import get_cupy
+from saapindex.errors import SaapIndexError
 
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("ci")
 
 
-@pytest.fixture(scope="session", params=["reference", "cpu"])
+@pytest.fixture(scope="session")
+def cupy():
+    """CuPy, where there is a device."""
+    try:
+        return get_cupy()
+    except SaapIndexError as error:
+        pytest.skip(f"no CUDA here: {error}")
+
+
+@pytest.fixture(scope="session", params=["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request):
+    if request.param == "cuda":
+        request.getfixturevalue("cupy")
     return request.param
 
 

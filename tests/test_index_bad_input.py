@@ -141,7 +141,7 @@ def test_adapting_nothing_or_a_learned_router(make_index):
         ({"params": "fastest"}, "preset is 'fastest', expected one of 'best', 'faiss-ivf', 'paper'"),
         ({"params": None}, "params is a NoneType, expected IndexParameters or the name of a preset"),
         ({"params": sx.SearchParameters()}, "params is a SearchParameters"),
-        ({"backend": "cuda"}, "backend is 'cuda', expected 'reference' or 'cpu'"),
+        ({"backend": "gpu"}, "backend is 'gpu', expected 'reference', 'cpu' or 'cuda'"),
         ({"rope": {"dim": 8}}, "rope is a dict, expected a Rope or None"),
         ({"rope": sx.Rope(dim=18)}, "rope rotates 18 dimensions, expected at most d = 16"),
         ({"dtype": "int8"}, "dtype is 'int8', expected 'float32' or 'float16'"),

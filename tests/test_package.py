@@ -95,6 +95,7 @@ def test_errors_are_one_tree_that_also_speaks_python():
         errors.NotTrainedError: RuntimeError,
         errors.FileFormatError: ValueError,
         errors.MissingDependencyError: ImportError,
+        errors.DeviceMemoryError: MemoryError,
     }
     for error, builtin in tree.items():
         assert issubclass(error, errors.SaapIndexError)

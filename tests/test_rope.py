@@ -297,7 +297,6 @@ def test_config_errors(case):
 # The rotation and its inverse
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ROPES)
 def test_unrotate_undoes_rotate(name, backend):
     rope, ops = ROPES[name], get_ops(backend)

@@ -237,8 +237,8 @@ def test_a_newer_version(make_index, path):
 
 def test_an_unknown_backend_is_no_fault_of_the_file(make_index, path):
     sx.write_index(make_index(n=0), path)
-    with pytest.raises(sx.InvalidInputError, match="backend is 'cuda'"):
-        sx.read_index(path, backend="cuda")
+    with pytest.raises(sx.InvalidInputError, match="backend is 'gpu'"):
+        sx.read_index(path, backend="gpu")
 
 
 def test_missing_files_and_folders(make_index, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.attention.limits import reading
+from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.sequence import Keeping, Sequence
 from saapindex.backends.base import LANES, Ints
 from saapindex.backends.paged import Near, PagedLists, Reading
@@ -38,15 +39,87 @@ class Batch:
         pairs = list(zip(before.sequences, self.sequences, strict=True))
         same_lists = all(old.lists is new.lists for old, new in pairs)
         same_near = all(_same_pages(old, new) for old, new in pairs)
+        same_sinks = all(old.sinks is new.sinks for old, new in pairs)
         for name, same in (
             ("lists", same_lists),
             ("first", same_lists),
+            ("first_of_streams", same_lists),
             ("long", same_lists),
+            ("is_long", same_lists),
             ("_readings", same_lists),
             ("_near_pages", same_near),
+            ("_sinks", same_sinks),
         ):
             if same and name in before.__dict__:
                 self.__dict__[name] = before.__dict__[name]
+
+    known = True
+    """Whether lengths are known without waiting for a device."""
+
+    def added(
+        self, keys: NDArray[Any], values: NDArray[Any], wanted: NDArray[np.bool_] | None = None
+    ) -> Batch:
+        """Return the batch with keys and values, (B, H, m, d), at the end of each sequence.
+
+        Parameters
+        ----------
+        wanted
+            (B, m): which of them belong to each sequence; None for all.
+        """
+        grown = []
+        for b, sequence in enumerate(self.sequences):
+            new_keys, new_values = keys[b], values[b]
+            if wanted is not None and not wanted[b].all():
+                new_keys, new_values = new_keys[:, wanted[b]], new_values[:, wanted[b]]
+            if new_keys.shape[1]:
+                sequence = sequence.added(self.keeping, new_keys, new_values)
+            grown.append(sequence)
+        return Batch(self.keeping, grown, self)
+
+    def truncated(self, wanted: Ints, sequence: int | None = None) -> Batch:
+        """Return the first `wanted` keys, (B,), of each sequence, or of one."""
+        kept = [
+            old.truncated(self.keeping, int(length)) if sequence in (None, b) else old
+            for b, (old, length) in enumerate(zip(self.sequences, wanted, strict=True))
+        ]
+        return Batch(self.keeping, kept, self)
+
+    def reordered(self, numbers: Ints) -> Batch:
+        """Return a batch whose sequence `i` is number ``numbers[i]`` of this one."""
+        return Batch(self.keeping, [self.sequences[i] for i in numbers], self)
+
+    def cleared(self) -> Batch | None:
+        """Return the batch without keys: none at all, so that memory is free again."""
+        return None
+
+    def forked(self, numbers: Ints | None = None) -> Batch:
+        """Return a batch of these sequences, by default all, that changes independently."""
+        return self if numbers is None else self.reordered(numbers)
+
+    def content(self, sequence: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the keys and values of a sequence in order of position, (H, length, d)."""
+        return self.sequences[sequence].content(self.keeping)
+
+    @cached_property
+    def list_sizes(self) -> Ints:
+        """Keys in each list, (B, H, L)."""
+        codebook = self.keeping.codebook
+        return self.lists.sizes.reshape(-1, codebook.heads, codebook.nlist)
+
+    def memory(self) -> MemoryStatement:
+        """Return what is held, each shared table counted once."""
+        keeping = self.keeping
+        pool, codebook = keeping.pool, keeping.codebook
+        row = 2 * codebook.heads * codebook.d * pool.dtype.itemsize
+        tables = {id(sequence.lists): sequence.lists.nbytes for sequence in self.sequences}
+        runs = {id(run.held): run.held.pages.nbytes for s in self.sequences for run in (s.sinks, s.recent)}
+        stacked = sum(array.nbytes for array in self.lists)
+        return MemoryStatement(
+            plain=int(self.lengths.sum()) * row,
+            pages=pool.nbytes,
+            used=pool.used * pool.page_nbytes,
+            statistics=sum(tables.values()) + sum(runs.values()) + stacked,
+        )
 
     @cached_property
     def lengths(self) -> Ints:
@@ -61,7 +134,17 @@ class Batch:
     @cached_property
     def long(self) -> Ints:
         """Keys in lists of each stream."""
-        return self._by_head(self.first - self.keeping.sinks)
+        return self.first_of_streams - self.keeping.sinks
+
+    @cached_property
+    def first_of_streams(self) -> Ints:
+        """`first` of each stream."""
+        return self._by_head(self.first)
+
+    @cached_property
+    def is_long(self) -> bool:
+        """Whether there are keys in lists."""
+        return bool(self.long.any())
 
     @cached_property
     def _readings(self) -> dict[AttendParameters, Reading]:
@@ -117,17 +200,12 @@ class Batch:
     @cached_property
     def near(self) -> Near:
         """Sinks and recent keys of all streams."""
-        sinks, recent = (
-            np.array([getattr(sequence, name).count for sequence in self.sequences], np.int64)
-            for name in ("sinks", "recent")
-        )
-        return Near(
-            self._near_pages,
-            self._sink_pages,
-            self._by_head(sinks),
-            self._by_head(self.first),
-            self._by_head(recent),
-        )
+        recent = self._by_head(np.maximum(self.lengths - self.first, 0))
+        return Near(self._near_pages, self._sink_pages, self._sinks, self.first_of_streams, recent)
+
+    @cached_property
+    def _sinks(self) -> Ints:
+        return self._by_head(np.array([sequence.sinks.count for sequence in self.sequences], np.int64))
 
     @cached_property
     def nothing_near(self) -> Near:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from saapindex.backends.base import Floats, Ints
 from saapindex.backends.paged import Scaling
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
+
+if TYPE_CHECKING:
+    from saapindex.attention.device_batch import DeviceBatch
 
 __all__ = ["AttentionIndex"]
 
@@ -55,12 +58,16 @@ class AttentionIndex(AttentionStore):
     sink_logits
         (q_heads,), learned logits that take part in each head's softmax without a value (GPT-OSS).
     backend
-        ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy).
+        ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy): what works on the host.
+    device
+        ``"cpu"``, or ``"cuda"`` (the current device) or ``"cuda:1"``: where keys are kept and attended to.
 
     Raises
     ------
     InvalidInputError
         On parameters out of their range.
+    MissingDependencyError
+        If CUDA is asked for without CuPy.
 
     Notes
     -----
@@ -122,14 +129,16 @@ class AttentionIndex(AttentionStore):
         InvalidInputError
             On a wrong shape, or values that are not finite.
         """
+        wanted = self._parameters(params, budget, nprobe, top_p)
+        if self._device is not None and self._batch is not None:
+            return self._attend_on_device(q, wanted, positions, near)
         x, g = self._grouped(q)
         t, heads = x.shape[1], self.codebook.heads
-        wanted = self._parameters(params, budget, nprobe, top_p)
         last = self._last(positions, t)
         if self._batch is None:
             out, lse = np.zeros_like(x), np.full(x.shape[:3], -np.inf, np.float32)
         else:
-            out, lse = self._attend(self._batch, x, last, wanted, near)
+            out, lse = self._attend(self.host_batch, x, last, wanted, near)
         if near and self.sink_logits is not None:
             out, lse = self._with_sinks(out, lse, g)
         shape = tuple(q.shape)
@@ -137,14 +146,31 @@ class AttentionIndex(AttentionStore):
         lses = lse.reshape(self.batch, heads, t, g).transpose(0, 1, 3, 2).reshape(shape[:-1])
         return returned(outs, q, own_precision=True), returned(lses, q)
 
+    def _attend_on_device(
+        self, q: ArrayLike, wanted: AttendParameters, positions: ArrayLike | None, near: bool
+    ) -> tuple[ArrayLike, ArrayLike]:
+        from saapindex.attention.device_attend import attend_on_device
+
+        self._check_heads(q)
+        with self._current(q):
+            return attend_on_device(
+                self._batch,  # type: ignore[arg-type]
+                q,
+                self._device,  # type: ignore[arg-type]
+                self._scaling,
+                wanted,
+                positions=positions,
+                near=near,
+                sink_logits=self.sink_logits,
+            )
+
     def _attend(
         self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
     ) -> tuple[Floats, Floats]:
         around = batch.near if near else batch.nothing_near
-        first = np.repeat(batch.first, self.codebook.heads)[:, None]
-        early = (last < first - 1) & (batch.long > 0)[:, None]
         pages, code = batch.keeping.pool.pages, self.codebook.code.view
-        if wanted.budget == 1 or not batch.long.any() or early.any():
+        early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
+        if wanted.budget == 1 or not batch.is_long or early.any():
             return self.ops.attend_all(x, last, around, batch.lists, pages, self._scaling)
         return self.ops.attend_lists(
             x, last, around, batch.lists, pages, code, self._scaling, batch.reading(wanted)
@@ -175,19 +201,37 @@ class AttentionIndex(AttentionStore):
         """
         if len(getattr(q, "shape", ())) != 3:
             raise InvalidInputError(f"q has shape {getattr(q, 'shape', None)}, expected (batch, q_heads, d)")
-        x, _ = self._grouped(q)
         wanted = self._parameters(params, budget, nprobe, top_p)
         shape = self.batch, self.codebook.heads
+        if self._device is not None and self._batch is not None:
+            return self._select_on_device(q, wanted)
+        x, _ = self._grouped(q)
         if self._batch is None:
             none, zeros = np.empty((*shape, 0), np.int64), np.zeros(self.batch, np.int64)
             parts = [none, np.zeros(shape, np.int64), none]
             start, ends = zeros + self.sinks, zeros
         else:
-            how = self._batch.reading(wanted)
-            found = select(self._batch, x, self._scaling, how, everything=wanted.budget == 1)
+            batch = self.host_batch
+            how = batch.reading(wanted)
+            found = select(batch, x, self._scaling, how, everything=wanted.budget == 1)
             parts = [part.reshape(*shape, *part.shape[1:]) for part in found]
-            start, ends = self._batch.first.copy(), self.lengths
+            start, ends = batch.first.copy(), self.lengths
         ids, lengths, partitions, start, ends = (give_back(part, q) for part in (*parts, start, ends))
+        return Selection(ids, lengths, partitions, self.sinks, start, ends)
+
+    def _select_on_device(self, q: ArrayLike, wanted: AttendParameters) -> Selection:
+        from saapindex.attention.device_attend import select_on_device
+
+        self._check_heads(q)
+        batch: DeviceBatch = self._batch  # type: ignore[assignment]
+        with self._current(q):
+            found = select_on_device(batch, q, self._device, self._scaling, wanted, self.ops)  # type: ignore[arg-type]
+            shape = self.batch, self.codebook.heads
+            ids, lengths, partitions = (part.reshape(*shape, *part.shape[1:]) for part in found)
+            start, ends = (batch.keeping.xp.asarray(part) for part in (batch.first, batch.lengths))
+            ids, lengths, partitions, start, ends = (
+                give_back(part, q) for part in (ids, lengths, partitions, start, ends)
+            )
         return Selection(ids, lengths, partitions, self.sinks, start, ends)
 
     @property
@@ -213,18 +257,22 @@ class AttentionIndex(AttentionStore):
         heads, d = self.codebook.heads, self.codebook.d
         single = len(getattr(q, "shape", ())) == 3
         x = queries(q, "q", (self.batch, None, d) if single else (self.batch, None, None, d))
+        self._check_heads(x)
         x = x[:, :, None] if single else x
-        if not x.shape[1] or x.shape[1] % heads:
-            raise InvalidInputError(
-                f"q has {x.shape[1]} query heads, expected a multiple of the {heads} KV heads"
-            )
-        if self.sink_logits is not None and x.shape[1] != len(self.sink_logits):
-            raise InvalidInputError(
-                f"q has {x.shape[1]} query heads, expected the {len(self.sink_logits)} of sink_logits"
-            )
         g, t = x.shape[1] // heads, x.shape[2]
         x = x.reshape(self.batch * heads, g, t, d).transpose(0, 2, 1, 3)
         return np.ascontiguousarray(x), g
+
+    def _check_heads(self, q: ArrayLike) -> None:
+        count, heads = tuple(getattr(q, "shape", ()))[1:2], self.codebook.heads
+        if not count or not count[0] or count[0] % heads:
+            raise InvalidInputError(
+                f"q has {count[0] if count else 0} query heads, expected a multiple of the {heads} KV heads"
+            )
+        if self.sink_logits is not None and count[0] != len(self.sink_logits):
+            raise InvalidInputError(
+                f"q has {count[0]} query heads, expected the {len(self.sink_logits)} of sink_logits"
+            )
 
     def _last(self, positions: ArrayLike | None, t: int) -> Ints:
         """Return the last position that each query sees, (S, t)."""
@@ -245,11 +293,18 @@ class AttentionIndex(AttentionStore):
 
         The codebook is not in the file, only its checksum. Sequences that share pages share them in the file.
         """
-        write_index(self, Path(path))
+        write_index(self if self._device is None else self.to("cpu"), Path(path))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], codebook: LayerCodebook, *, backend: str = "cpu") -> Self:
-        """Read the index at `path`, which was saved with the same `codebook`.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        codebook: LayerCodebook,
+        *,
+        backend: str = "cpu",
+        device: str = "cpu",
+    ) -> Self:
+        """Read the index at `path`, which was saved with the same `codebook`, to `device`.
 
         Raises
         ------
@@ -263,4 +318,4 @@ class AttentionIndex(AttentionStore):
         settings, build = read_index(Path(path), codebook)
         index = cls(codebook, backend=backend, **settings)
         index._batch = build(index)
-        return index
+        return index if device == "cpu" else index.to(device)

@@ -25,7 +25,7 @@ from saapindex.rope import Rope
 __all__ = ["LayerCodebook", "fit_layer"]
 
 # Lloyd steps on a context look at no more than this many keys a list: more hardly move the centroids.
-_ADAPT_POINTS = 64
+ADAPT_POINTS = 64
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -160,7 +160,7 @@ class LayerCodebook:
 
     def adapt(self, seen: NDArray[np.float32], niter: int, ops: Ops) -> NDArray[np.float32]:
         """Return centroids after `niter` Lloyd steps on a context's own keys, (H, n, d), in their view."""
-        step = max(1, seen.shape[1] // (_ADAPT_POINTS * self.nlist))
+        step = max(1, seen.shape[1] // (ADAPT_POINTS * self.nlist))
         rng = np.random.default_rng(0)
         moved = [
             kmeans(

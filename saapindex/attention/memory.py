@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saapindex.attention.batch import Batch
-
-__all__ = ["MemoryStatement", "statement"]
+__all__ = ["MemoryStatement"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +43,3 @@ class MemoryStatement:
     def overhead(self) -> float:
         """Bytes held over those of plain keys and values; infinite without keys."""
         return self.total / self.plain if self.plain else float("inf")
-
-
-def statement(batch: Batch) -> MemoryStatement:
-    """Return what the sequences of `batch` hold, each shared table counted once."""
-    keeping = batch.keeping
-    pool, codebook = keeping.pool, keeping.codebook
-    row = 2 * codebook.heads * codebook.d * pool.dtype.itemsize
-    tables = {id(sequence.lists): sequence.lists.nbytes for sequence in batch.sequences}
-    runs = {id(run.held): run.held.pages.nbytes for s in batch.sequences for run in (s.sinks, s.recent)}
-    stacked = sum(array.nbytes for array in batch.lists)
-    return MemoryStatement(
-        plain=int(batch.lengths.sum()) * row,
-        pages=pool.nbytes,
-        used=pool.used * pool.page_nbytes,
-        statistics=sum(tables.values()) + sum(runs.values()) + stacked,
-    )

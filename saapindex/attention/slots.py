@@ -16,7 +16,7 @@ from saapindex.attention.borrowed import CodePool, Span, borrowing
 from saapindex.attention.cache import PagedCache
 from saapindex.attention.index import AttentionIndex
 from saapindex.attention.layer import LayerCodebook
-from saapindex.attention.memory import MemoryStatement, statement
+from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.selection import Selection
 from saapindex.attention.sequence import Keeping, Sequence
 from saapindex.attention.tensors import STORED
@@ -44,7 +44,7 @@ class SlotIndex:
     cache
         The runtime's pages. The runtime writes a token there before it is appended here.
     settings
-        As for `AttentionIndex`, without ``batch`` and ``dtype``.
+        As for `AttentionIndex`, without ``batch``, ``dtype`` and ``device``.
 
     Raises
     ------
@@ -72,7 +72,7 @@ class SlotIndex:
     """
 
     def __init__(self, codebook: LayerCodebook, cache: PagedCache, **settings: Any) -> None:
-        for name in ("batch", "dtype"):
+        for name in ("batch", "dtype", "device"):
             if name in settings:
                 raise InvalidInputError(f"{name} is given, which comes from the sequences and the cache")
         self._view = _View(codebook, dtype=cache.dtype, **settings)
@@ -258,7 +258,7 @@ class SlotIndex:
         """
         if not self._sequences:
             return MemoryStatement(plain=0, pages=0, used=0, statistics=0)
-        held = statement(Batch(self._keeping, [sequence for sequence, _ in self._sequences.values()]))
+        held = Batch(self._keeping, [sequence for sequence, _ in self._sequences.values()]).memory()
         row = 2 * self.cache.heads * self.cache.d * STORED[self.cache.dtype].itemsize
         slots = {id(slots): slots.nbytes for _, slots in self._sequences.values()}
         plain = sum(sequence.length for sequence, _ in self._sequences.values()) * row
@@ -273,8 +273,9 @@ class _View(AttentionIndex):
 
     def show(self, keeping: Keeping, cache: PagedCache, found: list[tuple[Sequence, Ints]]) -> None:
         """Turn to these sequences."""
-        self._batch = Batch(keeping, [sequence for sequence, _ in found], self._batch)
-        self._cache, self._slots = cache, [slots for _, slots in found]
+        before = self._batch if isinstance(self._batch, Batch) else None
+        self._batch = Batch(keeping, [sequence for sequence, _ in found], before)
+        self._cache, self._slots, self._count = cache, [slots for _, slots in found], len(found)
 
     def slots_at(self, ids: Ints) -> Ints:
         """Return the slots of positions of each sequence, (batch, ...); -1 stays."""
@@ -287,10 +288,9 @@ class _View(AttentionIndex):
     def _attend(
         self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
     ) -> tuple[Floats, Floats]:
-        first = np.repeat(batch.first, self.codebook.heads)[:, None]
-        early = (last < first - 1) & (batch.long > 0)[:, None]
+        early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
         pages = self._cache.pages
-        if wanted.budget == 1 or not batch.long.any() or early.any():
+        if wanted.budget == 1 or not batch.is_long or early.any():
             rows = self._rows(batch, last, near=near, far=True)
             out, lse, _ = self.ops.attend_rows(x, rows, pages, self._scaling)
             return out, lse

@@ -68,7 +68,7 @@ def write_index(index: AttentionStore, path: Path) -> None:
     if index.sink_logits is not None:
         tensors["sink_logits"] = index.sink_logits
     if index._batch is not None:
-        described, content = _described(index._batch)
+        described, content = _described(index.host_batch)
         header["sequences"] = described
         tensors |= content
     write_file(path, tensors, header, format=FORMAT, version=VERSION)
@@ -149,7 +149,7 @@ def _built(
 ) -> Batch | None:
     if described is None:
         return None
-    batch = index._start(str(index.dtype))
+    batch = index._empty(str(index.dtype))
     keeping, pool = batch.keeping, batch.keeping.pool
     held = _pages(pool, tensors)
     heads, nlist = keeping.codebook.heads, keeping.codebook.nlist

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from typing import Any, Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,18 @@ from numpy.typing import NDArray
 from saapindex.arrays import ArrayLike, as_numpy, integers
 from saapindex.attention.batch import Batch
 from saapindex.attention.layer import LayerCodebook
-from saapindex.attention.memory import MemoryStatement, statement
+from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.sequence import Keeping, Sequence
 from saapindex.attention.tensors import STORED, element_type, stored
 from saapindex.backends import get_ops
+from saapindex.devices import check_device, current, device_of, get_cupy
 from saapindex.errors import InvalidInputError, PositionWarning
 from saapindex.lists.paged import PagePool
 from saapindex.params import AttendParameters, check_choice, check_integer
+
+if TYPE_CHECKING:
+    from saapindex.attention.device_batch import DeviceBatch
+    from saapindex.attention.device_keeping import DeviceKeeping
 
 __all__ = ["DENSE_BELOW", "AttentionStore"]
 
@@ -54,6 +60,7 @@ class AttentionStore:
         softcap: float | None = None,
         sink_logits: ArrayLike | None = None,
         backend: str = "cpu",
+        device: str = "cpu",
     ) -> None:
         if not isinstance(codebook, LayerCodebook):
             raise InvalidInputError(f"codebook is a {type(codebook).__name__}, expected a LayerCodebook")
@@ -81,9 +88,11 @@ class AttentionStore:
         self.sink_logits = None if sink_logits is None else _sink_logits(sink_logits, codebook.heads)
         self.window, self.sinks, self.flush = int(window), int(sinks), int(flush)
         self.adapt, self.dense_below = int(adapt), int(dense_below)
+        self._device = check_device(device)
+        self._model: ArrayLike = None  # an empty tensor on the device, if the caller's keys are torch's
         self._count = int(batch)
         self._dtype = dtype
-        self._batch: Batch | None = None
+        self._batch: Batch | DeviceBatch | None = None
         self._warned = False
 
     def __repr__(self) -> str:
@@ -96,12 +105,18 @@ class AttentionStore:
     @property
     def batch(self) -> int:
         """Number of sequences."""
-        return self._count if self._batch is None else len(self._batch.sequences)
+        return self._count
+
+    @property
+    def device(self) -> str:
+        """Where keys are: ``"cpu"``, or ``"cuda:0"`` and so on."""
+        return "cpu" if self._device is None else f"cuda:{self._device}"
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Keys of each sequence, int64 (batch,)."""
-        return np.zeros(self._count, np.int64) if self._batch is None else self._batch.lengths.copy()
+        """Keys of each sequence, int64 (batch,). After a captured step has run, this waits for the device."""
+        with self._current():
+            return np.zeros(self._count, np.int64) if self._batch is None else self._batch.lengths.copy()
 
     @property
     def dtype(self) -> str | None:
@@ -111,15 +126,38 @@ class AttentionStore:
     @property
     def list_sizes(self) -> NDArray[np.int64]:
         """Keys in each list, int64 (batch, kv_heads, nlist)."""
-        shape = self.batch, self.codebook.heads, self.codebook.nlist
         if self._batch is None:
-            return np.zeros(shape, np.int64)
-        return self._batch.lists.sizes.reshape(shape).copy()
+            return np.zeros((self.batch, self.codebook.heads, self.codebook.nlist), np.int64)
+        with self._current():
+            return self._batch.list_sizes.copy()
 
-    def _start(self, dtype: str) -> Batch:
+    def _current(self, array: ArrayLike = None) -> AbstractContextManager[None]:
+        """Work on the device of the index, and on the stream of the caller."""
+        if self._device is None:
+            return nullcontext()
+        if array is not None and device_of(array) == self._device:
+            return current(array)
+        return current(self._device if self._model is None else self._model)
+
+    def _start(self, dtype: str) -> Batch | DeviceBatch:
         """Return the batch as it is, or empty sequences that store `dtype`."""
         if self._batch is not None:
             return self._batch
+        if self._device is None:
+            return self._empty(dtype)
+        from saapindex.attention.device_batch import DeviceBatch
+
+        return DeviceBatch.empty(self._device_keeping(dtype), self._count)
+
+    @property
+    def host_batch(self) -> Batch:
+        """The sequences of an index on the host that has keys."""
+        if not isinstance(self._batch, Batch):
+            raise InvalidInputError(f"the index is on {self.device}, expected one with keys on the host")
+        return self._batch
+
+    def _empty(self, dtype: str) -> Batch:
+        """Return empty sequences on the host."""
         book = self.codebook
         span = 1 << (_SPAN * book.heads - 1).bit_length()
         pool = PagePool(book.d, STORED[dtype], book.code.words, span)
@@ -127,6 +165,72 @@ class AttentionStore:
             book, pool, self.ops, self.window, self.sinks, self.flush, self.adapt, self.dense_below
         )
         return Batch(keeping, [Sequence.empty(keeping)] * self._count)
+
+    def _device_keeping(self, dtype: str) -> DeviceKeeping:
+        from saapindex.attention.device_book import DeviceBook
+        from saapindex.attention.device_keeping import DeviceKeeping, allocating
+        from saapindex.lists.device_pool import DevicePool
+
+        xp, book = get_cupy(), self.codebook
+        with allocating("the codebook"):
+            found = DeviceBook(book, xp)
+        pool = DevicePool(xp, book.d, STORED[dtype], book.code.words)
+        rules = self.window, self.sinks, self.flush, self.adapt, self.dense_below
+        return DeviceKeeping(found, pool, dtype, *rules, xp)
+
+    def to(self, device: str) -> Self:
+        """Return a copy of the index on a device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+
+        Raises
+        ------
+        InvalidInputError, MissingDependencyError, DeviceMemoryError
+            If there is no such device, no CuPy, or too little memory; the index is as it was.
+        """
+        from saapindex.attention.device_batch import DeviceBatch
+
+        number, moved = check_device(device), self.fork()
+        if number == self._device or self._batch is None:
+            moved._device = number
+            return moved
+        batch = moved._batch
+        if isinstance(batch, DeviceBatch):
+            with self._current():
+                moved._batch = batch.to_host(self._empty(str(self._dtype)).keeping)
+        moved._device, moved._model = number, None
+        if number is not None:
+            with moved._current():
+                moved._batch = DeviceBatch.of(moved._device_keeping(str(self._dtype)), moved.host_batch)
+        return moved
+
+    def reserve(self, tokens: int) -> None:
+        """Make room on the device for so many more keys of every sequence.
+
+        Adding tokens one by one then never waits for the device nor takes memory, and can be captured in a
+        graph; a graph is good until the next call of `reserve`, of `reorder` to another number of
+        sequences, or an addition outside of it that needs more room. On the host this does nothing.
+
+        Parameters
+        ----------
+        tokens
+            As many as all replays will add.
+
+        Raises
+        ------
+        InvalidInputError
+            If the type of the keys is not known yet: give `dtype`, or add keys before.
+        DeviceMemoryError
+            If there is too little memory; the index is as it was.
+        """
+        check_integer("tokens", tokens, 1)
+        if self._device is None:
+            return
+        if self._dtype is None:
+            raise InvalidInputError(
+                "the type of the keys is not known yet, expected dtype= or keys before reserve"
+            )
+        with self._current():
+            self._batch = self._start(self._dtype)
+            self._batch.reserve(int(tokens))  # type: ignore[union-attr]
 
     def add(
         self, k: ArrayLike, v: ArrayLike, *, lengths: ArrayLike | None = None, mask: ArrayLike | None = None
@@ -149,27 +253,35 @@ class AttentionStore:
             index is as it was.
         """
         dtype = self._dtype or element_type(k, "k")
-        book = self.codebook
-        keys = stored(k, "k", (self.batch, book.heads, None, book.d), dtype)
-        n = keys.shape[2]
-        values = stored(v, "v", (self.batch, book.heads, n, book.d), dtype)
-        wanted = self._wanted(n, lengths, mask)
-        batch = self._start(dtype)
-        ends = batch.lengths + (n if wanted is None else wanted.sum(axis=1))
+        with self._current(k):
+            keys = self._stored(k, "k", None, dtype)
+            values = self._stored(v, "v", keys.shape[2], dtype)
+            wanted = self._wanted(keys.shape[2], lengths, mask)
+            batch = self._start(dtype)
+            if batch.known:
+                self._check_end(batch.lengths + (keys.shape[2] if wanted is None else wanted.sum(axis=1)))
+            self._batch, self._dtype = batch.added(keys, values, wanted), dtype
+            if self._model is None and type(k).__module__.partition(".")[0] == "torch":
+                self._model = k.new_empty(0) if device_of(k) == self._device is not None else None
+
+    def _stored(self, value: ArrayLike, name: str, n: int | None, dtype: str) -> Any:
+        """Return new keys or values as the index stores them, where it stores them."""
+        shape = self.batch, self.codebook.heads, n, self.codebook.d
+        if self._device is None:
+            return stored(value, name, shape, dtype)
+        from saapindex.attention.device_keeping import capturing
+        from saapindex.attention.device_tensors import placed
+
+        # The host would wait for the answer, which a single step must not.
+        check = len(getattr(value, "shape", ())) == 4 and value.shape[2] > 1 and not capturing(get_cupy())
+        return placed(value, name, shape, dtype, self._device, check=check)
+
+    def _check_end(self, ends: NDArray[np.int64]) -> None:
         if int(ends.max()) >= _POSITIONS_END:
             raise InvalidInputError(
                 f"a sequence would have {ends.max()} keys, expected less than {_POSITIONS_END}"
             )
         self._warn_of_positions(int(ends.max()))
-        grown = []
-        for b, sequence in enumerate(batch.sequences):
-            new_keys, new_values = keys[b], values[b]
-            if wanted is not None and not wanted[b].all():
-                new_keys, new_values = new_keys[:, wanted[b]], new_values[:, wanted[b]]
-            if new_keys.shape[1]:
-                sequence = sequence.added(batch.keeping, new_keys, new_values)
-            grown.append(sequence)
-        self._batch, self._dtype = Batch(batch.keeping, grown, batch), dtype
 
     def _wanted(self, n: int, lengths: ArrayLike | None, mask: ArrayLike | None) -> NDArray[np.bool_] | None:
         """Which of `n` new keys belong to each sequence, (batch, n); None for all."""
@@ -201,7 +313,7 @@ class AttentionStore:
             f"position {end - 1} lies past the range that this codebook was trained for (below {known}); "
             f"train with max_position={end} or more",
             PositionWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         self._warned = True
 
@@ -210,17 +322,21 @@ class AttentionStore:
 
         Returns
         -------
-        k, v : (kv_heads, length, d), as stored: float16, float32, or uint16 that holds the bits of bfloat16
+        k, v : (kv_heads, length, d), as stored: float16, float32, or uint16 that holds the bits of bfloat16;
+            on the device of the index
         """
         self._check_sequences(np.array([sequence]))
         if self._batch is None:
             empty = np.zeros((self.codebook.heads, 0, self.codebook.d), STORED[self._dtype or "float32"])
             return empty, empty.copy()
-        return self._batch.sequences[sequence].content(self._batch.keeping)
+        with self._current():
+            return self._batch.content(sequence)
 
     def list_order(self, page_size: int, *, near: bool = True) -> NDArray[np.int64]:
         """Return the positions of all keys list by list: an order in which keys that are visited together
         stand together.
+
+        An index on a device is copied to the host for it.
 
         Parameters
         ----------
@@ -237,12 +353,13 @@ class AttentionStore:
         heads = self.codebook.heads
         if self._batch is None:
             return np.empty((self.batch, heads, 0), np.int64)
-        lists, pages = self._batch.lists, self._batch.keeping.pool.pages
+        batch = self.host_batch if self._device is None else self.to("cpu").host_batch
+        lists, pages = batch.lists, batch.keeping.pool.pages
         room = -(-lists.sizes // page_size) * page_size
         starts, ends = np.cumsum(room, axis=1) - room, room.sum(axis=1)
         close = [
             np.concatenate([np.arange(min(self.sinks, s.length)), np.arange(s.recent.start, s.length)])
-            for s in self._batch.sequences
+            for s in batch.sequences
         ]
         most = max(int(ends[b * heads : (b + 1) * heads].max()) + near * len(c) for b, c in enumerate(close))
         order = np.full((len(ends), -(-most // page_size) * page_size), -1, np.int64)
@@ -278,11 +395,8 @@ class AttentionStore:
             self._check_sequences(np.array([sequence]))
         if self._batch is None:
             return
-        kept = [
-            old.truncated(self._batch.keeping, int(length)) if sequence in (None, b) else old
-            for b, (old, length) in enumerate(zip(self._batch.sequences, wanted, strict=True))
-        ]
-        self._batch = Batch(self._batch.keeping, kept, self._batch)
+        with self._current():
+            self._batch = self._batch.truncated(wanted, sequence)
 
     def reorder(self, order: ArrayLike) -> None:
         """Let sequence `i` be what sequence ``order[i]`` was: beams that go on, or a part of the batch.
@@ -295,11 +409,9 @@ class AttentionStore:
             int, (any number above 0,); one may occur several times, or not at all.
         """
         numbers = self._numbers(order, "order")
-        if self._batch is None:
-            self._count = len(numbers)
-        else:
-            chosen = [self._batch.sequences[i] for i in numbers]
-            self._batch = Batch(self._batch.keeping, chosen, self._batch)
+        with self._current():
+            self._batch = None if self._batch is None else self._batch.reordered(numbers)
+        self._count = len(numbers)
 
     def fork(self, sequences: ArrayLike | None = None) -> Self:
         """Return an index of its own that begins with these sequences, by default all, and shares their
@@ -310,13 +422,15 @@ class AttentionStore:
         sequences
             int, (any number above 0,); one may occur several times.
         """
+        numbers = None if sequences is None else self._numbers(sequences, "sequences")
         forked = copy.copy(self)
-        if sequences is not None:
-            forked.reorder(sequences)
+        forked._count = self.batch if numbers is None else len(numbers)
+        with self._current():
+            forked._batch = None if self._batch is None else self._batch.forked(numbers)
         return forked
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self.fork()  # values never change, so a fork is as good
+        return self.fork()
 
     def _numbers(self, given: ArrayLike, name: str) -> NDArray[np.int64]:
         array = as_numpy(given, name)
@@ -332,14 +446,16 @@ class AttentionStore:
             raise InvalidInputError(f"there is no sequence {strange[0]}, expected 0 to {self.batch - 1}")
 
     def reset(self) -> None:
-        """Forget every key."""
-        self._count, self._batch = self.batch, None
+        """Forget every key. On a device the memory is kept for the next ones, and a graph stays good."""
+        with self._current():
+            self._batch = None if self._batch is None else self._batch.cleared()
 
     def memory(self) -> MemoryStatement:
         """Return what is held, in bytes, and how much more it is than plain keys and values."""
         if self._batch is None:
             return MemoryStatement(plain=0, pages=0, used=0, statistics=0)
-        return statement(self._batch)
+        with self._current():
+            return self._batch.memory()
 
     @property
     def nbytes(self) -> int:

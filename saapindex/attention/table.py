@@ -19,7 +19,7 @@ from saapindex.lists.ragged import ranges
 __all__ = ["Table"]
 
 # Fewer entering keys a list than this say too little about a context to move its centroids by.
-_ADAPT_FROM = 16
+ADAPT_FROM = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ class Table:
         positions = np.arange(first, first + m)
         seen = codebook.view(widened(keys), positions, ops)
         centroids = self.centroids
-        if adapt and m >= _ADAPT_FROM * nlist and not self.sizes.any():
+        if adapt and m >= ADAPT_FROM * nlist and not self.sizes.any():
             centroids = codebook.adapt(seen, adapt, ops)
         labels = codebook.assign(seen, centroids, ops) + nlist * np.arange(heads)[:, None]
         flat = labels.reshape(-1)

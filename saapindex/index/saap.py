@@ -9,6 +9,7 @@ import numpy as np
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.errors import InvalidInputError, TrainingWarning
+from saapindex.index.device import keeping_keys, on_any_device
 from saapindex.index.searcher import Searcher
 from saapindex.params import check_integer
 from saapindex.partition import train_partition
@@ -45,7 +46,9 @@ class IndexSAAP(Searcher):
         Precision that keys are kept in: ``"float32"``, or ``"float16"``, which loses nothing where keys come
         in it and is faster to read. Scores are float32.
     backend
-        ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy).
+        ``"cpu"`` (numba, all cores), ``"reference"`` (NumPy) or ``"cuda"``.
+    device
+        Where it searches, adds and trains: ``"cpu"``, ``"cuda"`` or ``"cuda:0"`` and so on; see `to`.
     verbose
         Show progress while training.
 
@@ -73,6 +76,7 @@ class IndexSAAP(Searcher):
     ((3, 5), 2000)
     """
 
+    @on_any_device
     def train(
         self,
         x: ArrayLike,
@@ -118,8 +122,8 @@ class IndexSAAP(Searcher):
                 queries = query_positions = None
         if self.params.query_aware:
             _warn_of_few_queries(0 if queries is None else len(queries), self.d)
-        self._adopt(
-            train_partition(
+        with keeping_keys(self.ops):
+            partition = train_partition(
                 keys,
                 key_positions,
                 queries,
@@ -129,10 +133,8 @@ class IndexSAAP(Searcher):
                 rope=self.rope,
                 ops=self.ops,
                 show=self.verbose,
-            ),
-            make_router(self.params.router, self.scale),
-            self._nothing(),
-        )
+            )
+        self._adopt(partition, make_router(self.params.router, self.scale), self._nothing())
 
     def adapt(self, niter: int = 4) -> None:
         """Move the centroids to the keys that the index holds, by a few Lloyd steps.
@@ -156,7 +158,8 @@ class IndexSAAP(Searcher):
         rows = np.sort(lists.rows())
         x, ids, positions = lists.keys(rows), lists.ids[rows], lists.positions[rows]
         seen = self.partition.view.apply(x, positions, self.ops)
-        partition = self.partition.adapt(seen, niter, np.random.default_rng(self.params.seed), self.ops)
+        with keeping_keys(self.ops):
+            partition = self.partition.adapt(seen, niter, np.random.default_rng(self.params.seed), self.ops)
         state = self._nothing().append(x, ids, positions, partition, self.ops)
         self._adopt(partition, self.router, state)
 
@@ -167,12 +170,12 @@ def _warn_of_few_queries(count: int, d: int) -> None:
             "no training queries: the partition is plain k-means, which puts keys together that no query "
             "tells apart and costs recall at the same keys read; pass xq_train=queries",
             TrainingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     elif count < _QUERIES_PER_DIMENSION * d:
         warnings.warn(
             f"{count} training queries for {d} dimensions make a noisy metric; "
             f"pass {_QUERIES_PER_DIMENSION * d} or more",
             TrainingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.errors import InvalidInputError
+from saapindex.devices import device_of
+from saapindex.index.device import on_any_device, placed_router
 from saapindex.index.probing import Probes, choose_lists, same_limit
 from saapindex.index.state import Routing, State
 from saapindex.index.store import KeyStore
@@ -28,6 +30,12 @@ _NONE = np.zeros(0, np.int64)
 class Searcher(KeyStore):
     """What a trained index answers; base of `IndexSAAP`."""
 
+    @property
+    def can_search_in_place(self) -> bool:
+        """Whether a search by `nprobe` reads nothing but keys, so that a device can do all of it."""
+        return True
+
+    @on_any_device
     def search(
         self,
         x: ArrayLike,
@@ -69,7 +77,7 @@ class Searcher(KeyStore):
         if params.budget is None and params.top_p is None:
             p = min(params.nprobe or self.nprobe, self.nlist)
             found = self.ops.search(
-                routing.router.features(seen),
+                placed_router(routing.router, seen, self.ops).features(seen),
                 queries,
                 routing.table,
                 routing.bias(params.rank or self.params.rank),
@@ -82,6 +90,7 @@ class Searcher(KeyStore):
             found = self._scan(queries, state, lambda rows: self._probe(seen[rows], routing, params), int(k))
         return _deliver(found, out, x, D, I)
 
+    @on_any_device
     def search_preassigned(
         self,
         x: ArrayLike,
@@ -108,6 +117,7 @@ class Searcher(KeyStore):
         )
         return _deliver(found, out, x, D, I)
 
+    @on_any_device
     def range_search(
         self,
         x: ArrayLike,
@@ -145,10 +155,12 @@ class Searcher(KeyStore):
         lims_out, scores_out, ids_out = (arrays.give_back(part, x) for part in parts)
         return lims_out, scores_out, ids_out
 
+    @on_any_device
     def assign(self, x: ArrayLike, k: int = 1, labels: ArrayLike | None = None) -> ArrayLike:
         """Return the ids of the `k` best keys of each query, int64 (n, k), as `search` finds them."""
         return self.search(x, k, I=labels)[1]
 
+    @on_any_device
     def route(
         self,
         x: ArrayLike,
@@ -198,7 +210,7 @@ class Searcher(KeyStore):
         self, x: ArrayLike, positions: ArrayLike | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the queries, and the partition's view of them."""
-        queries = arrays.vectors(x, "x", self.d)
+        queries = arrays.vectors(x, "x", self.d, device=device_of(x))
         if positions is None:
             self.partition.check_position(self._state.next_id)
         else:
@@ -248,8 +260,8 @@ def _buffers(
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
     """Check the caller's buffers, before anything is computed."""
     return (
-        None if D is None else arrays.check_out(D, "D", shape, np.float32),
-        None if I is None else arrays.check_out(I, "I", shape, np.int64),
+        None if D is None else arrays.check_out(D, "D", shape, np.float32, device=device_of(D)),
+        None if I is None else arrays.check_out(I, "I", shape, np.int64, device=device_of(I)),
     )
 
 
@@ -265,7 +277,7 @@ def _deliver(
         return found
     for buffer, result in zip(buffers, found, strict=True):
         if buffer is not None:
-            buffer[:] = result
+            arrays.fill(buffer, result)
     return (
         arrays.give_back(found[0], x) if D is None else D,
         arrays.give_back(found[1], x) if I is None else I,

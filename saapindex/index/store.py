@@ -11,9 +11,16 @@ from numpy.typing import NDArray
 
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
-from saapindex.backends import get_ops
 from saapindex.backends.base import Ints
 from saapindex.errors import InvalidInputError, NotTrainedError
+from saapindex.index.device import (
+    device_memory,
+    device_number,
+    get_device_ops,
+    hold_on_device,
+    keeping_keys,
+    on_any_device,
+)
 from saapindex.index.state import Routing, State
 from saapindex.params import IndexParameters, check_integer, get_preset
 from saapindex.partition import Partition, Router
@@ -49,6 +56,7 @@ class KeyStore:
         nprobe: int = 1,
         dtype: str = "float32",
         backend: str = "cpu",
+        device: str | None = None,
         verbose: bool = False,
     ) -> None:
         check_integer("d", d, 1)
@@ -81,7 +89,7 @@ class KeyStore:
         self.rope = rope
         self.nprobe = nprobe
         self.dtype = np.dtype(dtype)
-        self.ops = get_ops(backend)
+        self.ops = get_device_ops(device, backend)
         self.verbose = verbose
         self._partition: Partition | None = None
         self._router: Router | None = None
@@ -97,6 +105,36 @@ class KeyStore:
 
     def __copy__(self) -> Self:
         return copy.deepcopy(self)  # two indexes must not write to one pool
+
+    @property
+    def device(self) -> str:
+        """Where searches run: ``"cpu"``, or ``"cuda:0"`` and so on."""
+        number = device_number(self.ops)
+        return "cpu" if number is None else f"cuda:{number}"
+
+    def to(self, device: str) -> Self:
+        """Return a copy of the index that searches on `device`; the index itself if it does so already.
+
+        Parameters
+        ----------
+        device
+            ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:0"`` and so on.
+
+        Raises
+        ------
+        InvalidInputError, MissingDependencyError
+            If there is no such device, or no CuPy.
+        DeviceMemoryError
+            If the keys do not fit there.
+        """
+        ops = get_device_ops(device, "cpu")
+        if device_number(ops) == device_number(self.ops):
+            return self
+        other = copy.copy(self)
+        other.ops = ops
+        with device_memory(other, "to"):
+            other._publish(other._state)
+        return other
 
     @property
     def _l2(self) -> bool:
@@ -185,10 +223,12 @@ class KeyStore:
         routing = None
         if self._router is not None:
             routing = Routing.of(self._router, self.partition, state, self._l2)
+        hold_on_device(self.ops, state)
         self._state, self._routing = state, routing
 
     # Adding and removing
 
+    @on_any_device
     def add(self, x: ArrayLike, *, positions: ArrayLike | None = None) -> None:
         """Add keys `x`, (n, d), with ids from `ntotal` up.
 
@@ -208,6 +248,7 @@ class KeyStore:
         """
         self._add(x, None, positions)
 
+    @on_any_device
     def add_with_ids(self, x: ArrayLike, ids: ArrayLike, *, positions: ArrayLike | None = None) -> None:
         """Add keys `x`, (n, d), under `ids`, int (n,), not negative and not yet in the index.
 
@@ -238,7 +279,9 @@ class KeyStore:
             )
         if len(keys):
             self.partition.check_position(int(places.max()))
-            self._publish(state.append(keys, fresh, places, self.partition, self.ops))
+            with keeping_keys(self.ops):
+                appended = state.append(keys, fresh, places, self.partition, self.ops)
+            self._publish(appended)
 
     def remove_ids(self, ids: ArrayLike) -> int:
         """Remove the keys with these ids; return how many there were. Unknown ids are passed over."""

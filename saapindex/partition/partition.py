@@ -63,7 +63,7 @@ class Partition:
                 f"position {last} lies past the range that this codebook was trained for "
                 f"(below {self.max_position}); train with max_position={last + 1} or more",
                 PositionWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def adapt(self, x: NDArray[np.float32], niter: int, rng: np.random.Generator, ops: Ops) -> Partition:

@@ -98,7 +98,7 @@ def test_a_failure_on_the_way_changes_nothing(unchanged, data, monkeypatch, afte
         (lambda index: index.reconstruct(2), "there is no sequence 2, expected 0 to 1"),
         (lambda index: index.reorder([0, 2]), "there is no sequence 2, expected 0 to 1"),
         (lambda index: index.reorder([]), "order is empty, expected at least one sequence"),
-        (lambda index: index.fork([-1]), "order holds -1, expected at least 0"),
+        (lambda index: index.fork([-1]), "sequences holds -1, expected at least 0"),
         (lambda index: index.attend(Q[:, :5]), "q has 5 query heads, expected a multiple of the 2"),
         (lambda index: index.attend(Q[:1]), r"q has shape \(1, 6, 16\), expected \(2, any, 16\)"),
         (lambda index: index.attend(Q[:, :, 0]), r"expected \(2, any, any, 16\)"),

@@ -73,7 +73,7 @@ class Runtime:
         self.free += freed
 
 
-def machine(draw, codebook, layout, alternating):
+def machine(draw, codebook, layout, alternating, backend):
     class Machine(RuleBasedStateMachine):
         @initialize(
             window=st.sampled_from([0, 1, 20, 33]),
@@ -84,7 +84,7 @@ def machine(draw, codebook, layout, alternating):
             seed=st.integers(0, 99),
         )
         def start(self, seed, **how):
-            self.rng, self.how = np.random.default_rng(seed), {**how, "backend": "reference"}
+            self.rng, self.how = np.random.default_rng(seed), {**how, "backend": backend}
             self.runtime = Runtime(self.rng, layout, alternating=alternating)
             self.index = SlotIndex(codebook, self.runtime.cache(), **self.how)
             self.held, self.count = {}, 0
@@ -205,9 +205,12 @@ def machine(draw, codebook, layout, alternating):
 HOW = [("budget", 1.0), ("budget", 0.3), ("nprobe", 2)]
 
 
-@pytest.mark.parametrize(("layout", "alternating"), [("HND", False), ("NHD", False), ("HND", True)])
-def test_any_order_of_changes(data, codebook, layout, alternating):
-    case = machine(data, codebook, layout, alternating).TestCase
+@pytest.mark.parametrize(
+    ("layout", "alternating", "backend"),
+    [("HND", False, "reference"), ("NHD", False, "reference"), ("HND", True, "cpu")],
+)
+def test_any_order_of_changes(data, codebook, layout, alternating, backend):
+    case = machine(data, codebook, layout, alternating, backend).TestCase
     case.settings = settings(deadline=None, max_examples=12, stateful_step_count=20, derandomize=True)
     case("runTest").runTest()
 

@@ -62,9 +62,9 @@ def widened(queries, lists):
 @given(**CASES)
 @example(q=9, n=100, d=1, nlist=1, share=1, l2=True, half=False, seed=0)
 @example(q=9, n=0, d=3, nlist=7, share=1, l2=False, half=True, seed=0)
-def test_ids_match_exactly_with_ties(k, q, n, d, nlist, share, l2, half, seed):
+def test_ids_match_exactly_with_ties(backend, k, q, n, d, nlist, share, l2, half, seed):
     queries, *rest = make(q, n, d, nlist, share, half, seed, whole=True)
-    scores, ids = get_ops("cpu").scan(queries, *rest, k, l2)
+    scores, ids = get_ops(backend).scan(queries, *rest, k, l2)
     known_scores, known_ids = REFERENCE.scan(queries, *rest, k, l2)
     np.testing.assert_array_equal(ids, known_ids)
     np.testing.assert_array_equal(scores, known_scores)
@@ -119,9 +119,9 @@ def test_error_is_at_most_twice_that_of_numpy_in_float32(backend, d, l2, half):
 
 @given(radius=st.integers(-5, 20), **CASES)
 @example(radius=0, q=9, n=100, d=1, nlist=1, share=1, l2=True, half=False, seed=0)
-def test_range_matches_exactly(radius, q, n, d, nlist, share, l2, half, seed):
+def test_range_matches_exactly(backend, radius, q, n, d, nlist, share, l2, half, seed):
     queries, *rest = make(q, n, d, nlist, share, half, seed, whole=True)
-    found = get_ops("cpu").range_scan(queries, *rest, float(radius), l2)
+    found = get_ops(backend).range_scan(queries, *rest, float(radius), l2)
     known = REFERENCE.range_scan(queries, *rest, float(radius), l2)
     for part, (ours, theirs) in enumerate(zip(found, known, strict=True)):
         np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,192 @@
+"""Attention and selection of an index on a device: one launch, and outputs in the caller's framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex.arrays import ArrayLike, as_array
+from saapindex.attention.device_batch import DeviceBatch
+from saapindex.attention.device_keeping import allocating
+from saapindex.attention.device_tensors import buffer, placed
+from saapindex.attention.limits import reading
+from saapindex.attention.selection import packed
+from saapindex.attention.streams import as_host
+from saapindex.attention.tensors import element_type
+from saapindex.backends.base import Floats, Ints, Ops
+from saapindex.backends.cuda.attend import Limits, Workspace, attend_streams, launch_shape, select_streams
+from saapindex.backends.paged import PagedLists, Scaling, widened
+from saapindex.devices import device_of
+from saapindex.errors import InvalidInputError
+from saapindex.params import AttendParameters
+
+__all__ = ["attend_on_device", "select_on_device"]
+
+Array = Any  # cupy.ndarray
+
+
+def attend_on_device(
+    batch: DeviceBatch,
+    q: ArrayLike,
+    device: int,
+    scaling: Scaling,
+    wanted: AttendParameters,
+    *,
+    positions: ArrayLike | None,
+    near: bool,
+    sink_logits: NDArray[np.float32] | None,
+) -> tuple[ArrayLike, ArrayLike]:
+    """See `AttentionIndex.attend`; what is returned is on the device where `q` is, else in host memory."""
+    xp, shape = batch.keeping.xp, tuple(q.shape)
+    single, heads = len(shape) == 3, batch.keeping.heads
+    count, d = len(batch.centroids), batch.keeping.book.codebook.d
+    x = placed(q, "q", (count, None, d) if single else (count, None, None, d), _kind(q), device, check=False)
+    t, g = 1 if single else shape[2], shape[1] // heads
+    grouped = x.reshape(count * heads, g, t, d)
+    x = grouped.reshape(-1, 1, g, d) if t == 1 else xp.ascontiguousarray(grouped.transpose(0, 2, 1, 3))
+    last = None
+    if positions is not None:
+        last = as_array(positions, "positions", device)
+        if last.shape != (count, t) or last.dtype.kind not in "iu":
+            raise InvalidInputError(
+                f"positions are {last.dtype} of {last.shape}, expected integers of {(count, t)}"
+            )
+        last = xp.ascontiguousarray(last, np.int32)
+    if device_of(q) is None:
+        out, lse = xp.empty(shape, x.dtype), xp.empty(shape[:-1], np.float32)
+        given: tuple[Any, Any] = out, lse
+    else:
+        (given_out, out), (given_lse, lse) = (
+            buffer(q, shape, "same", device),
+            buffer(q, shape[:-1], "float32", device),
+        )
+        given = given_out, given_lse
+    straight = out.reshape(x.shape) if t == 1 else xp.empty_like(x)
+    logs = lse.reshape(x.shape[:-1]) if t == 1 else xp.empty(x.shape[:-1], np.float32)
+    space = _space(batch, g, t, device)
+    attend_streams(
+        x,
+        batch.streams,
+        batch.keeping.book.code,
+        scaling,
+        _limits(wanted),
+        space,
+        straight,
+        logs,
+        positions=last,
+        near=near,
+        everything=wanted.budget == 1,
+    )
+    if t > 1:
+        out.reshape(count * heads, g, t, d)[...] = straight.transpose(0, 2, 1, 3)
+        lse.reshape(count * heads, g, t)[...] = logs.transpose(0, 2, 1)
+    if near and sink_logits is not None:
+        _join(out, lse, batch.sinks_on_device(sink_logits).reshape(1, -1, *(1,) * (lse.ndim - 2)), xp)
+    if device_of(q) is None:
+        return as_host(out), as_host(lse)
+    return given
+
+
+def _kind(q: ArrayLike) -> str:
+    if len(getattr(q, "shape", ())) not in (3, 4):
+        raise InvalidInputError(
+            f"q has shape {getattr(q, 'shape', None)}, expected (batch, q_heads, d) or (batch, q_heads, t, d)"
+        )
+    return element_type(q, "q")
+
+
+def _limits(wanted: AttendParameters) -> Limits:
+    counted = wanted.budget is not None
+    return Limits(
+        budget=wanted.budget or 0.0,
+        share=wanted.scan_share,
+        nprobe=wanted.nprobe or 0,
+        top_p=wanted.top_p or 0.0,
+        policy=wanted.policy,
+        by_mass=(wanted.rank or ("key" if counted else "mass")) == "mass",
+        refine=wanted.refine and counted,
+        remainder=wanted.remainder,
+    )
+
+
+def _space(batch: DeviceBatch, group: int, tokens: int, device: int, positions: int = 0) -> Workspace:
+    """Return the buffers of a step, the same ones each time: a graph goes on with them."""
+    key = group, tokens, -(-positions // 4096)
+    if key not in batch.spaces:
+        xp, streams = batch.keeping.xp, batch.streams
+        processors = xp.cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
+        shape = launch_shape(streams.pages.shape[0] * tokens, processors, group)
+        with allocating(f"what attention of {tokens} tokens works in"):
+            batch.spaces[key] = Workspace.empty(
+                streams, batch.keeping.book.code, group, tokens, shape, xp, most_positions=key[2] * 4096
+            )
+    space: Workspace = batch.spaces[key]
+    return space
+
+
+def _join(out: Array, lse: Array, logits: Array, xp: Any) -> None:
+    """Let a learned logit of each query head take part in the softmax, in place."""
+    total = xp.logaddexp(lse, logits)
+    factor = xp.exp(lse - total)[..., None]
+    if out.dtype == np.uint16:  # the bits of bfloat16
+        exact = (out.astype(np.uint32) << np.uint32(16)).view(np.float32) * factor
+        bits = exact.view(np.uint32)
+        out[...] = (bits + (0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    else:
+        out[...] = out * factor
+    lse[...] = total
+
+
+def select_on_device(
+    batch: DeviceBatch, q: ArrayLike, device: int, scaling: Scaling, wanted: AttendParameters, ops: Ops
+) -> tuple[Array, Array, Array]:
+    """Choose keys for queries, (B, q_heads, d): ids, lengths and lists of each stream, as `select` does.
+
+    The host waits for the device.
+    """
+    xp, heads, book = batch.keeping.xp, batch.keeping.heads, batch.keeping.book.codebook
+    count = len(batch.centroids)
+    x = placed(q, "q", (count, None, book.d), _kind(q), device, check=True)
+    x = xp.ascontiguousarray(x).reshape(count * heads, 1, -1, book.d)
+    longest = int(batch.lengths.max(initial=0))
+    space = _space(batch, x.shape[2], 1, device, max(1, longest))
+    everything = wanted.budget == 1
+    space.bits[...] = 0
+    select_streams(
+        x, batch.streams, batch.keeping.book.code, scaling, _limits(wanted), space, everything=everything
+    )
+    chosen = (space.bits[:, :, None] >> xp.arange(32, dtype=np.uint32)) & np.uint32(1)
+    chosen = chosen.reshape(count * heads, -1)[:, :longest] != 0
+    lengths = chosen.sum(axis=1)
+    most = int(lengths.max()) if longest else 0
+    order = xp.argsort(~chosen, axis=1)[:, :most] if most else xp.empty((count * heads, 0), np.int64)
+    order = xp.sort(xp.where(xp.arange(most) < lengths[:, None], order, np.iinfo(np.int64).max), axis=1)
+    ids = xp.where(xp.arange(most) < lengths[:, None], order, -1)
+    lists = _visited(batch, widened(as_host(x)), scaling, wanted, ops, everything)
+    return ids, lengths, xp.asarray(lists)
+
+
+def _visited(
+    batch: DeviceBatch, x: Floats, scaling: Scaling, wanted: AttendParameters, ops: Ops, everything: bool
+) -> Ints:
+    """Return the visited lists: from their statistics, on the host, since the kernel keeps no record."""
+    streams, book = batch.streams, batch.keeping.book.codebook
+    sizes = as_host(streams.sizes).astype(np.int64)
+    if everything:
+        return packed(sizes > 0)[0]
+    lists = PagedLists(
+        anchors=as_host(streams.anchors),
+        anchor_scales=as_host(streams.anchor_scales),
+        means=as_host(streams.means),
+        mean_scales=as_host(streams.mean_scales),
+        spreads=as_host(streams.squares) / np.maximum(sizes, 1).astype(np.float32),
+        sizes=sizes,
+        starts=np.zeros_like(sizes),
+        table=np.zeros(0, np.int32),
+    )
+    element = streams.keys.dtype.itemsize
+    limits = reading(wanted, sizes.sum(axis=1), book.code, book.nlist, element)
+    logits, norms = ops.rank_lists(x, lists, book.code.view, scaling)
+    return packed(ops.select_lists(logits, norms, sizes, limits)[:, 0] > 0)[0]

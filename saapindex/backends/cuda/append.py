@@ -1,0 +1,295 @@
+"""Adding keys to streams on a device, in one launch: see ``cuda/append.cu``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saapindex.backends.base import LANES
+from saapindex.backends.cuda.module import ELEMENTS, get_cupy, kernel
+from saapindex.backends.cuda.streams import Streams
+from saapindex.errors import InvalidInputError
+
+__all__ = [
+    "APPEND",
+    "AppendRules",
+    "AppendSpace",
+    "Forms",
+    "PagesInPool",
+    "append_streams",
+    "argument",
+    "most_pages",
+]
+
+Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
+
+THREADS = 256
+COUNTERS = 6
+"""int32 counters of a state. The first is its status: 0, or what `STATUS` names."""
+STATUS = {
+    1: "keys that were due stayed out of the lists, for want of pages",
+    2: "keys were lost, for want of room",
+    4: "nothing was added, since the arrays of the index have moved",
+}
+_KEYS, _LISTS, _SLAB, _PAD, _WINDOW = 64, 128, 32, 4, 2048  # as in append.cu
+_TABLES = 48 * 1024
+_SHARED_MOST = 96 * 1024
+_TASK = np.dtype([("numbers", np.int32, 9)])
+
+_STREAMS = (
+    "lengths first near_keys near_values keys values codes exponents ids pages labels orders before counts sizes "
+    "coded last anchors anchor_scales sums means mean_scales squares"
+).split()
+_POINTERS = [
+    *_STREAMS,
+    *"holders free available forms bias forward step base widths turns amplitudes new_keys new_values fresh".split(),
+    *"labels_in best order rows tasks heavy work counters moved stamps".split(),
+]
+_STRIDES = "key_batch key_head key_token value_batch value_head value_token".split()
+_INTEGERS = (
+    "batch heads lists room ring sinks kept flush dense_below words coded_dimensions pairs interleaved own_forms "
+    "most tokens tables version many"
+).split()
+APPEND = np.dtype(
+    [(name, np.uint64) for name in _POINTERS]
+    + [(name, np.int64) for name in _STRIDES]
+    + [(name, np.int32) for name in _INTEGERS],
+    align=True,
+)
+"""The struct `State` of ``cuda/append.cu``."""
+
+
+class PagesInPool(NamedTuple):
+    """Which pages of a pool are free.
+
+    Attributes
+    ----------
+    holders
+        (N,) int32: how many streams hold each page.
+    free
+        (N,) int32: a stack of free pages.
+    available
+        (1,) int32: its height.
+    moved
+        (1,) int32: how often arrays have moved.
+    version
+        The same as the host knows it.
+    """
+
+    holders: Array
+    free: Array
+    available: Array
+    moved: Array
+    version: int
+
+
+class Forms(NamedTuple):
+    """How keys are assigned to lists and coded.
+
+    Attributes
+    ----------
+    forms, bias
+        (H, L, d) and (H, L) float32, or one for each stream: a key `x` in its view belongs to the list of the
+        largest ``x . form + bias``.
+    forward, step, base, widths
+        Of the codes, see `saapindex.backends.paged.Code`; widths are int32.
+    turns, amplitudes
+        (H, pairs) float64 and float32: turns a position, and factor, of the rotation that takes a key to its view;
+        None where keys are assigned as they are.
+    interleaved
+        Whether a pair is two neighbours.
+    """
+
+    forms: Array
+    bias: Array
+    forward: Array
+    step: Array
+    base: Array
+    widths: Array
+    turns: Array | None
+    amplitudes: Array | None
+    interleaved: bool
+
+
+class AppendRules(NamedTuple):
+    """When keys leave the ring: at least `flush` of them when all but `kept` are that many."""
+
+    kept: int
+    flush: int
+    dense_below: int
+
+
+class AppendSpace(NamedTuple):
+    """Buffers of an append, in which at most `most` keys of each stream enter lists.
+
+    Attributes
+    ----------
+    best
+        (S, most) uint64, zero before and after.
+    order, rows
+        (S, most) int32.
+    tasks, heavy
+        Of lists that keys enter.
+    work
+        Of pages that are coded anew.
+    counters
+        (6,) int32, zero before; the first is the status, the others are zero after.
+    """
+
+    best: Array
+    order: Array
+    rows: Array
+    tasks: Array
+    heavy: Array
+    work: Array
+    counters: Array
+
+    @classmethod
+    def empty(cls, streams: Streams, most: int, xp: Any, counters: Array | None = None) -> AppendSpace:
+        """Return buffers."""
+        count, lists = streams.sizes.shape
+        room = streams.pages.shape[1]
+        tasks = count * min(most, lists)
+        return cls(
+            best=xp.zeros((count, most), np.uint64),
+            order=xp.empty((count, most), np.int32),
+            rows=xp.empty((count, most), np.int32),
+            tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
+            heavy=xp.empty(tasks, np.int32),
+            work=xp.empty((count * (room + 4 * lists), 2), np.int32),
+            counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
+        )
+
+
+def most_pages(entering: int, lists: int) -> int:
+    """Return how many pages a stream may need at most when so many keys enter its lists at once.
+
+    Examples
+    --------
+    >>> most_pages(256, 1024), most_pages(4096, 100)
+    (256, 356)
+    """
+    return min(entering, entering // LANES + min(entering, lists))
+
+
+def argument(
+    streams: Streams, pool: PagesInPool, forms: Forms, rules: AppendRules, space: AppendSpace
+) -> np.ndarray[Any, Any]:
+    """Return the argument of the kernel, but for the new keys."""
+    count, lists = streams.sizes.shape
+    heads = len(forms.base)
+    arrays: dict[str, Any] = {**streams._asdict(), **pool._asdict(), **forms._asdict(), **space._asdict()}
+    numbers = {
+        "batch": count // heads,
+        "heads": heads,
+        "lists": lists,
+        "room": streams.pages.shape[1],
+        "ring": streams.near_keys.shape[1] - streams.sinks,
+        "sinks": streams.sinks,
+        **rules._asdict(),
+        "words": forms.widths.shape[1],
+        "coded_dimensions": forms.step.shape[1],
+        "pairs": 0 if forms.turns is None else forms.turns.shape[1],
+        "interleaved": forms.interleaved,
+        "own_forms": len(forms.forms) != heads,
+        "most": space.order.shape[1],
+        "tables": _tables(lists),
+        "version": pool.version,
+    }
+    made = np.zeros(1, APPEND)
+    for name in _POINTERS:
+        made[name] = _address(arrays.get(name))
+    for name, value in numbers.items():
+        made[name] = value
+    return made
+
+
+def with_keys(
+    made: np.ndarray[Any, Any],
+    keys: Array,
+    values: Array,
+    fresh: Array | None = None,
+    labels: Array | None = None,
+) -> np.ndarray[Any, Any]:
+    """Complete an argument by the new keys and values, (B, H, m, d), whose last dimension is contiguous."""
+    item = keys.dtype.itemsize
+    made["new_keys"], made["new_values"] = _address(keys), _address(values)
+    made["fresh"], made["labels_in"] = _address(fresh), _address(labels)
+    made["tokens"] = keys.shape[2]
+    for name, stride in zip(_STRIDES, (*keys.strides[:3], *values.strides[:3]), strict=True):
+        made[name] = stride // item
+    return made
+
+
+def append_streams(
+    made: np.ndarray[Any, Any], d: int, dtype: np.dtype[Any], *, many: bool, stamps: Array | None = None
+) -> None:
+    """Append: `made` is what `argument` and `with_keys` return.
+
+    Allocates nothing and waits for nothing, so that it can be captured in a graph.
+
+    Parameters
+    ----------
+    made
+        The argument of the kernel.
+    d, dtype
+        Dimension of a key, and what it is stored in.
+    many
+        Whether thousands of keys enter the lists, so that more blocks pay.
+    stamps
+        (6,) int64, written: nanoseconds at the beginning of each phase. Slower.
+    """
+    made["stamps"], made["many"] = _address(stamps), many
+    shared = shared_bytes(d, int(made["lists"][0]), int(made["coded_dimensions"][0]), int(made["batch"][0]))
+    device = get_cupy().cuda.runtime.getDevice()
+    multiprocessors, most = _limits(device)
+    blocks = multiprocessors * (2 if many and 2 * (shared + 2048) <= most else 1)
+    names = {
+        np.dtype(np.float16): "float16",
+        np.dtype(np.uint16): "bfloat16",
+        np.dtype(np.float32): "float32",
+    }
+    macros = {} if stamps is None else {"STAMPS": 1}
+    run = kernel("append", "append", shared=shared, D=d, ELEMENT=ELEMENTS[names[np.dtype(dtype)]], **macros)
+    run((blocks,), (THREADS,), (made,), shared_mem=shared)
+
+
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    found = get_cupy().cuda.runtime.getDeviceProperties(device)
+    return found["multiProcessorCount"], found["sharedMemPerMultiprocessor"]
+
+
+def _tables(lists: int) -> int:
+    return max(1, min(THREADS // 32, _TABLES // (4 * lists)))
+
+
+def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
+    """Return the shared memory of a block in bytes.
+
+    Raises
+    ------
+    InvalidInputError
+        If there are more lists than fit.
+    """
+    elements = -(-d // 64) * 2  # of a lane, at most
+    assign = 4 * _KEYS * (d + _PAD) + 4 * _LISTS * (_SLAB + _PAD)
+    place = 80 + 4 * _tables(lists) * lists
+    enter = 8 * elements * THREADS + 8 * _WINDOW + 16
+    rows = 64 if d <= 128 else 32
+    encode = 4 * d * (rows + 4) + 4 * rows * (coded + 1)
+    shared = max(assign, place, enter, encode) + 16 * (batch + 1)
+    if shared > _SHARED_MOST:
+        raise InvalidInputError(
+            f"{lists} lists, {batch} sequences and {d} dimensions need {shared} bytes of shared memory on the "
+            f"device, expected at most {_SHARED_MOST}"
+        )
+    return shared
+
+
+def _address(array: Array | None) -> int:
+    if array is None:
+        return 0
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)

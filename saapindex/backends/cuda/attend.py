@@ -1,0 +1,128 @@
+"""A step of sparse attention in one launch: what `Ops.attend_lists` defines, on streams of a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex.backends.cuda.module import ELEMENTS, kernel
+from saapindex.backends.cuda.step import DeviceCode, Limits, Workspace, launch_shape, shared_bytes, step
+from saapindex.backends.cuda.streams import Streams
+from saapindex.backends.paged import Scaling
+
+__all__ = ["DeviceCode", "Limits", "Workspace", "attend_streams", "launch_shape", "select_streams"]
+
+Array = Any  # cupy.ndarray
+
+
+def _element(array: Array) -> int:
+    names = {
+        np.dtype(np.float16): "float16",
+        np.dtype(np.uint16): "bfloat16",
+        np.dtype(np.float32): "float32",
+    }
+    return ELEMENTS[names[array.dtype]]
+
+
+def attend_streams(
+    queries: Array,
+    streams: Streams,
+    code: DeviceCode,
+    scaling: Scaling,
+    limits: Limits,
+    space: Workspace,
+    out: Array,
+    lse: Array,
+    *,
+    positions: Array | None = None,
+    near: bool = True,
+    everything: bool = False,
+    stamps: Array | None = None,
+) -> None:
+    """Attend: see `Ops.attend_lists` and `Ops.attend_all`.
+
+    Allocates nothing and waits for nothing, so that it can be captured in a graph.
+
+    Parameters
+    ----------
+    queries
+        (S, t, g, d), float16, float32, or uint16 that holds bfloat16.
+    streams, code
+        Keys, values and their codes.
+    scaling, limits
+        How logits are formed, and what may be read.
+    space
+        Buffers.
+    out, lse
+        Written: the shape and type of `queries`; (S, t, g) float32.
+    positions
+        (B, t) int32: the last position that each query sees, by default the newest.
+    near
+        Whether sinks and recent keys are attended to.
+    everything
+        Attend to every key instead.
+    stamps
+        (grid, 12) int64, written: clocks of each block at the beginning of each stage. Slower.
+    """
+    argument = step(
+        queries,
+        streams,
+        code,
+        scaling,
+        limits,
+        space,
+        out,
+        lse,
+        positions=positions,
+        near=near,
+        everything=everything,
+        stamps=stamps,
+    )
+    _launch(argument, queries, streams, code, space, scaling, {} if stamps is None else {"STAMPS": 1})
+
+
+def select_streams(
+    queries: Array,
+    streams: Streams,
+    code: DeviceCode,
+    scaling: Scaling,
+    limits: Limits,
+    space: Workspace,
+    *,
+    everything: bool = False,
+) -> None:
+    """Set the bits of the positions that `attend_streams` would fetch from the lists, in ``space.bits``."""
+    argument = step(
+        queries, streams, code, scaling, limits, space, queries, queries, everything=everything, deciding=True
+    )
+    _launch(argument, queries, streams, code, space, scaling, {})
+
+
+def _launch(
+    argument: NDArray[Any],
+    queries: Array,
+    streams: Streams,
+    code: DeviceCode,
+    space: Workspace,
+    scaling: Scaling,
+    macros: dict[str, int],
+) -> None:
+    units, (group, d) = queries.shape[0] * queries.shape[1], queries.shape[2:]
+    words, lists = code.widths.shape[1], streams.anchors.shape[1]
+    shared = shared_bytes(d, group, words, lists, space.threads)
+    run = kernel(
+        "attend",
+        "attend",
+        shared=shared,
+        D=d,
+        G=group,
+        WORDS=words,
+        ELEMENT=_element(streams.keys),
+        QUERY=_element(queries),
+        THREADS=space.threads,
+        **({"CAPPED": 1} if scaling.softcap else {}),
+        **macros,
+    )
+    run((units * space.blocks,), (space.threads,), (argument,), shared_mem=shared)

@@ -1,0 +1,96 @@
+"""What launchers share: operations on arrays of the device or of the host, and rows as kernels want them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from saapindex.backends.cuda.module import ELEMENTS
+from saapindex.devices import current, device_of, get_cupy
+from saapindex.errors import InvalidInputError
+
+__all__ = ["element", "host", "mapped", "multiprocessors", "on_device", "power_of_two", "rows"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _leaves(part)
+    elif hasattr(value, "dtype") and value.ndim:
+        yield value
+
+
+def host(value: Any) -> Any:
+    """Return a CuPy array as NumPy, and anything else as it is."""
+    return value.get() if device_of(value) is not None else value
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return `value` with `change` made to everything in its (nested, named) tuples."""
+    if isinstance(value, tuple):
+        parts = [mapped(part, change) for part in value]
+        return type(value)._make(parts) if hasattr(value, "_make") else tuple(parts)
+    return change(value)
+
+
+def on_device(run: Callable[P, R]) -> Callable[P, R]:
+    """Let an operation on CuPy arrays take NumPy arrays too.
+
+    With an array on a device among the arguments, everything happens there, on the stream that is current,
+    and the results are CuPy arrays. Without one, arguments are copied to the current device and results back.
+    """
+
+    @functools.wraps(run)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        cupy = get_cupy()
+        places = {device_of(leaf) for leaf in _leaves((*args, *kwargs.values()))} - {None}
+        if len(places) > 1:
+            raise InvalidInputError(f"arrays are on the devices {sorted(map(str, places))}, expected one")
+        at_home = not places
+        device = places.pop() if places else cupy.cuda.runtime.getDevice()
+
+        def upload(value: Any) -> Any:
+            return cupy.asarray(value) if isinstance(value, np.ndarray) and value.ndim else value
+
+        with current(device):
+            moved = [mapped(value, upload) for value in args]
+            named = {name: mapped(value, upload) for name, value in kwargs.items()}
+            found: R = run(*moved, **named)
+            return mapped(found, host) if at_home else found
+
+    return call
+
+
+def element(array: Any) -> int:
+    """Return what the macro ELEMENT must be for an array; uint16 holds the bits of bfloat16."""
+    name = "bfloat16" if array.dtype == np.uint16 else str(array.dtype)
+    if name not in ELEMENTS:
+        raise InvalidInputError(
+            f"array has dtype {array.dtype}, expected float16, float32 or uint16 (bfloat16)"
+        )
+    return ELEMENTS[name]
+
+
+def rows(x: Any) -> Any:
+    """Return `x`, (..., d), with the elements of each row side by side; a copy only where they are not."""
+    if x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
+        return get_cupy().ascontiguousarray(x)
+    return x
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Return how many multiprocessors a device has."""
+    count: int = get_cupy().cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
+    return count
+
+
+def power_of_two(n: int) -> int:
+    """Return the least power of two that is at least `n`, and at least 2."""
+    return 1 << max(1, (n - 1).bit_length())

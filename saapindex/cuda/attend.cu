@@ -1,0 +1,249 @@
+// One step of sparse attention, whole, in one launch: route, select, scan codes, cut, attend, remainder, merge.
+//
+// A unit is one query token of one stream. `blocks` blocks work on it and meet at barriers of their own, so all
+// of them must be resident at once (the launcher sees to it). Every block keeps its part of the keys from the
+// scan to the end; only inner products, histograms, candidates and partial results cross blocks.
+//
+// Estimates are bounded by the largest exact logit, which is known last. Those below the largest near logit are
+// below the bound in any case and count at once, during the scan; the few others are deferred.
+//
+// Compiled with -DD (head size), -DG (query heads of a KV head), -DWORDS (of a code), -DELEMENT (stored type),
+// -DQUERY (type of queries and output). The definition is saapindex/backends/reference.
+
+#ifndef RESIDENT
+#define RESIDENT 1  // blocks of a multiprocessor
+#endif
+#ifndef THREADS
+#define THREADS 512
+#endif
+#define WARPS (THREADS / WARP)
+#define BINS 1024
+#define LOWEST (-40.f)          // log weights below share a bin
+#define PER_NAT (BINS / 44.f)   // bins of a nat
+#define ROUND 1024              // pages that a block looks at before it works on those it found
+#define QUEUE 4096              // keys that a block gathers before it attends to them
+#define CHUNK (4 * THREADS)     // places that a block looks at before it makes room in the queue
+#define CANDIDATES 4096         // keys in the bin in which the cut falls, of a unit
+#define OWN 1024                // ... of a block
+#define CORRECTION 3.f          // the most that a second-order term adds to a logit
+#define SLACK 8.f               // logits may pass the reference by so much before it moves
+#define LOG2E 1.4426950408889634f
+
+#define VECTORS (D * (int)sizeof(element) / 16)         // 16-byte loads of a row
+#define PER_LANE ((VECTORS + WARP - 1) / WARP)          // ... of a lane
+#define POW2(x) ((x) <= 1 ? 1 : (x) <= 2 ? 2 : (x) <= 4 ? 4 : (x) <= 8 ? 8 : (x) <= 16 ? 16 : 32)
+#define TEAM POW2((VECTORS + PER_LANE - 1) / PER_LANE)  // lanes that share a row
+#define TEAMS (WARP / TEAM)
+#define HELD (PER_LANE * VECTOR)                        // elements of a row in a lane
+#define AHEAD 4                                         // rows that a team loads at once
+#define LOGITS (AHEAD * G)                              // ... and their logits,
+#define OWNED ((LOGITS + TEAM - 1) / TEAM)              // of which a lane owns so many
+#define FIELDS (8 * WORDS)                              // the most groups of four fields of a code
+
+struct Step {
+    const int *lengths, *first;
+    const element *near_keys, *near_values, *keys, *values;
+    const u32* codes;
+    const u8* exponents;
+    const int *ids, *pages, *labels, *orders, *counts, *sizes;
+    const i8* anchors;
+    const float* anchor_scales;
+    const i8* means;
+    const float *mean_scales, *squares;
+    const float *inverse, *steps, *base, *spread, *distortion;  // inverse: (H, R, D)
+    const int *widths, *coded;
+    const void* queries;
+    const int* positions;  // (B, t), or none: the newest tokens
+    void* out;
+    float* lse;
+    u32* bits;  // (units, width): the positions that are chosen, instead of attending
+    float *dots, *rotated, *estimates, *masses;
+    int2* visited;
+    u16* bins;
+    u8* kept;
+    int* histogram;
+    float2* candidates;
+    u32* counters;
+    float* partial;
+    i64* stamps;  // (grid, STAGES): clocks of each block at the beginning of each stage, with -DSTAMPS
+    double budget, share;
+    float scale, cap, top_p;
+    int heads, tokens, lists, ring, sinks, most_pages, coded_most, blocks, width;
+    int code_bytes, row_bytes, nprobe, policy, by_mass, refine, remainder, near, everything, cached;
+};
+
+enum { SUM, MAX, UNION };
+// Counters of a unit: barrier, blocks that are done, blocks that deferred something, candidates of each ranker,
+// largest near logit of each head, largest exact one.
+enum { BARRIER, DONE, DEFERRED, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NEAREST + G, COUNTERS = LARGEST + G };
+
+#define STAGES 12
+#ifdef STAMPS
+#define STAMP(i) \
+    if (threadIdx.x == 0) p.stamps[(i64)blockIdx.x * STAGES + i] = clock64()
+#else
+#define STAMP(i)
+#endif
+
+// What the threads of a block share. Arrays of a length known at run time lie behind it.
+struct Shared {
+    int factors[FIELDS][G];   // four int8 of a rounded query each
+    u32 quads[FIELDS];        // where the fields for them lie
+    float query[G][D];
+    int2 queue[ROUND];        // page in the pool, label
+    int histogram[BINS];
+    int rows[QUEUE];          // keys to attend to
+    int own[OWN];             // candidates
+    float own_weights[OWN];
+    float reduced[WARPS][2 * G];
+    u32 peaks[G], largest[G];
+    float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G];
+    int offsets[G];           // sum of (2^b - 1) a8
+    u32 slot;
+    int chunks, queued, gathered, resolved, owned, visited, boundary, reached, deferred, unit_deferred, last;
+    i64 scan, left, limit;
+};
+
+#include "attend_common.cuh"
+#include "attend_select.cuh"
+#include "attend_rows.cuh"
+#include "attend_scan.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __grid_constant__ Step p) {
+    extern __shared__ __align__(16) u8 memory[];
+    Shared& s = *(Shared*)memory;
+    int* taken = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16);
+    // Behind it: what is known of the lists, then codes, then what is to be merged.
+    int* behind = taken + (p.lists + 3) / 4 * 4;
+    Table table = {(float*)behind, taken, behind + p.lists, (float*)(behind + 2 * p.lists)};
+
+    const int unit = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, thread = threadIdx.x;
+    const int stream = unit / p.tokens, sequence = stream / p.heads, head = stream % p.heads;
+    STAMP(0);
+    const int length = p.lengths[sequence], first = p.first[sequence], pages = p.counts[stream];
+    const int token = unit % p.tokens;
+    const int position = p.positions ? p.positions[sequence * p.tokens + token] : length - p.tokens + token;
+    const int in_lists = max(0, first - p.sinks);
+    const bool everything = p.everything || (in_lists > 0 && position < first - 1);
+    const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr, nearby = p.near && !deciding;
+    if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
+    const int most = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
+    const Part part = {unit, block, stream, head, p.blocks, pages, (i64)blockIdx.x * most};
+    u32* counters = p.counters + (i64)unit * COUNTERS;
+    u32 met = 0;
+    // Near keys that the query sees.
+    const int seen = min(position + 1, length);
+    const int near = min(p.sinks, max(seen, 0)) + max(0, seen - max(first, p.sinks));
+
+#pragma unroll 1
+    for (int i = thread; i < G * D; i += THREADS) s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
+    if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
+    if (thread == 0) s.visited = s.deferred = s.gathered = s.resolved = 0;
+    __syncthreads();
+
+    Partial mine;
+    clear(mine);
+    if (sparse) {
+        route(p, s, part);
+        arrive(counters + BARRIER);
+        met += p.blocks;
+    }
+    STAMP(1);
+    const int rankers = p.policy == UNION ? G : 1;
+    bool at_lists = false;
+    for (int start = part.begin(near), ranker = 0;;) {
+        bool done = true;
+        if (!at_lists) {
+            if (nearby) {
+                start = gather_near(p, s, start, part.end(near), first, position);
+                done = start >= part.end(near);
+            }
+        } else if (everything || !p.refine) {
+            start = gather_whole(p, s, part, taken, everything, position, start);
+            done = start >= part.page_count();
+        } else {
+            const int total = s.visited * LANES;
+            start = gather_sure(p, s, part, ranker, start, total);
+            done = start >= total;
+            if (done) {
+                publish_candidates(p, s, part, ranker);
+                arrive(counters + BARRIER);
+                met += p.blocks;
+                wait(counters + BARRIER, met);
+                gather_candidates(p, s, part, ranker);
+                STAMP(7);
+                if (++ranker < rankers) {
+                    find_boundary(p, s, part, 2 * ranker, (int)min(s.limit / rankers, (i64)0x7fffffff));
+                    start = 0;
+                    done = false;
+                }
+            }
+            resolve(p, s, part);
+        }
+        if (!deciding) attend_gathered(p, s, part, mine);
+        if (!done) continue;
+        if (at_lists || !in_lists) break;
+        // The near keys are done: on to the lists.
+        at_lists = true;
+        start = 0;
+        STAMP(2);
+        if (!sparse) continue;
+        if (nearby) publish_peaks(mine, s.peaks, counters + NEAREST);
+        wait(counters + BARRIER, met);
+        arrive(counters + BARRIER);  // near logits are known when all have come here
+        met += p.blocks;
+        prepare(p, s, part, in_lists);
+        STAMP(3);
+        select_lists(p, s, part, table);
+        STAMP(4);
+        wait(counters + BARRIER, met);
+        find_reference(p, s, counters);
+        find_deferred_lists(p, s, part, table);
+        __syncthreads();
+        if (p.refine) scan(p, s, part, taken, (u8*)behind);
+        STAMP(5);
+        if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
+        arrive(counters + BARRIER);
+        met += p.blocks;
+        wait(counters + BARRIER, met);
+        STAMP(6);
+        if (p.refine) find_boundary(p, s, part, 0, (int)min(s.limit / rankers, (i64)0x7fffffff));
+    }
+    STAMP(8);
+    if (sparse && p.remainder && !deciding) {
+        if (thread == 0) s.unit_deferred = __ldcg(counters + DEFERRED);
+        __syncthreads();
+        if (s.unit_deferred) {
+            publish_peaks(mine, s.largest, counters + LARGEST);
+            arrive(counters + BARRIER);
+            met += p.blocks;
+            if (s.deferred) {
+                wait(counters + BARRIER, met);
+                find_bounds(s, counters);
+                if (p.refine) attend_deferred_keys(p, s, part);
+            }
+        }
+        __threadfence();
+        __syncthreads();
+        attend_means(p, s, part, mine, taken);
+    }
+    STAMP(9);
+    if (!deciding) reduce_block(p, s, part, mine, (float*)behind);
+    STAMP(10);
+    __syncthreads();
+    if (thread == 0) {
+        __threadfence();
+        s.last = atomicAdd(counters + DONE, 1u) == (u32)p.blocks - 1;
+    }
+    __syncthreads();
+    if (s.last) {
+        __threadfence();
+        if (!deciding) merge_blocks(p, s, part, (float*)behind);
+        // The next step finds everything as this one did.
+#pragma unroll 1
+        for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
+#pragma unroll 1
+        for (int i = thread; i < 2 * rankers * BINS; i += THREADS) p.histogram[(i64)unit * 2 * G * BINS + i] = 0;
+    }
+    STAMP(11);
+}

@@ -1,0 +1,197 @@
+// What the stages of a step share: parts of the work, barriers, small reductions, loads of groups of heads.
+
+// Which part of the work a block does.
+struct Part {
+    int unit, block, stream, head, blocks, pages;
+    i64 first_place;  // of as many as its pages have lanes
+
+    // A page of this block: groups of eight pages go round the blocks, since neighbours are often of one list.
+    __device__ __forceinline__ int page(int i) const { return ((i >> 3) * blocks + block) * 8 + (i & 7); }
+    __device__ __forceinline__ int page_count() const {
+        const int groups = (pages + 7) >> 3, mine = (groups - block + blocks - 1) / blocks;
+        if (mine <= 0) return 0;
+        const int end = ((mine - 1) * blocks + block) * 8 + 8;  // end of the last group
+        return mine * 8 - max(0, end - pages);
+    }
+    __device__ __forceinline__ int begin(int count) const { return (u32)count * block / (u32)blocks; }
+    __device__ __forceinline__ int end(int count) const { return (u32)count * (block + 1) / (u32)blocks; }
+};
+
+// Order-preserving integers, so that atomicMax works on floats; zero is below all.
+__device__ __forceinline__ u32 ordered(float x) {
+    const u32 bits = __float_as_uint(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float unordered(u32 x) {
+    return x == 0 ? -INFINITE : __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
+}
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float exponential(float x) { return power_of_two(x * LOG2E); }
+
+__device__ __forceinline__ u32 load_acquire(const u32* p) {
+    u32 x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+// Copy 16 bytes to shared memory without waiting; `wait_copies<N>` waits for all but the last N groups.
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N));
+}
+
+// Products of small matrices: (16, 32) of unsigned with (32, 8) of signed bytes.
+__device__ __forceinline__ void multiply_bytes(int* c, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// All blocks of a unit meet: arrive, do something else, wait.
+__device__ __forceinline__ void arrive(u32* counter) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(counter, 1u);
+    }
+}
+__device__ __forceinline__ void wait(const u32* counter, u32 wanted) {
+    if (threadIdx.x == 0)
+        while (load_acquire(counter) < wanted) {}
+    __syncthreads();
+}
+
+__device__ __forceinline__ float load_query(const void* queries, i64 at) {
+#if QUERY == 0
+    return float16_to_float(((const u16*)queries)[at]);
+#elif QUERY == 1
+    return bfloat16_to_float(((const u16*)queries)[at]);
+#else
+    return ((const float*)queries)[at];
+#endif
+}
+__device__ __forceinline__ void store_out(void* out, i64 at, float x) {
+#if QUERY == 0
+    ((u16*)out)[at] = float_to_float16(x);
+#elif QUERY == 1
+    ((u16*)out)[at] = float_to_bfloat16(x);
+#else
+    ((float*)out)[at] = x;
+#endif
+}
+
+// A number for each head of the group, side by side in memory; past the first-level cache, which may be stale.
+struct Group {
+    float x[G];
+};
+__device__ __forceinline__ Group load_group(const float* at) {
+    Group group;
+#if G % 4 == 0
+#pragma unroll
+    for (int i = 0; i < G; i += 4) {
+        const float4 four = __ldcg((const float4*)(at + i));
+        group.x[i] = four.x, group.x[i + 1] = four.y, group.x[i + 2] = four.z, group.x[i + 3] = four.w;
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < G; ++i) group.x[i] = __ldcg(at + i);
+#endif
+    return group;
+}
+__device__ __forceinline__ void store_group(float* at, const float* x) {
+#if G % 4 == 0
+#pragma unroll
+    for (int i = 0; i < G; i += 4) *(float4*)(at + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+#else
+#pragma unroll
+    for (int i = 0; i < G; ++i) at[i] = x[i];
+#endif
+}
+
+// Widen VECTOR int8 of a row.
+#if ELEMENT == 2
+typedef u32 Bytes;
+#else
+typedef uint2 Bytes;
+#endif
+__device__ __forceinline__ void widen_bytes(Bytes raw, float* out) {
+    u32 words[2];
+#if ELEMENT == 2
+    words[0] = raw;
+#else
+    words[0] = raw.x, words[1] = raw.y;
+#endif
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) out[i] = (float)(i8)(words[i / 4] >> (8 * (i % 4)));
+}
+
+// The log weight of a group, from those of its heads, as a ranker sees it.
+__device__ __forceinline__ float pooled(const float* weights, int policy, int ranker) {
+    if (policy == UNION) {
+        float own = weights[0];
+#pragma unroll
+        for (int g = 1; g < G; ++g) own = g == ranker ? weights[g] : own;
+        return own;
+    }
+    float peak = weights[0];
+#pragma unroll
+    for (int g = 1; g < G; ++g) peak = fmaxf(peak, weights[g]);
+    if (policy == MAX || G == 1 || peak == -INFINITE) return peak;
+    float sum = 0.f;
+#pragma unroll
+    for (int g = 0; g < G; ++g) sum += exponential(weights[g] - peak);
+    return peak + __logf(sum);
+}
+
+__device__ __forceinline__ int bin_of(float weight) {
+    return min(BINS - 1, max(0, (int)((weight - LOWEST) * PER_NAT)));
+}
+
+// The part of a bin.
+__device__ __forceinline__ int fine_bin_of(float weight, int bin) {
+    return min(BINS - 1, max(0, (int)(((weight - LOWEST) * PER_NAT - (float)bin) * BINS)));
+}
+
+// Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh
+// more than `limit`; -1 where everything fits.
+#define RUN ((BINS + THREADS - 1) / THREADS)
+__device__ __noinline__ void find_bin(Shared& s, int limit) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, begin = threadIdx.x * RUN;
+    int counts[RUN], sum = 0;
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) {
+        counts[i] = begin + i < BINS ? s.histogram[BINS - 1 - begin - i] : 0;
+        sum += counts[i];
+    }
+    int before = sum;
+#pragma unroll
+    for (int step = 1; step < WARP; step <<= 1) {
+        const int other = __shfl_up_sync(FULL, before, step);
+        if (lane >= step) before += other;
+    }
+    int* warps = (int*)s.reduced;
+    if (lane == WARP - 1) warps[warp] = before;
+    if (threadIdx.x == 0) s.boundary = -1, s.reached = limit, s.owned = 0;
+    __syncthreads();
+    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
+    if (before <= limit && before + sum > limit) {
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) {
+            if (before <= limit && before + counts[i] > limit) {
+                s.boundary = BINS - 1 - begin - i;
+                s.reached = before;
+            }
+            before += counts[i];
+        }
+    }
+    __syncthreads();
+}

@@ -1,0 +1,381 @@
+// Scan the codes of the visited lists, and cut to the budget of keys.
+//
+// A block writes what it scans one after another, page by page: place 16 e + lane is that of a lane of the e-th
+// page it visited. What is kept for a place is only ever touched by this block.
+
+#define NO_KEY 0xffffu
+#define OWN_HOT (1 << 30)
+#define HOT 0x4000u  // an estimate may pass the bound: it does not count yet
+
+// Gather the visited ones of the pages `start : start + ROUND` of this block.
+__device__ void gather_pages(const Step& p, Shared& s, const Part& part, const int* taken, int start, int count) {
+    if (threadIdx.x == 0) s.queued = 0;
+    __syncthreads();
+    const i64 row = (i64)part.stream * p.most_pages;
+    const int end = min(start + ROUND, count);
+#pragma unroll 1
+    for (int i = start + threadIdx.x; i < end; i += THREADS) {
+        const int page = part.page(i), label = p.labels[row + page], place = p.pages[row + page];
+        if (taken[label >> 5]) s.queue[atomicAdd(&s.queued, 1)] = make_int2(place, label);
+    }
+    __syncthreads();
+}
+
+// A group of heads takes part in the product of codes and queries as eight columns, those of up to four heads
+// twice: then half of the lanes look at one page, and half at the next.
+#define COLUMNS (G <= 4 ? 4 : 8)
+#define TURNS (G <= 4 ? 1 : 2)
+#define PAGE_BYTES (WORDS * LANES * 4 + LANES)
+#define DEPTH 4  // pairs of pages that a warp fetches ahead
+static_assert(G <= 8, "at most eight query heads share a KV head");
+
+// Fetch the codes and scales of two pages.
+__device__ __forceinline__ void fetch_pages(const Step& p, const Shared& s, u8* to, int entry, int queued) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        if (entry + j >= queued) break;
+        const i64 page = s.queue[entry + j].x;
+#pragma unroll
+        for (int c = lane; c < 4 * WORDS; c += WARP)
+            copy_16(to + j * PAGE_BYTES + 16 * c, (const u8*)p.codes + page * (WORDS * LANES * 4) + 16 * c);
+        if (lane == 0) copy_16(to + j * PAGE_BYTES + WORDS * LANES * 4, p.exponents + page * LANES);
+    }
+}
+
+// Estimate the logits of the keys of every visited page of this block, and count them by weight. `stage` is room
+// for DEPTH pairs of pages of each warp.
+__device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part, const int* taken, u8* stage) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = lane / 4, quarter = lane % 4;
+    const float base = p.base[part.head];
+    const int rankers = p.policy == UNION ? G : 1, count = part.page_count();
+    const int first = G <= 4 ? quarter % 2 * 2 : quarter * 2;  // the first of the two heads of this lane
+    const int column = row % COLUMNS < G ? row % COLUMNS : 0;  // the head that it provides to products
+    bool deferred = false;
+    stage += warp * DEPTH * 2 * PAGE_BYTES;
+    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+    for (int start = 0; start < count; start += ROUND) {
+        gather_pages(p, s, part, taken, start, count);
+        const int queued = s.queued, before = s.visited;
+#pragma unroll 1
+        for (int k = 0; k < DEPTH; ++k) {
+            fetch_pages(p, s, stage + k * 2 * PAGE_BYTES, 2 * (warp + k * WARPS), queued);
+            commit_copies();
+        }
+#pragma unroll 1
+        for (int pair = warp, k = 0; 2 * pair < queued; pair += WARPS, k = (k + 1) % DEPTH) {
+            u8* pages = stage + k * 2 * PAGE_BYTES;
+            float centers[TURNS][2];
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+                const int e = min(2 * pair + (G <= 4 ? quarter / 2 : turn), queued - 1);
+                const float* dots = p.dots + ((i64)part.unit * p.lists + (s.queue[e].y >> 5)) * G;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) centers[turn][j] = first + j < G ? __ldcg(dots + first + j) : 0.f;
+            }
+            wait_copies<DEPTH - 1>();
+            __syncwarp();
+            int sums[2][4] = {};
+#pragma unroll 1
+            for (int c = 0; c < s.chunks; ++c) {
+                u32 quads[2];
+#pragma unroll
+                for (int h = 0; h < 2; ++h) quads[h] = s.quads[8 * c + 4 * h + quarter];
+                const u32 b0 = s.factors[8 * c + quarter][column], b1 = s.factors[8 * c + 4 + quarter][column];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    u32 a[4];
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const u8* word = pages + j * PAGE_BYTES + (quads[h] & 0xffff) + 4 * row;
+                        const int shift = quads[h] >> 16 & 0xff;
+                        const u32 mask = (quads[h] >> 24) * 0x01010101u;
+                        a[2 * h] = *(const u32*)word >> shift & mask;
+                        a[2 * h + 1] = *(const u32*)(word + 32) >> shift & mask;
+                    }
+                    multiply_bytes(sums[j], a, b0, b1);
+                }
+            }
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+                const int j = G <= 4 ? quarter / 2 : turn, e = 2 * pair + j;
+                const int lanes = e < queued ? s.queue[e].y & 31 : 0;
+                const i64 place = part.first_place + (i64)(before + e) * LANES;
+                float mass[2] = {0.f, 0.f};
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int key = row + 8 * r;
+                    const bool there = key < lanes;
+                    const int exponent = pages[j * PAGE_BYTES + WORDS * LANES * 4 + key];
+                    const float f = base * power_of_two((exponent - 128) / 16.f);
+                    float weights[2], estimates[2];
+                    bool hot = false;
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int g = min(first + i, G - 1);
+                        const bool mine = there && first + i < G;
+                        const int sum = G <= 4 && quarter >= 2 ? sums[1][2 * r + i] : sums[TURNS == 1 ? 0 : turn][2 * r + i];
+                        const float residual = s.unit[g] * f * (0.5f * (2 * sum - s.offsets[g]));
+                        const float second = fminf(s.second[g] * f * f, CORRECTION);
+                        estimates[i] = capped(centers[turn][i] + (residual + second), p.cap);
+                        hot |= mine && estimates[i] > s.reference[g];
+                        weights[i] = mine ? estimates[i] - s.norm[g] : -INFINITE;
+                    }
+                    // What the lanes of a key know together.
+                    hot = __shfl_xor_sync(FULL, (int)hot, 1) || hot;
+                    if (G > 4) hot = __shfl_xor_sync(FULL, (int)hot, 2) || hot;
+                    float weight = fmaxf(weights[0], weights[1]);
+                    if (p.policy == SUM) {
+                        weight = fminf(weight, 80.f);
+                        weight = weight > -INFINITE ? exponential(fminf(weights[0], 80.f)) + exponential(fminf(weights[1], 80.f)) : 0.f;
+                        weight += __shfl_xor_sync(FULL, weight, 1);
+                        if (G > 4) weight += __shfl_xor_sync(FULL, weight, 2);
+                        weight = __logf(weight);
+                    } else {
+                        weight = fmaxf(weight, __shfl_xor_sync(FULL, weight, 1));
+                        if (G > 4) weight = fmaxf(weight, __shfl_xor_sync(FULL, weight, 2));
+                    }
+                    if (e < queued) {
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            if (first + i < G) p.estimates[(place + key) * G + first + i] = estimates[i];
+                        if (rankers == 1) {
+                            if (first == 0) {
+                                const int bin = bin_of(weight);
+                                p.bins[place + key] = there ? bin | (hot ? HOT : 0) : NO_KEY;
+                                if (there) atomicAdd(s.histogram + bin, 1);
+                            }
+                        } else {
+#pragma unroll
+                            for (int i = 0; i < 2; ++i)
+                                if (first + i < G)
+                                    p.bins[(place + key) * G + first + i] = there ? bin_of(weights[i]) | (hot ? HOT : 0) : NO_KEY;
+                            if (first == 0) p.kept[place + key] = 0;
+                        }
+                    }
+                    deferred |= there && hot;
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        if (there && !hot && first + i < G) mass[i] += exponential(estimates[i] - s.basis[first + i]);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                    for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
+                if (row == 0 && e < queued) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        if (first + i < G) p.masses[place / LANES * G + first + i] = mass[i];
+                    if (first == 0) p.visited[place / LANES] = s.queue[e];
+                }
+            }
+            __syncwarp();
+            fetch_pages(p, s, pages, 2 * (pair + DEPTH * WARPS), queued);
+            commit_copies();
+        }
+        wait_copies<0>();
+        __syncthreads();
+        if (threadIdx.x == 0) s.visited = before + queued;
+        __syncthreads();
+    }
+    if (deferred) s.deferred = 1;
+    // All blocks of a unit take the same lists, so each knows how many keys are visited in all.
+    int scanned = 0;
+#pragma unroll 1
+    for (int list = threadIdx.x; list < p.lists; list += THREADS) scanned += taken[list];
+    scanned = warp_sum_int(scanned);
+    if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = scanned;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        i64 left = s.left;
+        for (int w = 0; w < WARPS; ++w) left -= (i64)((int*)s.reduced)[w] * p.code_bytes;
+        s.limit = max((i64)0, left) / p.row_bytes;
+    }
+    for (int ranker = 0; ranker < rankers; ++ranker) {
+        if (rankers > 1) {
+            for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+            __syncthreads();
+            for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
+                const u32 bin = p.bins[(part.first_place + i) * rankers + ranker];
+                if (bin != NO_KEY) atomicAdd(s.histogram + (bin & (BINS - 1)), 1);
+            }
+            __syncthreads();
+        }
+        int* all = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker) * BINS;
+        for (int i = threadIdx.x; i < BINS; i += THREADS)
+            if (s.histogram[i]) atomicAdd(all + i, s.histogram[i]);
+        __syncthreads();
+    }
+}
+
+// Find the bin of a histogram of the unit in which the cut falls: keys of higher bins are kept.
+__device__ __forceinline__ void find_boundary(const Step& p, Shared& s, const Part& part, int number, int limit) {
+    const int* all = p.histogram + ((i64)part.unit * 2 * G + number) * BINS;
+    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = __ldcg(all + i);
+    __syncthreads();
+    find_bin(s, limit);
+}
+
+// Let the key at a place of this block be fetched.
+__device__ __forceinline__ void keep(const Step& p, Shared& s, const Part& part, int at, bool hot) {
+    if (p.policy == UNION) {
+        if (p.kept[part.first_place + at]) return;
+        p.kept[part.first_place + at] = 1;
+    }
+    s.rows[atomicAdd(&s.gathered, 1)] = at | (hot ? OWN_HOT : 0);
+}
+
+// Turn the places that were gathered since the last time into rows, or note their positions. Their estimates do
+// not count any more.
+__device__ void resolve(const Step& p, Shared& s, const Part& part) {
+    const int count = s.gathered;
+#pragma unroll 1
+    for (int i = s.resolved + threadIdx.x; i < count; i += THREADS) {
+        const bool hot = s.rows[i] & OWN_HOT;
+        const int at = s.rows[i] & ~OWN_HOT;
+        const i64 place = part.first_place + at;
+        const int row = __ldcg(&p.visited[place / LANES].x) * LANES + at % LANES;
+        if (p.bits) {
+            const int id = p.ids[row];
+            atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
+            continue;
+        }
+        s.rows[i] = row;
+        if (!p.remainder) continue;
+        if (hot) {
+            p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
+            continue;
+        }
+        const Group estimates = load_group(p.estimates + place * G);
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+            atomicAdd(p.masses + place / LANES * G + g, -exponential(estimates.x[g] - s.basis[g]));
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) s.resolved = s.gathered = p.bits ? 0 : count;
+    __syncthreads();
+}
+
+__device__ __forceinline__ float key_weight(const Step& p, const Shared& s, i64 place, int ranker) {
+    Group weights = load_group(p.estimates + place * G);
+#pragma unroll
+    for (int g = 0; g < G; ++g) weights.x[g] -= s.norm[g];
+    return pooled(weights.x, p.policy, ranker);
+}
+
+// Gather the keys of this block above the cut, from place `start` on, and note those in its bin. Returns where it
+// stopped for want of room, or the end.
+__device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranker, int start, int total) {
+    const i64 places = part.first_place;
+    const int rankers = p.policy == UNION ? G : 1, boundary = s.boundary;
+    const bool open = s.limit / rankers > s.reached;
+#pragma unroll 1
+    for (; start < total && s.gathered <= QUEUE - CHUNK - OWN; start += CHUNK) {
+        u16 bins[4];
+        const int begin = start + 4 * threadIdx.x;
+        if (begin < total) {
+            if (rankers == 1) {
+                const uint2 four = *(const uint2*)(p.bins + places + begin);
+                bins[0] = (u16)four.x, bins[1] = (u16)(four.x >> 16);
+                bins[2] = (u16)four.y, bins[3] = (u16)(four.y >> 16);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    bins[i] = p.bins[(places + begin + i) * rankers + ranker];
+                    // Whether a key is deferred still, the first ranker knows.
+                    if (bins[i] != NO_KEY && p.bins[(places + begin + i) * rankers] == NO_KEY) bins[i] &= ~HOT;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int bin = bins[i] & (BINS - 1);
+                if (bins[i] == NO_KEY) continue;
+                if (bin > boundary) {
+                    keep(p, s, part, begin + i, bins[i] & HOT);
+                } else if (bin == boundary && open) {
+                    const int own = atomicAdd(&s.owned, 1);
+                    if (own < OWN) s.own[own] = (begin + i) | (bins[i] & HOT ? OWN_HOT : 0);
+                }
+            }
+        }
+        __syncthreads();
+    }
+    return start;
+}
+
+// Hand the keys in the bin of the cut to all blocks.
+__device__ void publish_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
+    float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
+    int* fine = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker + 1) * BINS;
+    const int owned = min(s.owned, OWN);
+    if (!owned) return;  // the same in all threads
+    if (threadIdx.x == 0)
+        s.slot = atomicAdd(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker, (u32)owned);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < owned; i += THREADS) {
+        const u32 slot = s.slot + i;
+        const int at = s.own[i] & ~OWN_HOT;
+        const i64 place = part.first_place + at;
+        const int row = __ldcg(&p.visited[place / LANES].x) * LANES + at % LANES;
+        const float weight = key_weight(p, s, place, ranker);
+        s.own_weights[i] = weight;
+        if (slot >= CANDIDATES) {
+            s.own[i] = -1;
+            continue;
+        }
+        candidates[slot] = make_float2(weight, __int_as_float(p.ids[row]));
+        atomicAdd(fine + fine_bin_of(weight, s.boundary), 1);
+    }
+}
+
+// Gather the best candidates of this block, judged against those of all blocks: first by their counts in fine
+// bins, and in the bin in which the cut falls one by one.
+__device__ void gather_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const i64 places = part.first_place;
+    const int boundary = s.boundary, owned = min(s.owned, OWN);
+    const int open = (int)min(s.limit / (p.policy == UNION ? G : 1), (i64)0x7fffffff) - s.reached;
+    const u32 written = __ldcg(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker);
+    const int count = (int)min(written, (u32)CANDIDATES);
+    if (!count) return;  // the same in all threads
+    const float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
+    find_boundary(p, s, part, 2 * ranker + 1, open);
+    const int fine = s.boundary, left = open - s.reached;
+#pragma unroll 1
+    for (int i = warp; i < owned; i += WARPS) {
+        if (s.own[i] < 0) continue;
+        const float weight = s.own_weights[i];
+        const int bin = fine_bin_of(weight, boundary);
+        bool kept = bin > fine;
+        if (bin == fine) {
+            const int at = s.own[i] & ~OWN_HOT;
+            const int id = p.ids[p.visited[(places + at) / LANES].x * LANES + at % LANES];
+            int better = 0;
+#pragma unroll 2
+            for (int c = lane; c < count; c += WARP) {
+                const float2 other = __ldcg(candidates + c);
+                if (fine_bin_of(other.x, boundary) == fine)
+                    better += other.x > weight || (other.x == weight && __float_as_int(other.y) < id);
+            }
+            kept = warp_sum_int(better) < left;
+        }
+        if (kept && lane == 0) keep(p, s, part, s.own[i] & ~OWN_HOT, s.own[i] & OWN_HOT);
+    }
+    __syncthreads();
+}
+
+// The keys of this block that were deferred and not kept.
+__device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part& part) {
+    const int rankers = p.policy == UNION ? G : 1;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
+        const i64 place = part.first_place + i;
+        const u32 bin = p.bins[place * rankers];
+        if (bin == NO_KEY || !(bin & HOT)) continue;
+        const Group estimates = load_group(p.estimates + place * G);
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+            atomicAdd(p.masses + place / LANES * G + g, exponential(fminf(estimates.x[g], s.bound[g]) - s.basis[g]));
+    }
+}

@@ -1,0 +1,331 @@
+// Route and select: logits of all lists, and the lists that are visited.
+
+// This block's share of the inner products of queries with anchors, and of the rotated queries.
+__device__ void route(const Step& p, Shared& s, const Part& part) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, member = lane % TEAM, team = lane / TEAM;
+    const i64 row = (i64)part.stream * p.lists;
+    const int begin = part.begin(p.lists), end = part.end(p.lists);
+#pragma unroll 1
+    for (int start = begin + warp * TEAMS * AHEAD; start < end; start += WARPS * TEAMS * AHEAD) {
+        Bytes raw[AHEAD][PER_LANE];
+        float scales[AHEAD];
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            const int list = start + a * TEAMS + team;
+#pragma unroll
+            for (int v = 0; v < PER_LANE; ++v) {
+                const int d = (v * TEAM + member) * VECTOR;
+                raw[a][v] = Bytes();
+                if (list < end && d < D) raw[a][v] = *(const Bytes*)(p.anchors + (row + list) * D + d);
+            }
+            scales[a] = list < end ? p.scale * p.anchor_scales[row + list] : 0.f;
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            float dot[G];
+#pragma unroll
+            for (int g = 0; g < G; ++g) dot[g] = 0.f;
+#pragma unroll
+            for (int v = 0; v < PER_LANE; ++v) {
+                const int d = (v * TEAM + member) * VECTOR;
+                float anchor[VECTOR];
+                widen_bytes(raw[a][v], anchor);
+#pragma unroll
+                for (int g = 0; g < G; ++g)
+#pragma unroll
+                    for (int i = 0; i < VECTOR; ++i)
+                        dot[g] = fmaf(d < D ? s.query[g][d + i] : 0.f, anchor[i], dot[g]);
+            }
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+#pragma unroll
+                for (int step = TEAM / 2; step; step >>= 1) dot[g] += __shfl_xor_sync(FULL, dot[g], step);
+                dot[g] *= scales[a];
+            }
+            const int list = start + a * TEAMS + team;
+            if (list < end && member == 0) store_group(p.dots + ((i64)part.unit * p.lists + list) * G, dot);
+        }
+    }
+    // The last warps begin here, since the first have more lists.
+#pragma unroll 1
+    for (int r = part.begin(p.coded_most) + WARPS - 1 - warp; r < part.end(p.coded_most); r += WARPS) {
+        float dot[G];
+#pragma unroll
+        for (int g = 0; g < G; ++g) dot[g] = 0.f;
+#pragma unroll
+        for (int d = lane; d < D; d += WARP) {
+            const float x = p.inverse[((i64)part.head * p.coded_most + r) * D + d];
+#pragma unroll
+            for (int g = 0; g < G; ++g) dot[g] = fmaf(s.query[g][d], x, dot[g]);
+        }
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            dot[g] = warp_sum(dot[g]);
+            if (lane == 0) p.rotated[((i64)part.unit * G + g) * p.coded_most + r] = dot[g];
+        }
+    }
+}
+
+// What every block needs of a query: its rounded form, second orders, and the limits of the step.
+__device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists) {
+    const int coded = p.coded[part.head], padded = (p.coded_most + WARP - 1) / WARP * WARP;
+    const i64 own = (i64)part.head * p.coded_most;
+    for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0])[i] = 0;
+    if (threadIdx.x < FIELDS) {  // where the quads of fields lie: offset of the word, shift, mask
+        int left = threadIdx.x, quad = 0, total = 0;
+#pragma unroll 1
+        for (int w = 0; w < WORDS; ++w) {
+            const int bits = p.widths[part.head * WORDS + w], quads = 8 / bits;
+            if (left >= 0 && left < quads) quad = w * LANES * 4 | bits * left << 16 | ((1 << bits) - 1) << 24;
+            left -= quads;
+            total += quads;
+        }
+        s.quads[threadIdx.x] = quad;
+        if (threadIdx.x == 0) s.chunks = (total + 7) / 8;
+    }
+    if (threadIdx.x < G) s.unit[threadIdx.x] = s.variance[threadIdx.x] = s.second[threadIdx.x] = 0.f;
+    if (threadIdx.x < G) s.offsets[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+        const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * coded;
+        const double left = fmax(p.budget * in_lists * p.row_bytes - fixed, 0.0);
+        s.left = (i64)left;
+        s.scan = (i64)(p.refine ? p.share * left / p.code_bytes : left / p.row_bytes);
+    }
+    __syncthreads();
+    // A warp works on one head at a time, since `padded` is a multiple of its width.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < padded * G; i += THREADS) {
+        const int g = i / padded, r = i % padded;
+        float u = 0.f, a = 0.f, variance = 0.f, second = 0.f;
+        if (r < p.coded_most) {
+            u = __ldcg(p.rotated + ((i64)part.unit * G + g) * p.coded_most + r);
+            variance = u * u * p.spread[own + r];
+            if (r < coded) {
+                second = u * u * p.distortion[own + r];
+                a = fabsf(u * p.steps[own + r] * p.scale);
+            }
+        }
+        a = warp_max(a);
+        variance = warp_sum(variance);
+        second = warp_sum(second);
+        if (threadIdx.x % WARP == 0) {
+            atomicMax((int*)&s.unit[g], __float_as_int(a));  // not negative
+            atomicAdd(&s.variance[g], p.scale * p.scale / 2.f * variance);
+            atomicAdd(&s.second[g], p.scale * p.scale / 2.f * second);
+        }
+    }
+    __syncthreads();
+    // Field 4 k + c of a word with fields of b bits lies in byte c, bits b k and up.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < padded * G; i += THREADS) {
+        const int g = i / padded, r = i % padded;
+        if (r >= coded) continue;
+        int start = 0, group = 0, width = 0;
+#pragma unroll 1
+        for (int w = 0; w < WORDS; ++w) {
+            const int bits = p.widths[part.head * WORDS + w];
+            if (width == 0) {
+                if (r < start + 32 / bits) width = bits;
+                else start += 32 / bits, group += 8 / bits;
+            }
+        }
+        const float u = __ldcg(p.rotated + ((i64)part.unit * G + g) * p.coded_most + r);
+        const float unit = fmaxf(s.unit[g], 1e-30f) / 127.f;
+        const int a = (int)rintf(u * p.steps[own + r] * p.scale / unit), local = r - start;
+        atomicOr(&s.factors[group + local / 4][g], (a & 255) << (8 * (local % 4)));
+        atomicAdd(&s.offsets[g], ((1 << width) - 1) * a);
+    }
+    __syncthreads();
+    if (threadIdx.x < G) s.unit[threadIdx.x] = fmaxf(s.unit[threadIdx.x], 1e-30f) / 127.f;
+    __syncthreads();
+}
+
+// What is known of the lists of a unit. Arrays of the block where they fit, otherwise (`logits` null) in memory.
+struct Table {
+    float* ranks;
+    int* taken;
+    const int* sizes;
+    float* logits;
+};
+
+__device__ __forceinline__ Group corrected(const Step& p, const Shared& s, Group dots, float squares, int size) {
+    const float spread = __fdividef(squares, (float)size);
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+        dots.x[g] = capped(dots.x[g] + fminf(s.variance[g] * spread, CORRECTION), p.cap);
+    return dots;
+}
+
+__device__ __forceinline__ Group list_logits(
+    const Step& p, const Shared& s, const Part& part, const Table& table, int list, int size
+) {
+    if (!table.logits) {
+        const Group dots = load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
+        return corrected(p, s, dots, p.squares[(i64)part.stream * p.lists + list], size);
+    }
+    Group logits;
+#pragma unroll
+    for (int g = 0; g < G; ++g) logits.x[g] = table.logits[list * G + g];
+    return logits;
+}
+
+// Log of the sum of exponentials over all keys in lists, for each head; fills the table.
+__device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part& part, const Table& table) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int* sizes = p.sizes + (i64)part.stream * p.lists;
+    float peak[G], sum[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
+#pragma unroll 1
+    for (int start = threadIdx.x; start < p.lists; start += AHEAD * THREADS) {
+        int size[AHEAD];
+        Group dots[AHEAD];
+        float squares[AHEAD];
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            const int list = start + a * THREADS, there = min(list, p.lists - 1);
+            size[a] = list < p.lists ? sizes[there] : 0;
+            dots[a] = load_group(p.dots + ((i64)part.unit * p.lists + there) * G);
+            squares[a] = p.squares[(i64)part.stream * p.lists + there];
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            const int list = start + a * THREADS;
+            if (list >= p.lists) continue;
+            table.taken[list] = 0;
+            if (table.logits) const_cast<int*>(table.sizes)[list] = size[a];
+            if (!size[a]) continue;
+            const Group logits = corrected(p, s, dots[a], squares[a], size[a]);
+            const float more = __logf((float)size[a]);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                if (table.logits) table.logits[list * G + g] = logits.x[g];
+                const float x = logits.x[g] + more, top = fmaxf(peak[g], x);
+                sum[g] = sum[g] * exponential(peak[g] - top) + exponential(x - top);
+                peak[g] = top;
+            }
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        const float top = warp_max(peak[g]);
+        const float all = warp_sum(top > -INFINITE ? sum[g] * exponential(peak[g] - top) : 0.f);
+        if (lane == 0) s.reduced[warp][g] = top, s.reduced[warp][G + g] = all;
+    }
+    __syncthreads();
+    for (int g = warp; g < G; g += WARPS) {
+        const float one = lane < WARPS ? s.reduced[lane][g] : -INFINITE, top = warp_max(one);
+        const float all = warp_sum(lane < WARPS && one > -INFINITE ? s.reduced[lane][G + g] * exponential(one - top) : 0.f);
+        if (lane == 0) s.norm[g] = top + __logf(all);
+    }
+}
+
+// How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
+__device__ __forceinline__ int list_weight(
+    const Step& p, const Shared& s, const Part& part, const Table& table, int list, int size, int ranker, float masses
+) {
+    if (p.nprobe) return 1;
+    if (p.top_p <= 0.f) return size;
+    Group mass = list_logits(p, s, part, table, list, size);
+#pragma unroll
+    for (int g = 0; g < G; ++g) mass.x[g] += __logf((float)size) - s.norm[g];
+    return (int)(exponential(pooled(mass.x, p.policy, ranker)) * masses);
+}
+
+// Fill `taken`: how many keys of each list are visited, from its beginning.
+__device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Part& part, const Table& table) {
+    float* ranks = table.ranks;
+    int* taken = table.taken;
+    const int* sizes = table.sizes;
+    find_norms(p, s, part, table);
+    const int rankers = p.policy == UNION ? G : 1;
+    // The masses of "sum" add up to G, those of others to something between one and G.
+    const float masses = (float)(1 << 30) / G;
+    for (int ranker = 0; ranker < rankers; ++ranker) {
+        for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+        __syncthreads();
+#pragma unroll 1
+        for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+            const int size = sizes[list];
+            ranks[list] = -INFINITE;
+            if (!size) continue;
+            Group weights = list_logits(p, s, part, table, list, size);
+#pragma unroll
+            for (int g = 0; g < G; ++g) weights.x[g] += (p.by_mass ? __logf((float)size) : 0.f) - s.norm[g];
+            const float rank = fmaxf(pooled(weights.x, p.policy, ranker), -1e30f);
+            ranks[list] = rank;
+            atomicAdd(s.histogram + bin_of(rank), list_weight(p, s, part, table, list, size, ranker, masses));
+        }
+        __syncthreads();
+        int limit = (int)min(s.scan / rankers, (i64)0x7fffffff);
+        if (p.nprobe) limit = p.nprobe;
+        if (p.top_p > 0.f) {
+            int total = 0;
+            for (int i = threadIdx.x; i < BINS; i += THREADS) total += s.histogram[i];
+            total = warp_sum_int(total);
+            if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = total;
+            __syncthreads();
+            total = 0;
+            for (int w = 0; w < WARPS; ++w) total += ((int*)s.reduced)[w];
+            __syncthreads();
+            limit = p.top_p >= 1.f ? 0x7fffffff : (int)(p.top_p * (float)total);
+        }
+        find_bin(s, limit);
+        const int boundary = s.boundary;
+#pragma unroll 1
+        for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+            if (ranks[list] == -INFINITE) continue;
+            const int bin = bin_of(ranks[list]);
+            if (bin > boundary) {
+                taken[list] = sizes[list];
+            } else if (bin == boundary) {
+                const int own = atomicAdd(&s.owned, 1);
+                if (own < OWN) s.own[own] = list;
+            }
+        }
+        __syncthreads();
+        // In the bin of the cut, lists come one after another; of equal rank the lower first.
+        const int owned = min(s.owned, OWN);
+        for (int i = threadIdx.x; i < owned; i += THREADS) {
+            const int list = s.own[i], size = sizes[list];
+            int before = s.reached;
+#pragma unroll 1
+            for (int j = 0; j < owned; ++j) {
+                const int other = s.own[j];
+                if (ranks[other] > ranks[list] || (ranks[other] == ranks[list] && other < list))
+                    before += list_weight(p, s, part, table, other, sizes[other], ranker, masses);
+            }
+            int visit = 0;
+            if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;
+            else if (before + size <= limit) visit = size;
+            else if (!p.refine) visit = max(0, limit - before);
+            taken[list] = max(taken[list], visit);
+        }
+        __syncthreads();
+    }
+}
+
+// The weight of the keys of a list that were not visited, for each head.
+__device__ __forceinline__ Group rest_of_list(const Step& p, const Shared& s, const Part& part, int list, int taken) {
+    const int size = p.sizes[(i64)part.stream * p.lists + list], rest = size - taken;
+    Group weights = load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
+    weights = corrected(p, s, weights, p.squares[(i64)part.stream * p.lists + list], max(size, 1));
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+        weights.x[g] = rest > 0 ? (float)rest * exponential(fminf(weights.x[g], s.bound[g]) - s.basis[g]) : 0.f;
+    return weights;
+}
+
+// Whether a list of this block's share may count for more than the bound: note that it is deferred.
+__device__ __forceinline__ void find_deferred_lists(const Step& p, Shared& s, const Part& part, const Table& table) {
+#pragma unroll 1
+    for (int list = part.begin(p.lists) + threadIdx.x; list < part.end(p.lists); list += THREADS) {
+        const int size = table.sizes[list];
+        if (size <= table.taken[list]) continue;
+        const Group logits = list_logits(p, s, part, table, list, size);
+        bool passes = false;
+#pragma unroll
+        for (int g = 0; g < G; ++g) passes |= logits.x[g] > s.reference[g];
+        if (passes) s.deferred = 1;
+    }
+}

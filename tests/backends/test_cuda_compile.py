@@ -1,0 +1,88 @@
+"""Every CUDA source compiles, for machines that are not here: NVRTC needs no device."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from importlib import resources
+
+import pytest
+
+from saapindex.backends.cuda.module import options, source
+
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="pip install 'saapindex[cuda-compile]'")
+
+ELEMENTS = [0, 1, 2]
+SIZES = [64, 80, 96, 128, 256]
+# What each file is compiled with; a file that is not here is compiled with ELEMENT and D.
+MACROS = {
+    "assign": [
+        *({"ELEMENT": e, "D": d} for e in ELEMENTS for d in SIZES),
+        *({"ELEMENT": e} for e in ELEMENTS),
+    ],
+    "attend": [
+        *({"ELEMENT": e, "D": 128, "QUERY": e, "G": 4, "WORDS": 3} for e in ELEMENTS),
+        *({"ELEMENT": 1, "D": d, "QUERY": 1, "G": 4, "WORDS": 3} for d in (64, 80, 96, 256)),
+        *({"ELEMENT": 1, "D": 128, "QUERY": 2, "G": g, "WORDS": w} for g, w in ((1, 1), (3, 4))),
+        {"ELEMENT": 1, "D": 128, "QUERY": 1, "G": 8, "WORDS": 6, "THREADS": 256},
+        {"ELEMENT": 1, "D": 64, "QUERY": 1, "G": 2, "WORDS": 3, "CAPPED": 1},
+    ],
+    "codes": [{"COLUMNS": columns} for columns in range(1, 9)],
+    "rope": [*({"ELEMENT": e} for e in ELEMENTS), *({"ELEMENT": e, "PAIRS": 2} for e in (0, 1))],
+    "route": [{}],
+    "scan": [{"ELEMENT": e, "D": d} for e in (0, 2) for d in SIZES],
+}
+ANY = [{"ELEMENT": e, "D": d} for e, d in itertools.product(ELEMENTS, SIZES)]
+FILES = sorted(
+    path.name.removesuffix(".cu")
+    for path in (resources.files("saapindex") / "cuda").iterdir()
+    if path.name.endswith(".cu")
+)
+CASES = [(file, macros) for file in FILES for macros in MACROS.get(file, ANY)]
+# Bytes that a kernel may keep in local memory; what is not here must keep none.
+SPILLS = {"assign_many": 16, "attend": 96}
+
+
+def compiled(file, macros, arch):
+    """Compile; return the log, which tells registers and spills of each kernel."""
+    error, program = nvrtc.nvrtcCreateProgram(source(file).encode(), f"{file}.cu".encode(), 0, [], [])
+    assert error == 0
+    wanted = [*options(macros.items()), f"-arch={arch}", "--ptxas-options=-v"]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(wanted), [option.encode() for option in wanted])
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    text = log.decode(errors="replace").rstrip("\0 ")
+    assert error == 0, text
+    nvrtc.nvrtcDestroyProgram(program)
+    return text
+
+
+def resources_of(log):
+    """Registers, and bytes spilled, of each kernel in a log."""
+    found = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        name = part.partition("'")[0]
+        spilled = re.search(r"(\d+) bytes spill stores", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        found[name] = int(registers[1]), int(spilled[1])
+    return found
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("file", "macros"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
+)
+def test_compiles_without_spills(file, macros, arch, record_property):
+    log = compiled(file, macros, arch)
+    assert "warning" not in log
+    kernels = resources_of(log)
+    assert kernels
+    for name, (registers, spilled) in kernels.items():
+        record_property(f"{name} on {arch}", f"{registers} registers, {spilled} bytes spilled")
+        assert spilled <= SPILLS.get(name, 0), f"{name} spills {spilled} bytes with {macros}"
+
+
+def test_sources_need_no_header():
+    for file in FILES:
+        assert "#include" not in source(file)

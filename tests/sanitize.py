@@ -1,0 +1,26 @@
+"""Run what the kernels' tests do at small sizes, to be watched by compute-sanitizer.
+
+::
+
+    compute-sanitizer --tool memcheck python tests/sanitize.py     # and racecheck, initcheck
+
+Memory comes straight from CUDA, so that what is read or written past the end of an array is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import cupy
+import pytest
+
+SMALL = (
+    "arrays_of_the_device or (every_output and not 65) or (tensor_cores_assign and 1000-600 and (128 or 80)) "
+    "or (ties_to_the_lowest and 70-) or (sums and (257 or 5000)) or rotated or (long_lists and 3- and (10- or 300-)) "
+    "or (many_lists and (100 or 4097)) or (encoding and cuda-64-3)"
+)
+
+if __name__ == "__main__":
+    cupy.cuda.set_allocator(None)
+    options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", SMALL, "tests/backends", *sys.argv[1:]]
+    sys.exit(pytest.main(options))
