@@ -166,6 +166,7 @@ def main(
     budgets: Annotated[str, typer.Option(help="Shares of the bytes.")] = "1.0,0.05",
     window: Annotated[int, typer.Option(help="Recent tokens that are always attended to.")] = 2047,
     dtype: Annotated[str, typer.Option(help="Of the model and its cache.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help="Of the index: cpu or reference.")] = "cpu",
     blocks: Annotated[int, typer.Option(help="Blocks of 128 tokens that the cache has; 0 for a GiB.")] = 0,
     out: Annotated[Path, typer.Option(help="Where to write.")] = RESULTS,
 ) -> None:
@@ -180,6 +181,7 @@ def main(
     asked: dict[str, dict[str, str]] = {"alone": {}}
     for budget in budgets.split(","):
         given = {"CODEBOOK": str(codebook.resolve()), "BUDGET": budget, "WINDOW": str(window)}
+        given["BACKEND"] = backend
         asked[budget] = {f"SAAPINDEX_{name}": value for name, value in given.items()}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(serve(model, how, *options)) for name, how in asked.items()}
@@ -207,6 +209,7 @@ def main(
         "vllm": vllm.__version__,
     }
     settings = {"lengths": sizes, "count": count, "dtype": dtype, "window": window, "blocks": blocks}
+    settings["backend"] = backend
     out.write_text(
         json.dumps({"machine": machine, "settings": settings, "results": results}, indent=1) + "\n"
     )

@@ -26,7 +26,7 @@ from saapindex.errors import InvalidInputError
 __all__ = ["SaapBackend"]
 
 logger = init_logger("vllm.saapindex")
-_REPORT = 64
+_REPORT = 16
 """Steps between two lines in the log that state what the indices hold."""
 
 

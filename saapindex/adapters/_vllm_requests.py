@@ -68,7 +68,7 @@ class Requests:
     """
 
     block_size: int
-    idle: int = 8
+    idle: int = 4
     _known: dict[int, _Known] = field(default_factory=dict, init=False)
     _count: int = field(default=0, init=False)
     _steps: int = field(default=0, init=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from collections.abc import Sequence as Several
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -253,16 +252,22 @@ class SlotIndex:
     def memory(self) -> MemoryStatement:
         """Return what is held beside the cache, in bytes.
 
-        ``plain`` is what the tokens of the sequences take in the cache of the runtime, shared ones counted
-        for each that has them; ``total`` over it is what the index adds.
+        ``plain`` is what the slots of the sequences take in the cache of the runtime, shared ones counted
+        once; ``total`` over it is what the index adds.
         """
-        if not self._sequences:
-            return MemoryStatement(plain=0, pages=0, used=0, statistics=0)
-        held = Batch(self._keeping, [sequence for sequence, _ in self._sequences.values()]).memory()
+        sequences, slots = zip(*self._sequences.values(), strict=True) if self._sequences else ((), ())
         row = 2 * self.cache.heads * self.cache.d * STORED[self.cache.dtype].itemsize
-        slots = {id(slots): slots.nbytes for _, slots in self._sequences.values()}
-        plain = sum(sequence.length for sequence, _ in self._sequences.values()) * row
-        return replace(held, plain=plain, statistics=held.statistics + sum(slots.values()))
+        taken = {id(array): array for array in slots}
+        tables = {id(sequence.lists): sequence.lists.nbytes for sequence in sequences}
+        pool = self._keeping.pool
+        return MemoryStatement(
+            plain=len(np.unique(np.concatenate([*taken.values(), np.empty(0, np.int64)]))) * row,
+            pages=pool.nbytes,
+            used=pool.used * pool.page_nbytes,
+            statistics=sum(tables.values())
+            + sum(array.nbytes for array in taken.values())
+            + self._view.stacked_nbytes,
+        )
 
 
 class _View(AttentionIndex):
@@ -276,6 +281,12 @@ class _View(AttentionIndex):
         before = self._batch if isinstance(self._batch, Batch) else None
         self._batch = Batch(keeping, [sequence for sequence, _ in found], before)
         self._cache, self._slots, self._count = cache, [slots for _, slots in found], len(found)
+
+    @property
+    def stacked_nbytes(self) -> int:
+        """Bytes of what is kept of these sequences side by side."""
+        lists = self._batch.__dict__.get("lists", ()) if isinstance(self._batch, Batch) else ()
+        return sum(array.nbytes for array in lists)
 
     def slots_at(self, ids: Ints) -> Ints:
         """Return the slots of positions of each sequence, (batch, ...); -1 stays."""

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
-from saapindex.errors import InvalidInputError
 from saapindex.devices import device_of
+from saapindex.errors import InvalidInputError
 from saapindex.index.device import on_any_device, placed_router
 from saapindex.index.probing import Probes, choose_lists, same_limit
 from saapindex.index.state import Routing, State
