@@ -38,14 +38,20 @@ _TABLES = 48 * 1024
 _SHARED_MOST = 96 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
 
-_STREAMS = ["lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids", "pages", "labels", "orders", "before", "counts", "sizes", "coded", "last", "anchors", "anchor_scales", "sums", "means", "mean_scales", "squares"]
+_STREAMS = (
+    "lengths first near_keys near_values keys values codes exponents ids pages labels orders before counts sizes "
+    "coded last anchors anchor_scales sums means mean_scales squares"
+).split()
 _POINTERS = [
     *_STREAMS,
-    *["holders", "free", "available", "forms", "bias", "forward", "step", "base", "widths", "turns", "amplitudes", "new_keys", "new_values", "fresh"],
-    *["labels_in", "best", "order", "rows", "tasks", "heavy", "work", "counters", "moved", "stamps"],
+    *"holders free available forms bias forward step base widths turns amplitudes new_keys new_values fresh".split(),
+    *"labels_in best order rows tasks heavy work counters moved stamps".split(),
 ]
-_STRIDES = ["key_batch", "key_head", "key_token", "value_batch", "value_head", "value_token"]
-_INTEGERS = ["batch", "heads", "lists", "room", "ring", "sinks", "kept", "flush", "dense_below", "words", "coded_dimensions", "pairs", "interleaved", "own_forms", "most", "tokens", "tables", "version", "many"]
+_STRIDES = "key_batch key_head key_token value_batch value_head value_token".split()
+_INTEGERS = (
+    "batch heads lists room ring sinks kept flush dense_below words coded_dimensions pairs interleaved own_forms "
+    "most tokens tables version many"
+).split()
 APPEND = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
     + [(name, np.int64) for name in _STRIDES]
