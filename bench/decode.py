@@ -5,8 +5,8 @@
     python bench/decode.py    # Llama-3.1-8B's shape; writes bench/results/decode.json
 
 One layer, one token: `add` and `attend` of an `AttentionIndex`, several of them one after another in a CUDA
-graph, so that each step finds its keys in memory and not in a cache. Dense attention is torch's SDPA in the same
-run. Keys are made up: an imbalanced mixture, lists as uneven as those of real contexts.
+graph, so that each step finds its keys in memory and not in a cache. Dense attention is torch's SDPA in the
+same run. Keys are made up: an imbalanced mixture, lists as uneven as those of real contexts.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
     python bench/fidelity.py capture SmolLM2-135M-Instruct.Q4_1.gguf texts
     python bench/fidelity.py train        # a codebook of 30 KV heads: 12 sequences, 2 held out
     python bench/fidelity.py compare      # every method, 4 test sequences
+    python bench/fidelity.py attend       # the same through AttentionIndex.attend
+    python bench/fidelity.py ablate       # without one part at a time
     python bench/fidelity.py sweep        # lists, width of codes, how bytes are split: 8k, 32k and 128k
     python bench/fidelity.py shift        # other texts, and from 8k to 32k and 128k
     python bench/fidelity.py paper        # the paper's setting against training data
@@ -24,11 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from saapindex.attention import AttentionIndex, LayerCodebook
 from saapindex.codebook import Codebook
 from saapindex.files import write_whole
 from saapindex.learn import Trace, read_trace, write_trace
@@ -53,7 +58,7 @@ from saapindex.learn.peers import PEERS, Peer
 from saapindex.learn.peers.ladder import Ladder, peers_from_codebook
 from saapindex.learn.settings import TrainingSettings
 from saapindex.learn.train import train as train_codebook
-from saapindex.params import default_nlist
+from saapindex.params import AttendParameters, default_nlist
 from saapindex.progress import track
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -64,6 +69,15 @@ ALL = ",".join(map(str, LAYERS))
 FEW = "4,13,25"
 """Layers on which settings are compared."""
 SHORT, LONG, YOUNG = 32768, 131072, 8192
+CONTEXTS = {
+    "train": SHORT,
+    "valid": SHORT,
+    "test": SHORT,
+    "shift": SHORT,
+    "train-long": LONG,
+    "test-long": LONG,
+}
+"""Tokens of a sequence of each part of the texts."""
 FEW_QUERIES = Protocol(max_queries=64)
 BUDGETS = (0.02, 0.05, 0.1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,18 +125,16 @@ def means(records: Iterable[Record], *by: str) -> list[dict[str, Any]]:
 
 
 @app.command()
-def capture(model: Path, texts: Path, out: Path = Path("traces"), layers: Layers = ALL) -> None:
+def capture(
+    model: Path,
+    texts: Path,
+    out: Path = Path("traces"),
+    layers: Layers = ALL,
+    parts: Annotated[str, typer.Option(help="Folders of texts with commas between.")] = ",".join(CONTEXTS),
+) -> None:
     """Capture sequences of 32k and 128k tokens, the rotary base raised for each ("NTK-aware")."""
     console = Console()
-    parts = {
-        "train": SHORT,
-        "valid": SHORT,
-        "test": SHORT,
-        "shift": SHORT,
-        "train-long": LONG,
-        "test-long": LONG,
-    }
-    for context, group in itertools.groupby(parts, parts.__getitem__):
+    for context, group in itertools.groupby(parts.split(","), CONTEXTS.__getitem__):
         loaded = load_model(model, context=context, rope_scaling="ntk")
         for part in group:
             # Held-out sequences lie with those of the training, which names them.
@@ -230,6 +242,94 @@ def compare(
     for mode, budget in itertools.product(MODES, BUDGETS):
         here = [row for row in rows if (row["mode"], row["budget"]) == (mode, budget)]
         print(mode, budget, {row["method"]: round(row["error"], 4) for row in here})
+
+
+@app.command()
+def attend(
+    traces: Traces = Path("traces"), out: Out = RESULTS, layers: Layers = ALL, backend: str = "cpu"
+) -> None:
+    """Measure what `AttentionIndex.attend` returns, the heads of a group together, on the test sequences."""
+    book, start = Codebook.load(traces / "codebook.safetensors"), time.perf_counter()
+    protocol = Protocol()
+    found: list[tuple[float, str, torch.Tensor]] = []
+    for path in track(files(traces, "test", numbers(layers)), "attend", show=True):
+        trace = read_trace(path)
+        snapshot = take_snapshot(trace, 0, protocol)
+        positions = snapshot.queries.positions
+        n = len(trace.key_positions)
+        # The lists end where the window of the first query begins, as in `compare`.
+        window = n - int(positions[0]) + protocol.window
+        codebook = LayerCodebook.of(book.layer(int(trace.info["layer"])), n)
+        index = AttentionIndex(codebook, window=window, sinks=protocol.sinks, dense_below=0, backend=backend)
+        index.add(trace.keys[None].astype(np.float16), trace.values[None].astype(np.float16))
+        q = trace.queries[:, np.isin(trace.query_positions, positions.numpy())].astype(np.float32)
+        dense = dense_output(trace, q, positions)
+        for budget in BUDGETS:
+            given, _ = index.attend(q[None], budget=budget, positions=positions.numpy()[None])
+            error = torch.from_numpy(np.asarray(given)[0]) - dense
+            found.append((budget, path.parent.name, error.norm(dim=-1) / dense.norm(dim=-1)))
+    rows = []
+    for sequence in ("all", *sorted({name for _, name, _ in found})):
+        for budget in BUDGETS:
+            parts = [e for b, name, e in found if b == budget and sequence in ("all", name)]
+            errors = torch.cat([part.flatten() for part in parts])
+            heads = sum(len(part) for part in parts)
+            rows.append(
+                {
+                    "sequence": sequence,
+                    "budget": budget,
+                    "error": errors.mean().item(),
+                    "error_p90": errors.quantile(0.9).item(),
+                    "heads": heads,
+                }
+            )
+    content = {"protocol": dataclasses.asdict(protocol), "layers": numbers(layers), "backend": backend}
+    parameters = dataclasses.asdict(AttendParameters())
+    seconds = time.perf_counter() - start
+    write(
+        out, "attend-fidelity.json", {**content, "parameters": parameters, "seconds": seconds, "rows": rows}
+    )
+    show("AttentionIndex.attend, in groups", rows)
+
+
+@app.command()
+def ablate(traces: Traces = Path("traces"), out: Out = RESULTS, layers: Layers = ALL) -> None:
+    """Leave out one part at a time, in groups on the test sequences, and try other shares of the bytes."""
+    cases: list[dict[str, Any]] = [
+        {},
+        *({name: False} for name in ("slopes", "correction", "remainder", "refine")),
+        {"adapt": 0},
+        *({"scan_share": share} for share in (0.2, 0.3, 0.5)),
+        {"slopes": False, "scan_share": 0.3},
+    ]
+    records: list[Record] = []
+    makers = [peers_from_codebook(traces / "codebook.safetensors", device=DEVICE, **case) for case in cases]
+    paths = files(traces, "test", numbers(layers))
+    for path, head in track(list(itertools.product(paths, range(3))), "ablate", show=True):
+        trace = read_trace(path, heads=[head])
+        moment = take_snapshot(trace, head, device=DEVICE, sequence=path.parent.name)
+        for case, make in zip(cases, makers, strict=True):
+            peer = make(int(trace.info["layer"]), head)
+            peer.build(moment.context)
+            label = " ".join(f"{key}={value}" for key, value in case.items())
+            records += measure(peer, moment, BUDGETS, modes=["group"], setting=label)
+    rows = means(records, "budget", "setting")
+    write(out, "ablation.json", {"layers": numbers(layers), "rows": rows})
+    show("in groups", rows)
+
+
+def dense_output(trace: Trace, queries: NDArray[np.float32], positions: torch.Tensor) -> torch.Tensor:
+    """Return dense attention of queries, (q_heads, m, d), at `positions`, by torch in float32."""
+    group = len(queries) // len(trace.keys)
+    keys, values = (
+        torch.from_numpy(array.astype(np.float32)).repeat_interleave(group, 0)[None]
+        for array in (trace.keys, trace.values)
+    )
+    seen = torch.from_numpy(trace.key_positions) <= positions[:, None]
+    x = torch.from_numpy(queries)[None]
+    return torch.nn.functional.scaled_dot_product_attention(
+        x, keys, values, attn_mask=seen, scale=trace.scale
+    )[0]
 
 
 def young(trace: Trace, n: int) -> Trace:

@@ -4,16 +4,17 @@ The header lives in the safetensors metadata under the key ``saapindex`` and hol
 name, its version, a checksum of every tensor and of itself, and whatever the caller adds. Nothing is pickled.
 
 A tensor may have a checksum for each of its rows instead (``row_checksums`` in the header, which the file's
-own checksum covers), so that a few rows of a large one can be read, and checked, alone. NumPy has no
-bfloat16: such tensors are float32 in memory and ``BF16`` in the file.
+own checksum covers), so that a few rows of a large one can be read, and checked, alone; or one of its own
+(``tensor_checksums``), so that the rest can be checked while it is mapped into memory. NumPy has no bfloat16:
+such tensors are float32 in memory and ``BF16`` in the file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
-import math
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,28 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.errors import FileFormatError, InvalidInputError
+from saapindex.file_parts import BFLOAT16, DTYPES, KEY, Part, Source, header_of, opened, sound
 
-__all__ = ["read_file", "read_header", "write_file", "write_whole"]
+__all__ = ["from_bytes", "read_file", "read_header", "to_bytes", "write_file", "write_whole"]
 
-_KEY = "saapindex"
 _ROWS = "row_checksums"
-_BFLOAT16 = np.dtype("V2")  # two bytes that NumPy leaves alone
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": _BFLOAT16,
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype(bool),
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_APART = "tensor_checksums"
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def _rounded(x: NDArray[Any]) -> NDArray[Any]:
@@ -54,16 +40,16 @@ def _rounded(x: NDArray[Any]) -> NDArray[Any]:
     bits = np.ascontiguousarray(x, "<f4").view("<u4")
     halves = bits.view("<u2")
     if not halves[..., ::2].any():  # bfloat16 that was widened, as a model's keys are: much the fastest
-        return np.ascontiguousarray(halves[..., 1::2]).view(_BFLOAT16)
+        return np.ascontiguousarray(halves[..., 1::2]).view(BFLOAT16)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
     rounded[np.isnan(x)] = 0x7FC0  # the carry would make some of them infinite
-    result: NDArray[Any] = rounded.view(_BFLOAT16)
+    result: NDArray[Any] = rounded.view(BFLOAT16)
     return result
 
 
 def _widened(tensor: NDArray[Any]) -> NDArray[Any]:
     """Return bfloat16 as float32, and anything else as it is."""
-    if tensor.dtype != _BFLOAT16:
+    if tensor.dtype != BFLOAT16:
         return tensor
     return (tensor.view("<u2").astype(np.uint32) << 16).view(np.float32)
 
@@ -85,6 +71,13 @@ def _row_digests(name: str, tensor: NDArray[Any]) -> list[str]:
         return list(pool.map(lambda row: _digest({name: row}, {}), tensor))
 
 
+def _own_digests(tensors: Mapping[str, NDArray[Any]], names: Collection[str]) -> dict[str, str]:
+    """Checksum of each tensor by itself, in threads."""
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda name: _digest({name: tensors[name]}, {}), sorted(names))
+        return dict(zip(sorted(names), found, strict=True))
+
+
 def write_file(
     path: Path,
     tensors: Mapping[str, NDArray[Any]],
@@ -94,6 +87,7 @@ def write_file(
     version: int,
     bfloat16: Collection[str] = (),
     rows: Collection[str] = (),
+    apart: Collection[str] = (),
 ) -> None:
     """Write `tensors` and `header` to `path` through a temporary file beside it.
 
@@ -112,6 +106,8 @@ def write_file(
         Names of float32 tensors that are rounded to bfloat16.
     rows
         Names of tensors that get a checksum for each row, so that rows can be read alone.
+    apart
+        Names of tensors that get a checksum of their own, so that they can be mapped.
 
     Raises
     ------
@@ -130,12 +126,39 @@ def write_file(
         if tensor.dtype not in _CODES:
             raise InvalidInputError(f"cannot write {path}: {name} has dtype {tensor.dtype}")
     body = {"format": format, "version": version, **header}
+    with _whole(path) as file:
+        _write(file, stored, _metadata(stored, body, rows, apart))
+
+
+def to_bytes(
+    tensors: Mapping[str, NDArray[Any]],
+    header: Mapping[str, Any],
+    *,
+    format: str,
+    version: int,
+    apart: Collection[str] = (),
+) -> bytes:
+    """Return what `write_file` writes."""
+    stored = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    file = io.BytesIO()
+    _write(file, stored, _metadata(stored, {"format": format, "version": version, **header}, (), apart))
+    return file.getvalue()
+
+
+def _metadata(
+    stored: Mapping[str, NDArray[Any]],
+    header: dict[str, Any],
+    rows: Collection[str],
+    apart: Collection[str],
+) -> dict[str, str]:
+    """Return the header with its checksums."""
+    body = dict(header)
     if rows:
         body[_ROWS] = {name: _row_digests(name, stored[name]) for name in sorted(rows)}
-    whole = {name: tensor for name, tensor in stored.items() if name not in rows}
-    metadata = {_KEY: json.dumps({**body, "checksum": _digest(whole, body)})}
-    with _whole(path) as file:
-        _write(file, stored, metadata)
+    if apart:
+        body[_APART] = _own_digests(stored, apart)
+    whole = {name: tensor for name, tensor in stored.items() if name not in {*rows, *apart}}
+    return {KEY: json.dumps({**body, "checksum": _digest(whole, body)})}
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -209,13 +232,17 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     OSError
         If it cannot be read at all.
     """
-    with _opened(path) as (file, header):
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}, header
+    with opened(path) as (source, header):
+        return {name: [entry["dtype"], entry["shape"]] for name, entry in source.entries.items()}, header
 
 
 def read_file(
-    path: Path, *, format: str, version: int, rows: Mapping[str, Sequence[int]] | None = None
+    path: Path,
+    *,
+    format: str,
+    version: int,
+    rows: Mapping[str, Sequence[int]] | None = None,
+    mapped: bool = False,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read a file that `write_file` wrote; return its tensors and its header.
 
@@ -228,6 +255,9 @@ def read_file(
     rows
         For some tensors, the rows that are wanted. Where the file has their checksums, no other rows of
         these tensors are read.
+    mapped
+        Map tensors that have a checksum of their own into memory, unread and unchecked. They can be written
+        to, which changes the memory of this process alone.
 
     Raises
     ------
@@ -236,87 +266,62 @@ def read_file(
     OSError
         If it cannot be read at all.
     """
-    wanted = dict(rows or {})
-    with _opened(path) as (_, header):
-        if header.get("format") != format:
-            raise FileFormatError(f"{path} holds a {header.get('format')!r}, expected a {format!r}")
-        if not isinstance(header.get("version"), int) or header["version"] > version:
-            raise FileFormatError(
-                f"{path} has version {header.get('version')} of {format}, this release reads up "
-                f"to {version}: upgrade saapindex"
-            )
-        parts = {name: _Part(path, *place) for name, place in _places(path).items()}
-        for name, numbers in wanted.items():
-            count = parts[name].shape[0] if name in parts and parts[name].shape else 0
-            if not all(0 <= number < count for number in numbers):
-                raise FileFormatError(f"{path}: rows {list(numbers)} of {name}, but it has {count}")
-        checksum, digests = header.pop("checksum", None), header.get(_ROWS, {})
-        tensors = {name: part.read() for name, part in parts.items() if name not in digests}
-        intact = checksum == _digest(tensors, header)
-        for name in digests if intact else ():
-            numbers = range(parts[name].shape[0]) if name not in wanted else wanted[name]
-            tensors[name] = parts[name].read_rows(numbers)
-            intact &= _row_digests(name, tensors[name]) == [digests[name][number] for number in numbers]
+    with opened(path) as (source, header):
+        return _read(source, header, format, version, dict(rows or {}), mapped)
+
+
+def from_bytes(data: bytes, *, format: str, version: int) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read what `to_bytes` returned; return its tensors and its header.
+
+    Raises
+    ------
+    FileFormatError
+        As `read_file`.
+    """
+    from safetensors import deserialize
+
+    source = Source(data, f"{len(data)} bytes")
+    with sound(source):
+        deserialize(data)  # type: ignore[no-untyped-call]  # raises where the content is not sound
+        header = header_of(source)
+        return _read(source, header, format, version, {}, False)
+
+
+def _read(
+    source: Source,
+    header: dict[str, Any],
+    format: str,
+    version: int,
+    wanted: dict[str, Sequence[int]],
+    mapped: bool,
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    if header.get("format") != format:
+        raise FileFormatError(f"{source} holds a {header.get('format')!r}, expected a {format!r}")
+    if not isinstance(header.get("version"), int) or header["version"] > version:
+        raise FileFormatError(
+            f"{source} has version {header.get('version')} of {format}, this release reads up "
+            f"to {version}: upgrade saapindex"
+        )
+    parts = {name: Part(source, *place) for name, place in source.places().items()}
+    for name, numbers in wanted.items():
+        count = parts[name].shape[0] if name in parts and parts[name].shape else 0
+        if not all(0 <= number < count for number in numbers):
+            raise FileFormatError(f"{source}: rows {list(numbers)} of {name}, but it has {count}")
+    checksum, digests, own = header.pop("checksum", None), header.get(_ROWS, {}), header.get(_APART, {})
+    tensors = {name: part.read() for name, part in parts.items() if name not in {*digests, *own}}
+    intact = checksum == _digest(tensors, header)
+    for name in digests if intact else ():
+        numbers = range(parts[name].shape[0]) if name not in wanted else wanted[name]
+        tensors[name] = parts[name].read_rows(numbers)
+        intact &= _row_digests(name, tensors[name]) == [digests[name][number] for number in numbers]
+    if intact and own:
+        large = {name: parts[name].map() if mapped else parts[name].read() for name in own}
+        intact = mapped or _own_digests(large, own) == own
+        tensors |= large
     if not intact:
-        raise FileFormatError(f"{path} was altered after it was written: its checksum does not match")
+        raise FileFormatError(f"{source} was altered after it was written: its checksum does not match")
     header.pop(_ROWS, None)
+    header.pop(_APART, None)
     for name in wanted.keys() - digests.keys():
         tensors[name] = tensors[name][list(wanted[name])]
     return {name: _widened(tensor) for name, tensor in tensors.items()}, header
-
-
-class _Part:
-    """A tensor in a file: where it lies, and how it is read."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], start: int) -> None:
-        self.path, self.dtype, self.shape, self.start = path, dtype, shape, start
-
-    def read(self) -> NDArray[Any]:
-        """Return the whole tensor."""
-        count = math.prod(self.shape)
-        return np.fromfile(self.path, self.dtype, count, offset=self.start).reshape(self.shape)
-
-    def read_rows(self, numbers: Sequence[int]) -> NDArray[Any]:
-        """Return some rows, reading no others."""
-        rows = np.empty((len(numbers), *self.shape[1:]), self.dtype)
-        count = math.prod(self.shape[1:])
-        for row, number in zip(rows, numbers, strict=True):
-            offset = self.start + number * count * self.dtype.itemsize
-            row[...] = np.fromfile(self.path, self.dtype, count, offset=offset).reshape(row.shape)
-        return rows
-
-
-def _places(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]:
-    """Return dtype, shape and first byte of each tensor of a file that safetensors has found valid."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    return {
-        name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in sorted(entries.items())
-    }
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a file of this library; whatever is wrong with its content is a `FileFormatError`."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.is_dir():
-        raise FileFormatError(f"{path} is a folder, expected a saapindex file")
-    with open(path, "rb"):  # a missing file or a missing right is the system's own error
-        pass
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if _KEY not in metadata:
-                raise FileFormatError(f"{path} is a safetensors file of something else")
-            header = json.loads(metadata[_KEY])
-            if not isinstance(header, dict):
-                raise FileFormatError(f"{path} has a header that is no object")
-            yield file, header
-    except FileFormatError:
-        raise
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise FileFormatError(f"{path} is truncated or no safetensors file: {error}") from error

@@ -9,7 +9,10 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from saapindex.errors import InvalidInputError
 
@@ -21,9 +24,11 @@ __all__ = [
     "RankBy",
     "RouterName",
     "SearchParameters",
+    "Selector",
     "ViewName",
     "check_choice",
     "check_integer",
+    "check_k_factor",
     "default_nlist",
     "get_preset",
 ]
@@ -32,6 +37,14 @@ ViewName: TypeAlias = Literal["rotated", "unrotated", "windowed"]
 RouterName: TypeAlias = Literal["centroid", "mean", "linear", "mlp"]
 RankBy: TypeAlias = Literal["key", "mass"]
 PolicyName: TypeAlias = Literal["sum", "max", "union"]
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """What says which ids a search may return; `saapindex.selectors` has them by Faiss's names."""
+
+    def members(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which of `ids`, int64 (n,), may be returned."""
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -50,6 +63,12 @@ def check_integer(name: str, value: object, minimum: int) -> None:
         raise InvalidInputError(f"{name} is {value!r}, expected an integer of at least {minimum}")
     if number < minimum:
         raise InvalidInputError(f"{name} is {value}, expected at least {minimum}")
+
+
+def check_k_factor(value: object) -> None:
+    """Refuse `value` unless it is a finite number of at least 1."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 1 <= float(value) < math.inf:
+        raise InvalidInputError(f"k_factor is {value!r}, expected a finite number of at least 1")
 
 
 def default_nlist(n: int) -> int:
@@ -103,6 +122,11 @@ class IndexParameters:
         Positions that will be served are below this; None for the longest seen in training.
     seed
         Of every random choice in training.
+    bits
+        Bits per dimension of the codes that are scanned, 1, 2 or 4, in whole words of 32 bits a key; 0 scans
+        the keys themselves.
+    refine
+        Keep the keys beside their codes and score the best candidates exactly; needs `bits`.
 
     Examples
     --------
@@ -122,6 +146,8 @@ class IndexParameters:
     augment: int = 1
     max_position: int | None = None
     seed: int = 1234
+    bits: int = 0
+    refine: bool = False
 
     def __post_init__(self) -> None:
         check_choice("view", self.view, ("rotated", "unrotated", "windowed"))
@@ -136,6 +162,12 @@ class IndexParameters:
             check_integer("max_position", self.max_position, 1)
         if not (isinstance(self.cutoff, numbers.Real) and self.cutoff > 0):
             raise InvalidInputError(f"cutoff is {self.cutoff!r}, expected a wavelength above 0")
+        if isinstance(self.bits, bool) or self.bits not in (0, 1, 2, 4):
+            raise InvalidInputError(f"bits is {self.bits!r}, expected 0, 1, 2 or 4")
+        if not isinstance(self.refine, bool):
+            raise InvalidInputError(f"refine is {self.refine!r}, expected True or False")
+        if self.refine and not self.bits:
+            raise InvalidInputError("refine is given without bits: keys that are scanned need no refining")
         if self.spherical and self.query_aware:
             raise InvalidInputError(
                 "spherical and query_aware are given together, expected one of them: spherical centroids "
@@ -149,7 +181,7 @@ class IndexParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchParameters:
-    """What one search may read; at most one of the three is set, otherwise ``index.nprobe`` counts.
+    """What one search may read; at most one of the first three is set, otherwise ``index.nprobe`` counts.
 
     Attributes
     ----------
@@ -162,6 +194,13 @@ class SearchParameters:
         Visit lists until this share of the predicted softmax mass is covered, in (0, 1].
     rank
         Overrides `IndexParameters.rank`.
+    sel
+        The ids that may be found, a selector of `saapindex.selectors`. The others are passed over inside the
+        scan and cost nothing: lists are ranked, shares are taken and keys are counted as if the index held
+        the selected keys alone.
+    k_factor
+        Overrides ``index.k_factor``, where codes are refined: candidates for each result that are scored
+        exactly, at least 1.
 
     Examples
     --------
@@ -173,6 +212,8 @@ class SearchParameters:
     budget: float | int | None = None
     top_p: float | None = None
     rank: RankBy | None = None
+    sel: Selector | None = None
+    k_factor: float | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("nprobe", "budget", "top_p") if getattr(self, name) is not None]
@@ -180,6 +221,12 @@ class SearchParameters:
             raise InvalidInputError(f"{' and '.join(given)} are given together, expected one of them")
         if self.nprobe is not None:
             check_integer("nprobe", self.nprobe, 1)
+        if self.sel is not None and not isinstance(self.sel, Selector):
+            raise InvalidInputError(
+                f"sel is a {type(self.sel).__name__}, expected a selector of saapindex.selectors"
+            )
+        if self.k_factor is not None:
+            check_k_factor(self.k_factor)
         if isinstance(self.budget, numbers.Integral):
             check_integer("budget", self.budget, 1)
         elif self.budget is not None and not _is_share(self.budget):
@@ -223,6 +270,10 @@ class AttendParameters:
         With a budget: read the codes of many keys and fetch the best; otherwise fetch whole lists.
     remainder
         Let the keys that are not fetched count by their estimates.
+    slopes
+        Of keys that are not fetched, take the value that their code lets expect, by a regression that is fitted to
+        the context, and not the mean value of their list. By default on the host alone: the kernels of a device
+        do without.
     scan_share
         Share of the budget that goes to codes, after statistics, in (0, 1).
 
@@ -242,7 +293,8 @@ class AttendParameters:
     rank: RankBy | None = None
     refine: bool = True
     remainder: bool = True
-    scan_share: float = 0.3
+    slopes: bool | None = None
+    scan_share: float = 0.4
 
     def __post_init__(self) -> None:
         limits = ("budget", "nprobe", "top_p")
@@ -263,6 +315,8 @@ class AttendParameters:
         for name in ("refine", "remainder"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if self.slopes not in (None, True, False):
+            raise InvalidInputError(f"slopes is {self.slopes!r}, expected True, False or None")
         if not _is_share(self.scan_share) or self.scan_share == 1:
             raise InvalidInputError(f"scan_share is {self.scan_share!r}, expected a share in (0, 1)")
 

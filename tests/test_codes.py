@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saapindex.backends import get_ops
-from saapindex.codes import TransformCode, fit_codes, quantise_rows
+from saapindex.codes import TransformCode, fit_codes, quantise_rows, unpack
 from saapindex.codes.fit import allocate
+from saapindex.codes.slopes import fit_slopes
 from saapindex.errors import InvalidInputError
 
 OPS = get_ops("reference")
@@ -154,7 +155,7 @@ def test_degenerate_training_gives_codes_that_work(residuals):
         ({"metric": np.eye(8)}, 2, r"metric has shape \(8, 8\), expected \(1, 8, 8\)"),
         ({"metric": -np.eye(8)[None]}, 2, "expected a positive definite matrix"),
         ({}, 0, "words is 0, expected at least 1"),
-        ({}, 9, "words is 9, expected at most 8"),
+        ({}, 257, "words is 257, expected at most 256"),
     ],
 )
 def test_bad_training_is_refused(change, words, message):
@@ -169,7 +170,7 @@ def test_bad_training_is_refused(change, words, message):
         ({"step": np.ones((1, 3), np.float32)}, r"step has shape \(1, 3\), expected \(1, 16\)"),
         ({"base": np.zeros(1, np.float32)}, "expected scales above 0"),
         ({"base": np.ones(1)}, "base is float64, expected float32"),
-        ({"widths": np.array([[3, 1]])}, "expected 1 to 8 words of fields of 1, 2 or 4 bits"),
+        ({"widths": np.array([[3, 1]])}, "expected 1 to 256 words of fields of 1, 2 or 4 bits"),
         ({"spread": np.full((1, 16), np.inf, np.float32)}, "spread holds NaN or infinity"),
         ({"forward": np.ones((8, 16), np.float32)}, r"forward and widths have shapes \(8, 16\)"),
     ],
@@ -177,6 +178,28 @@ def test_bad_training_is_refused(change, words, message):
 def test_arrays_that_do_not_belong_together_are_refused(change, message):
     with pytest.raises(InvalidInputError, match=message):
         TransformCode(**{**fitted(16, 2).tensors(), **change})
+
+
+def test_fields_are_those_of_one_head():
+    code = fitted(16, 2)
+    fields = code.fields
+    words, exponents = code.encode(trained(16, 1)[0][:, :20].astype(np.float32), OPS)
+    levels = unpack(words[0], fields.widths)[:, : len(fields.step)] - fields.half
+    decoded = fields.scales[exponents[0]][:, None] * levels * fields.step
+    np.testing.assert_allclose(decoded, code.decode(words, exponents)[0], rtol=1e-5)
+    with pytest.raises(InvalidInputError, match="codes are of 2 heads, expected 1"):
+        fitted(16, 2, 2).fields  # noqa: B018
+
+
+def test_slopes_regress_values_on_codes():
+    rng = np.random.default_rng(0)
+    y, slopes = rng.standard_normal((4000, 5)), rng.standard_normal((5, 3))
+    found = fit_slopes(y, y @ slopes + rng.standard_normal((4000, 3)))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, slopes, atol=0.1)
+    assert np.isfinite(fit_slopes(np.repeat(y[:, :1], 5, axis=1), y[:, :3])).all()
+    for few in (y[:79], np.zeros((100, 5)), y[:0]):
+        assert fit_slopes(few, np.ones((len(few), 3))).tolist() == [[0] * 3] * 5
 
 
 def test_codes_are_values():

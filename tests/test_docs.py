@@ -1,4 +1,4 @@
-"""Every Python block of the README, the quickstart and the page on adapters runs, in order."""
+"""Every Python block of these pages runs, in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/adapters.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/adapters.md", "docs/faiss.md", "docs/quickstart.md"])
 def test_code_runs(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks

@@ -35,6 +35,13 @@ KINDS = {
     "linear router": {"router": "linear"},
     "mlp router": {"router": "mlp"},
     "faiss-ivf": {"params": "faiss-ivf"},
+    "codes": {"params": sx.IndexParameters(niter=2, bits=2)},
+    "codes, distances": {"metric_type": sx.METRIC_L2, "params": sx.IndexParameters(niter=2, bits=4)},
+    "codes, refined": {
+        "dtype": "float16",
+        "k_factor": 2.5,
+        "params": sx.IndexParameters(niter=2, bits=1, refine=True),
+    },
     **{
         f"rope, {view}": {"rope": ROPE, "params": sx.IndexParameters(view=view, niter=2, max_position=999)}
         for view in ("rotated", "unrotated", "windowed")
@@ -61,6 +68,11 @@ def path(tmp_path):
     return tmp_path / "index.safetensors"
 
 
+def present(index):
+    """The ids in an index."""
+    return index._state.lists.ids[index._state.lists.rows()].tolist()
+
+
 def answers(index, x):
     calls = [
         lambda: index.search(x, 9),
@@ -77,7 +89,7 @@ def answers(index, x):
 def test_what_is_read_answers_bit_for_bit(index, path, blobs):
     sx.write_index(index, str(path))
     again = sx.read_index(path)
-    for name in ("d", "nlist", "ntotal", "nprobe", "metric_type", "params", "rope", "dtype", "is_trained"):
+    for name in ("d", "nlist", "ntotal", "nprobe", "metric_type", "params", "rope", "dtype", "k_factor"):
         assert getattr(again, name) == getattr(index, name), name
     assert repr(again) == repr(index)
     x = blobs(20, 16, seed=5)
@@ -85,6 +97,96 @@ def test_what_is_read_answers_bit_for_bit(index, path, blobs):
         np.testing.assert_array_equal(ours, theirs)
     again.add(x)
     index.add(x)
+    for ours, theirs in zip(answers(again, x), answers(index, x), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_mapped_and_serialised_indexes_answer_as_well_and_go_their_own_ways(index, path, blobs):
+    sx.write_index(index, path)
+    data, x = path.read_bytes(), blobs(20, 16, seed=5)
+    known = answers(index, x)
+    np.testing.assert_array_equal(sx.serialize_index(index), np.frombuffer(data, np.uint8))
+    twins = (
+        sx.read_index(path, sx.IO_FLAG_MMAP),
+        sx.deserialize_index(sx.serialize_index(index)),
+        sx.deserialize_index(data),
+        sx.clone_index(index),
+    )
+    for twin in twins:
+        for ours, theirs in zip(answers(twin, x), known, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    index.add(x)
+    known = answers(index, x)
+    for twin in twins:
+        twin.add(x)
+        for ours, theirs in zip(answers(twin, x), known, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        twin.remove_ids(np.arange(9))
+        assert sorted(present(twin)) == sorted(id for id in present(index) if id >= 9)
+    assert path.read_bytes() == data
+
+
+def test_a_mapped_index_keeps_its_file_when_that_is_replaced(make_index, path, blobs, same):
+    index, x = make_index(), blobs(9, 16)
+    sx.write_index(index, path)
+    mapped = sx.read_index(path, sx.IO_FLAG_MMAP)
+    sx.write_index(make_index(n=1), path)
+    same(mapped.search(x, 5), index.search(x, 5))
+
+
+def test_mapping_checks_all_but_the_keys(make_index, path):
+    sx.write_index(make_index(), path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length])
+    seen = set()
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        damaged = bytearray(data)
+        damaged[8 + length + entry["data_offsets"][0]] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(sx.FileFormatError, match="altered"):
+            sx.read_index(path)
+        try:
+            sx.read_index(path, sx.IO_FLAG_MMAP)
+            seen.add(name)
+        except sx.FileFormatError as error:
+            assert "altered" in str(error)  # noqa: PT017
+    assert seen == {"vectors", "ids", "positions"}
+
+
+@pytest.mark.parametrize("flags", [2, -1, None, "mmap"])
+def test_unknown_flags_are_refused(make_index, path, flags):
+    sx.write_index(make_index(n=0), path)
+    with pytest.raises(sx.InvalidInputError, match="expected 0 or IO_FLAG_MMAP"):
+        sx.read_index(path, flags)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 9, np.zeros(50, np.uint8), b"\xff" * 64])
+def test_bytes_that_hold_no_index(data):
+    with pytest.raises(sx.FileFormatError, match=r"\d+ bytes is truncated or no safetensors"):
+        sx.deserialize_index(data)
+    with pytest.raises(sx.InvalidInputError, match="data is int64, expected uint8"):
+        sx.deserialize_index(np.zeros(3, np.int64))
+
+
+def test_files_of_the_first_version_are_read(make_index, path, blobs, same):
+    index, x = make_index(dtype="float16"), blobs(20, 16, seed=5)
+    lists = index._state.lists
+    rows = lists.rows()
+
+    def as_it_was(tensors, header):
+        for name in ("vectors", "ids", "positions"):
+            del tensors[name]
+        tensors["vectors"] = lists.view.rows(rows)
+        tensors["ids"], tensors["positions"] = lists.ids[rows], lists.positions[rows]
+        for name in ("bits", "refine"):
+            del header["params"][name]
+        del header["k_factor"]
+        header["version"] = 1
+
+    again = sx.read_index(tampered(path, index, as_it_was))
     for ours, theirs in zip(answers(again, x), answers(index, x), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

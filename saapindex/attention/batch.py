@@ -42,6 +42,7 @@ class Batch:
         same_sinks = all(old.sinks is new.sinks for old, new in pairs)
         for name, same in (
             ("lists", same_lists),
+            ("lists_without_slopes", same_lists),
             ("first", same_lists),
             ("first_of_streams", same_lists),
             ("long", same_lists),
@@ -174,13 +175,20 @@ class Batch:
             name: np.stack([getattr(table, name) for table in tables])
             for name in ("anchors", "anchor_scales", "means", "mean_scales")
         }
+        slopes = np.stack([table.slopes for table in tables])
         return PagedLists(
             **{name: array.reshape(*streams, *array.shape[2:]) for name, array in stacked.items()},
             spreads=(squares / np.maximum(sizes, 1)).astype(np.float32).reshape(streams),
+            slopes=slopes.reshape(streams[0], *slopes.shape[2:]),
             sizes=sizes.reshape(streams),
             starts=starts.reshape(streams),
             table=np.concatenate([table.held.pages for table in tables]),
         )
+
+    @cached_property
+    def lists_without_slopes(self) -> PagedLists:
+        """The lists of all streams, whose codes say nothing of values."""
+        return self.lists._replace(slopes=np.zeros_like(self.lists.slopes))
 
     @cached_property
     def _near_pages(self) -> NDArray[np.int32]:

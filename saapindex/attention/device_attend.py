@@ -181,6 +181,7 @@ def _visited(
         anchor_scales=as_host(streams.anchor_scales),
         means=as_host(streams.means),
         mean_scales=as_host(streams.mean_scales),
+        slopes=np.zeros((len(sizes), 0, book.d), np.float32),
         spreads=as_host(streams.squares) / np.maximum(sizes, 1).astype(np.float32),
         sizes=sizes,
         starts=np.zeros_like(sizes),

@@ -172,8 +172,9 @@ class AttentionIndex(AttentionStore):
         early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
         if wanted.budget == 1 or not batch.is_long or early.any():
             return self.ops.attend_all(x, last, around, batch.lists, pages, self._scaling)
+        lists = batch.lists if wanted.slopes is not False else batch.lists_without_slopes
         return self.ops.attend_lists(
-            x, last, around, batch.lists, pages, code, self._scaling, batch.reading(wanted)
+            x, last, around, lists, pages, code, self._scaling, batch.reading(wanted)
         )
 
     def select(
@@ -250,7 +251,12 @@ class AttentionIndex(AttentionStore):
             raise InvalidInputError(f"params is a {type(params).__name__}, expected AttendParameters")
         given = {"budget": budget, "nprobe": nprobe, "top_p": top_p}
         given = {name: value for name, value in given.items() if value is not None}
-        return params.replace(**given) if given else params
+        params = params.replace(**given) if given else params
+        if self._device is None:
+            return params
+        if params.slopes:
+            raise InvalidInputError("slopes is True, expected None or False on a device: its kernels do without")
+        return params.replace(slopes=False)
 
     def _grouped(self, q: ArrayLike) -> tuple[NDArray[np.float32], int]:
         """Return queries as (S, t, g, d), and `g`."""

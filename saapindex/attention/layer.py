@@ -26,6 +26,8 @@ __all__ = ["LayerCodebook", "fit_layer"]
 
 # Lloyd steps on a context look at no more than this many keys a list: more hardly move the centroids.
 ADAPT_POINTS = 64
+# Words of a code that the kernels of attention take.
+_WORDS = 8
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,6 +80,8 @@ class LayerCodebook:
                 f"centroids have shape {self.centroids.shape}, but the codes are for {self.code.heads} heads "
                 f"of {self.code.d} dimensions"
             )
+        if self.code.words > _WORDS:
+            raise InvalidInputError(f"codes have {self.code.words} words, expected at most {_WORDS}")
         if self.metric is not None and (self.spherical or self.metric.shape != (heads, d, d)):
             raise InvalidInputError(
                 f"metric has shape {self.metric.shape}, expected {(heads, d, d)}, or None if spherical"
@@ -253,6 +257,9 @@ def fit_layer(
     x, q = (_trained_on(value, name) for value, name in ((keys, "keys"), (queries, "queries")))
     heads, n, d = x.shape
     check_integer("nlist", nlist, 1)
+    check_integer("words", words, 1)
+    if words > _WORDS:
+        raise InvalidInputError(f"words is {words}, expected at most {_WORDS}")
     if q.shape[2] != d or not len(q) or len(q) % heads or not q.shape[1]:
         raise InvalidInputError(
             f"queries have shape {q.shape}, expected (a multiple of {heads}, m, {d}) with m > 0"

@@ -13,15 +13,15 @@ __all__ = ["reading"]
 
 LIST_EXTRA = 8
 """Bytes of a list besides its anchor and mean value in int8: their scales, its size and its spread."""
-_ROUTER_ELEMENT = 2
-"""Bytes of an element of the matrix that takes queries to the space of the codes."""
+MATRIX_ELEMENT = 2
+"""Bytes of an element of the matrices that take queries into the space of the codes, and codes to values."""
 
 
 def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: int, element: int) -> Reading:
     """Return what a step may read in each stream.
 
     A share of the bytes of the keys in lists and their values: first the statistics of all lists and the
-    matrix of the queries, then codes up to `scan_share` of what is left, then keys and values.
+    matrices of the codes, then codes up to `scan_share` of what is left, then keys and values.
 
     Parameters
     ----------
@@ -40,10 +40,12 @@ def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: in
     >>> code = fit_codes(np.random.default_rng(0).standard_normal((1, 200, 64)), np.eye(64)[None], words=3)
     >>> found = reading(AttendParameters(budget=0.05), np.array([30_000]), code, nlist=128, element=2)
     >>> found.scan.tolist(), found.keep(found.scan[:, None]).tolist()
-    ([8270], [[980]])
+    ([10775], [[820]])
     """
     d, row = code.d, 2 * code.d * element
-    fixed = nlist * (2 * d + LIST_EXTRA) + d * _ROUTER_ELEMENT * np.tile(code.coded, len(long) // code.heads)
+    matrices = 2 if params.remainder and params.slopes is not False else 1
+    coded = np.tile(code.coded, len(long) // code.heads)
+    fixed = nlist * (2 * d + LIST_EXTRA) + matrices * MATRIX_ELEMENT * d * coded
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
     scan = params.scan_share * left / code.nbytes_per_key if params.refine else left / row
     counted = params.budget is not None

@@ -311,7 +311,7 @@ class _View(AttentionIndex):
         ids = np.full(chosen.rows.shape, -1, np.int64)
         ids[chosen.rows >= 0] = own.take("ids", chosen.rows[chosen.rows >= 0])
         rows = np.concatenate([self._rows(batch, last, near=near, far=False), self._rows_at(ids)], axis=-1)
-        return self.ops.attend_chosen(x, rows, chosen, batch.lists, pages, self._scaling, reading)
+        return self.ops.attend_chosen(x, rows, pages, chosen, batch.lists, own, code, self._scaling, reading)
 
     def _rows(self, batch: Batch, last: Ints, *, near: bool, far: bool) -> Ints:
         """Return the rows of the cache that each query sees, (S, t, n), -1 for none."""

@@ -54,6 +54,7 @@ _STATISTICS = (
     "means",
     "mean_scales",
     "squares",
+    "slopes",
 )
 
 
@@ -111,7 +112,9 @@ def _described(batch: Batch) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
             for s in batch.sequences
         ],
         "runs": [[run.start, run.count, run.held.pages.shape[1]] for run in runs.values()],
-        "tables": [[len(table.held.pages), table.centroids is not None] for table in tables.values()],
+        "tables": [
+            [len(table.held.pages), table.centroids is not None, table.fitted] for table in tables.values()
+        ],
     }
     return described, tensors
 
@@ -162,13 +165,14 @@ def _built(
     ]
     if any(-(-run.count // LANES) != run.held.pages.shape[1] for run in runs):
         raise FileFormatError("a run of keys has more or fewer pages than it fills")
-    widths = [width for width, _ in described["tables"]]
+    widths = [width for width, _, _ in described["tables"]]
     centroids = iter(tensors.get("lists.centroids", ()))
     tables = []
     for i, pages in enumerate(_split(held, tensors["lists.pages"], widths)):
         statistics = {name: tensors[f"lists.{name}"][i] for name in _STATISTICS}
-        adapted = next(centroids) if described["tables"][i][1] else None
-        tables.append(Table(held=PageSet(pool, pages), centroids=adapted, **statistics))
+        _, adapted, fitted = described["tables"][i]
+        own = next(centroids) if adapted else None
+        tables.append(Table(held=PageSet(pool, pages), centroids=own, fitted=int(fitted), **statistics))
         if len(tables[i].sizes) != heads * nlist or tables[i].page_counts.sum() != len(pages):
             raise FileFormatError("lists have more or fewer pages than they fill")
     sequences = [

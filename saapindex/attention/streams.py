@@ -208,8 +208,10 @@ def from_streams(
             sizes=host.sizes[of].reshape(-1).astype(np.int64),
             coded=host.coded[of].reshape(-1).astype(np.int64),
             **statistics,
+            slopes=np.zeros((heads, keeping.codebook.code.step.shape[1], keeping.codebook.d), np.float32),
+            fitted=0,
             centroids=None if centroids is None else centroids[b],
-        )
+        ).with_slopes(keeping.codebook, pool)
         sequences.append(Sequence(length, sinks, recent, table))
     del held  # by now the tables hold its pages
     return Batch(keeping, sequences)

@@ -13,6 +13,7 @@ from saapindex.backends.base import LANES, Ints, Ops
 from saapindex.backends.paged import widened
 from saapindex.backends.reference.codes import scales
 from saapindex.codes import quantise_rows
+from saapindex.codes.slopes import SLOPE_KEYS, fit_slopes
 from saapindex.lists.paged import PagePool, PageSet
 from saapindex.lists.ragged import ranges
 
@@ -41,6 +42,10 @@ class Table:
         float32 (J, d), int8 (J, d), float32 (J,): of the values in the list.
     squares
         float32, (J,): sum of the squared scales of the codes.
+    slopes
+        float32, (H, R, d): what the codes of keys say of their values, see `fit_slopes`.
+    fitted
+        Keys of each head when the slopes were last fitted.
     centroids
         float32, (H, nlist, d): of this context; None where the offline ones are used.
     """
@@ -54,6 +59,8 @@ class Table:
     means: NDArray[np.int8]
     mean_scales: NDArray[np.float32]
     squares: NDArray[np.float32]
+    slopes: NDArray[np.float32]
+    fitted: int
     centroids: NDArray[np.float32] | None
 
     @classmethod
@@ -62,7 +69,21 @@ class Table:
         count, d = codebook.heads * codebook.nlist, codebook.d
         floats, whole = np.zeros(count, np.float32), np.zeros(count, np.int64)
         rows, codes = np.zeros((count, d), np.float32), np.zeros((count, d), np.int8)
-        return cls(pool.allocate((0,)), whole, whole, codes, floats, rows, codes, floats, floats, None)
+        slopes = np.zeros((codebook.heads, codebook.code.step.shape[1], d), np.float32)
+        return cls(
+            held=pool.allocate((0,)),
+            sizes=whole,
+            coded=whole,
+            anchors=codes,
+            anchor_scales=floats,
+            sums=rows,
+            means=codes,
+            mean_scales=floats,
+            squares=floats,
+            slopes=slopes,
+            fitted=0,
+            centroids=None,
+        )
 
     @property
     def page_counts(self) -> Ints:
@@ -78,8 +99,9 @@ class Table:
     @property
     def nbytes(self) -> int:
         """Bytes of statistics and tables."""
-        arrays = (getattr(self, name) for name in self.__dataclass_fields__ if name != "held")
-        return int(self.held.pages.nbytes + sum(array.nbytes for array in arrays if array is not None))
+        parts = (getattr(self, name) for name in self.__dataclass_fields__)
+        arrays = (part for part in parts if isinstance(part, np.ndarray))
+        return int(self.held.pages.nbytes + sum(array.nbytes for array in arrays))
 
     def rows(self, first: Ints, last: Ints) -> Ints:
         """Return the rows of keys ``first[j] : last[j]`` of each list, list by list."""
@@ -148,7 +170,8 @@ class Table:
         """Return the lists with the keys and values, (H, m, d), of positions from `first` up.
 
         A list whose size has doubled since its anchor was set gets a new one, and new codes in new pages.
-        If the lists are empty, `adapt` Lloyd steps fit the centroids to the entering keys.
+        If the lists are empty, `adapt` Lloyd steps fit the centroids to the entering keys. When the keys have
+        doubled since the slopes were fitted, they are fitted again.
         """
         heads, m, d = keys.shape
         nlist, total = codebook.nlist, len(self.sizes)
@@ -193,15 +216,42 @@ class Table:
         fresh = entering | refreshed[lists]
         squares = _squares(codebook, lists[fresh], exponents[fresh])
         value_sums, _ = ops.accumulate(widened(written["values"])[entering], lists[entering], total)
-        return replace(
-            grown,
-            coded=np.where(refreshed, sizes, self.coded),
-            anchors=anchors,
-            anchor_scales=anchor_scales,
-            sums=(self.sums + value_sums).astype(np.float32),
-            squares=np.where(refreshed, 0, self.squares).astype(np.float32) + squares,
-            centroids=centroids,
-        )._with_means(counts > 0)
+        return (
+            replace(
+                grown,
+                coded=np.where(refreshed, sizes, self.coded),
+                anchors=anchors,
+                anchor_scales=anchor_scales,
+                sums=(self.sums + value_sums).astype(np.float32),
+                squares=np.where(refreshed, 0, self.squares).astype(np.float32) + squares,
+                centroids=centroids,
+            )
+            ._with_means(counts > 0)
+            .with_slopes(codebook, pool)
+        )
+
+    def with_slopes(self, codebook: LayerCodebook, pool: PagePool) -> Table:
+        """Return the lists with slopes fitted to their keys, if these have doubled since the last time."""
+        heads, nlist = codebook.heads, codebook.nlist
+        count = int(self.sizes.sum()) // heads
+        if count < 2 * self.fitted or not count:
+            return self
+        step = max(1, count // SLOPE_KEYS)
+        slopes = np.empty_like(self.slopes)
+        for h in range(heads):
+            own = np.arange(len(self.sizes)) // nlist == h
+            ends = np.where(own, self.sizes, 0)
+            rows, lists = self.rows(np.zeros_like(ends), ends), np.repeat(np.arange(len(ends)), ends)
+            chosen = pool.pages.take("ids", rows) % step == 0
+            rows, lists = rows[chosen], lists[chosen]
+            words, exponents = (pool.pages.take(field, rows) for field in ("codes", "exponents"))
+            values = pool.vectors("values", rows, np.full(len(rows), h))
+            y = codebook.code.head(h).decode(words[None], exponents[None])[0]
+            means = self.means[lists] * self.mean_scales[lists, None]
+            used = int(codebook.code.coded[h])
+            slopes[h, used:] = 0
+            slopes[h, :used] = fit_slopes(y[:, :used], widened(values) - means)
+        return replace(self, slopes=slopes, fitted=count)
 
     def _staying(self, pool: PagePool, touched: NDArray[np.bool_], refreshed: NDArray[np.bool_]) -> Ints:
         """Return how many keys of each list stay where they are.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,17 @@ STORED: dict[str, np.dtype[Any]] = {
 _NAMES = {np.dtype(np.float16): "float16", np.dtype(np.float32): "float32"}
 
 
+@functools.cache
+def _name(dtype: Hashable) -> str:
+    """Name of a type of torch: kept, since forming it takes microseconds."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _kind(value: ArrayLike) -> str:
-    """Name of the type of the elements: for NumPy by a table, since forming the name takes microseconds."""
+    """Name of the type of the elements; none for those of NumPy that are not stored as they are."""
     if isinstance(value, np.ndarray):
         return _NAMES.get(value.dtype, "")
-    return str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return _name(getattr(value, "dtype", ""))
 
 
 def element_type(value: ArrayLike, name: str) -> str:
@@ -114,10 +122,14 @@ def queries(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> NDArr
 
 def _check_shape(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> None:
     found = tuple(getattr(value, "shape", ())) or as_numpy(value, name).shape
-    fits = len(found) == len(shape) and all(b in (None, a) for a, b in zip(found, shape, strict=True))
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise InvalidInputError(f"{name} has shape {found}, expected ({wanted})")
+    if len(found) == len(shape):
+        for size, expected in zip(found, shape, strict=True):
+            if expected is not None and size != expected:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise InvalidInputError(f"{name} has shape {found}, expected ({wanted})")
 
 
 def returned(result: NDArray[Any], model: ArrayLike, *, own_precision: bool = False) -> ArrayLike:

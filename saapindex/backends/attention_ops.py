@@ -157,25 +157,43 @@ class AttentionOps(ABC):
     @abstractmethod
     def estimate_rest(
         self,
+        queries: Floats,
         logits: Floats,
         rest: Ints,
         estimates: Floats,
+        rows: Ints,
         labels: Ints,
         bounds: Floats,
         lists: PagedLists,
+        pages: Pages,
+        code: Code,
+        scaling: Scaling,
     ) -> tuple[Floats, Floats]:
-        """Attend to what was not fetched: every key by its estimate, with the mean value of its list.
+        """Attend to what was not fetched: every key by its estimate, with the value that is expected of it.
 
-        No estimate counts for more than its bound: on loose lists they would blow up.
+        No estimate counts for more than its bound: on loose lists they would blow up. So a list has the
+        weight ``W_j = rest_j * exp(min(logit_j, bound))`` and a visited key ``w_i = exp(min(estimate_i,
+        bound))``.
+
+        The expected value of a key is the mean of its list plus ``y @ slopes``. Of a visited key, `y` is what
+        its code holds, ``f * (field - hi) * step``, plus ``scale * min(f^2, 3 / a) * distortion * u`` with
+        ``a = scale^2 / 2 * sum u^2 distortion``: among the keys of one code, those on the side of the query
+        weigh more. Of a list, it is ``scale * min(spread_j, 3 / b) * lam * u`` with ``b = scale^2 / 2 * sum
+        u^2 lam`` alike. Both are the derivatives of the second-order terms of the estimates, and capped where
+        these are (caps of logits are left out). Only three sums are needed, ``sum w_i f_i (field_i - hi)``,
+        ``sum w_i min(f_i^2, 3 / a)`` and ``sum W_j min(spread_j, 3 / b)``, and one product with `slopes`.
 
         Parameters
         ----------
+        queries
+            (S, t, g, d).
         logits
             (S, t, g, L), for each of the `rest` keys of a list.
         rest
             (S, t, L) int64, keys of each list that were not visited.
-        estimates, labels
-            (S, t, g, N) and (S, t, N), of keys that were visited and not kept; minus infinity for the others.
+        estimates, rows, labels
+            (S, t, g, N), (S, t, N) and (S, t, N), of keys that were visited and not kept; estimates of minus
+            infinity for the others, and rows and labels of -1 beyond.
         bounds
             (S, t, g), the largest logit that was computed exactly; infinity for no bound.
 
@@ -252,7 +270,7 @@ class AttentionOps(ABC):
         """
         chosen = self.choose_rows(queries, lists, pages, code, scaling, reading)
         exact = np.concatenate([near.all_rows(positions), chosen.rows], axis=-1)
-        return self.attend_chosen(queries, exact, chosen, lists, pages, scaling, reading)
+        return self.attend_chosen(queries, exact, pages, chosen, lists, pages, code, scaling, reading)
 
     def choose_rows(
         self,
@@ -276,30 +294,43 @@ class AttentionOps(ABC):
             estimates = np.where(kept[:, :, None], -np.inf, estimates).astype(queries.dtype)
         else:
             fetched = lists.all_rows(taken)
-            labels = np.empty((*taken.shape[:2], 0), np.int64)
+            rows = labels = np.empty((*taken.shape[:2], 0), np.int64)
             estimates = np.empty((*queries.shape[:3], 0), queries.dtype)
-        return Chosen(fetched, logits, taken, estimates, labels)
+        return Chosen(fetched, logits, taken, estimates, rows, labels)
 
     def attend_chosen(
         self,
         queries: Floats,
         rows: Ints,
+        keys: Pages,
         chosen: Chosen,
         lists: PagedLists,
         pages: Pages,
+        code: Code,
         scaling: Scaling,
         reading: Reading,
     ) -> tuple[Floats, Floats]:
-        """Attend exactly to the keys at `rows`, (S, t, K), and let what was not chosen count by estimates.
+        """Attend exactly to the keys at `rows` of `keys`, and let what was not chosen count by estimates.
 
-        The rows are those of `chosen` and of the near keys, perhaps in other pages than those of the lists.
+        The rows, (S, t, K), are of the chosen and the near keys, perhaps in other pages than those of the
+        lists.
         """
-        out, lse, peaks = self.attend_rows(queries, rows, pages, scaling)
+        out, lse, peaks = self.attend_rows(queries, rows, keys, scaling)
         if not reading.remainder:
             return out, lse
         bounds = np.where(peaks > -np.inf, peaks, np.inf).astype(queries.dtype)
         rest = lists.sizes[:, None] - chosen.taken
         other, other_lse = self.estimate_rest(
-            chosen.logits, rest, chosen.estimates, chosen.labels, bounds, lists
+            queries,
+            chosen.logits,
+            rest,
+            chosen.estimates,
+            chosen.visited,
+            chosen.labels,
+            bounds,
+            lists,
+            pages,
+            code,
+            scaling,
         )
         return self.merge(np.stack([out, other]), np.stack([lse, other_lse]))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from saapindex.backends.attention_ops import AttentionOps
 from saapindex.backends.common import LANES, Floats, Ints
 
-__all__ = ["LANES", "Floats", "Ints", "Lists", "Ops", "to_blocks"]
+__all__ = ["LANES", "CodedLists", "FieldCode", "Floats", "Ints", "Lists", "Ops", "to_blocks"]
 
 
 def to_blocks(x: Floats) -> Floats:
@@ -44,17 +44,76 @@ class Lists(NamedTuple):
         (blocks * LANES,) int64.
     offsets, sizes
         (nlist,) int64; every offset is a multiple of `LANES`.
+    allowed
+        (blocks,) uint16: bit `i` is set where lane `i` may be read. Other keys are passed over and not
+        counted. None where all may be read.
     """
 
     vectors: Floats
     ids: Ints
     offsets: Ints
     sizes: Ints
+    allowed: NDArray[np.uint16] | None = None
 
     def rows(self, rows: Ints) -> Floats:
         """Return the keys at `rows`, (n, d)."""
         keys: Floats = self.vectors[rows // LANES, :, rows % LANES]
         return keys
+
+
+class FieldCode(NamedTuple):
+    """How the codes of one head are read.
+
+    Attributes
+    ----------
+    inverse
+        (d, R): ``u = q @ inverse``.
+    step, half
+        (R,): field `r` stands for ``scale * step[r] * (field - half[r])``.
+    widths
+        (W,) int64, bits of the fields of each word.
+    scales
+        (256,), the scale of each exponent.
+    """
+
+    inverse: Floats
+    step: Floats
+    half: Floats
+    widths: Ints
+    scales: Floats
+
+
+class CodedLists(NamedTuple):
+    """Inverted lists of codes: what a key is at is ``anchors[j]`` and a coded residual to it.
+
+    Attributes
+    ----------
+    words
+        (blocks, W, LANES) uint32, the fields of each key's code.
+    exponents
+        (blocks, 1, LANES) uint8, its scale.
+    norms
+        (blocks, 1, LANES) float32, squared norm of the residual, for distances; (blocks, 0, LANES) otherwise.
+    ids, offsets, sizes, allowed
+        As in `Lists`.
+    anchors
+        (nlist, d).
+    turned
+        (nlist, R), ``anchors @ inverse``.
+    code
+        How fields and scales are read.
+    """
+
+    words: NDArray[np.uint32]
+    exponents: NDArray[np.uint8]
+    norms: Floats
+    ids: Ints
+    offsets: Ints
+    sizes: Ints
+    anchors: Floats
+    turned: Floats
+    code: FieldCode
+    allowed: NDArray[np.uint16] | None = None
 
 
 class Ops(AttentionOps):
@@ -195,4 +254,70 @@ class Ops(AttentionOps):
         lims : (q + 1,) int64, results of query `i` are ``lims[i] : lims[i + 1]``
         scores : (lims[-1],), in the order of the scan
         ids : (lims[-1],) int64
+        """
+
+    @abstractmethod
+    def scan_coded(
+        self,
+        queries: Floats,
+        lists: CodedLists,
+        probes: Ints,
+        limits: Ints,
+        k: int,
+        l2: bool,
+        as_rows: bool,
+    ) -> tuple[Floats, Ints]:
+        """Estimate the score of every key of the probed lists from its code and keep the `k` best.
+
+        With ``a = u * step``, ``u = q @ inverse`` (of the query's residual to the anchor for L2), rounded to
+        8 bits as ``a8 = round(a / factor)``, ``factor = max|a| / 127``, the estimate of ``q . residual`` is
+        ``e = factor * scale * sum a8 (field - half)``. An inner product is ``q . anchor + e``, a
+        distance ``|q - anchor|^2 - 2 e + norm``.
+
+        Parameters
+        ----------
+        queries
+            (q, d).
+        lists
+            The coded lists.
+        probes, limits, k, l2
+            As in `scan`.
+        as_rows
+            Return rows in the place of ids; of equal scores the lowest row comes first.
+
+        Returns
+        -------
+        scores : (q, k), best first; minus infinity (infinity for L2) where there are fewer keys
+        ids : (q, k) int64; -1 there
+        """
+
+    @abstractmethod
+    def range_scan_coded(
+        self, queries: Floats, lists: CodedLists, probes: Ints, limits: Ints, radius: float, l2: bool
+    ) -> tuple[Ints, Floats, Ints]:
+        """Collect every key whose estimate is better than `radius` (strictly): see `range_scan`."""
+
+    @abstractmethod
+    def rescore(
+        self, queries: Floats, vectors: Floats, ids: Ints, rows: Ints, k: int, l2: bool
+    ) -> tuple[Floats, Ints]:
+        """Score a few keys of each query exactly, and keep the `k` best.
+
+        Parameters
+        ----------
+        queries
+            (q, d).
+        vectors
+            float32 or float16, (blocks, LANES, d): row `r` is ``vectors[r // LANES, r % LANES]``.
+        ids
+            (blocks * LANES,) int64.
+        rows
+            (q, c) int64, -1 for none.
+        k, l2
+            As in `scan`.
+
+        Returns
+        -------
+        scores, ids
+            As from `scan`.
         """

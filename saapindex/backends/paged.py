@@ -152,6 +152,9 @@ class PagedLists(NamedTuple):
         (S, L, d) int8 and (S, L) float32: their product is the mean value of the list.
     spreads
         (S, L) float32, mean square of the scales of the keys' codes.
+    slopes
+        (S, R, d) float32: the value of a key is about the mean of its list plus ``y @ slopes``, `y` being its
+        coded residual (see `Code`).
     sizes
         (S, L) int64, keys in each list; ids rise along a list.
     starts
@@ -166,6 +169,7 @@ class PagedLists(NamedTuple):
     means: NDArray[np.int8]
     mean_scales: Floats
     spreads: Floats
+    slopes: Floats
     sizes: Ints
     starts: Ints
     table: NDArray[np.int32]
@@ -287,13 +291,14 @@ class Chosen(NamedTuple):
         (S, t, g, L), for each key of a list that is not visited.
     taken
         (S, t, L) int64, keys that are visited in each list.
-    estimates, labels
-        (S, t, g, N), of keys that are visited and not fetched, minus infinity for the others; and the list
-        of each, (S, t, N).
+    estimates, visited, labels
+        (S, t, g, N), of keys that are visited and not fetched, minus infinity for the others; the row and the
+        list of each, (S, t, N).
     """
 
     rows: Ints
     logits: Floats
     taken: Ints
     estimates: Floats
+    visited: Ints
     labels: Ints

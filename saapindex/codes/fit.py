@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from saapindex.backends.base import Floats
 from saapindex.backends.paged import Code
 from saapindex.backends.reference import codes as definition
-from saapindex.codes.transform import TransformCode
+from saapindex.codes.transform import MOST_WORDS, TransformCode
 from saapindex.errors import InvalidInputError
 from saapindex.params import check_integer
 
@@ -38,7 +38,7 @@ def fit_codes(residuals: Floats, metric: Floats, words: int = 3) -> TransformCod
     metric
         (H, d, d), positive definite, of the queries of each head; its overall factor does not matter.
     words
-        1 to 8 words of 32 bits a key.
+        1 to 256 words of 32 bits a key.
 
     Raises
     ------
@@ -53,8 +53,8 @@ def fit_codes(residuals: Floats, metric: Floats, words: int = 3) -> TransformCod
     array([[4]])
     """
     check_integer("words", words, 1)
-    if words > 8:
-        raise InvalidInputError(f"words is {words}, expected at most 8")
+    if words > MOST_WORDS:
+        raise InvalidInputError(f"words is {words}, expected at most {MOST_WORDS}")
     if residuals.ndim != 3 or not residuals.shape[1]:
         raise InvalidInputError(f"residuals have shape {residuals.shape}, expected (heads, n, d) with n > 0")
     heads, _, d = residuals.shape

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.backends.base import Floats, Ops
+from saapindex.backends.base import FieldCode, Floats, Ops
 from saapindex.backends.paged import Code
 from saapindex.backends.reference import codes as definition
 from saapindex.errors import InvalidInputError
 
-__all__ = ["TransformCode"]
+__all__ = ["MOST_WORDS", "TransformCode"]
+
+MOST_WORDS = 256
+"""Words of 32 bits that a code may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +88,10 @@ class TransformCode:
                 raise InvalidInputError(f"{name} is {array.dtype}, expected {np.dtype(expected)}")
             if not np.isfinite(array).all():
                 raise InvalidInputError(f"{name} holds NaN or infinity, expected finite values")
-        if not np.isin(self.widths, (1, 2, 4)).all() or not 1 <= self.words <= 8:
+        if not np.isin(self.widths, (1, 2, 4)).all() or not 1 <= self.words <= MOST_WORDS:
             raise InvalidInputError(
-                f"widths are {self.widths.tolist()}, expected 1 to 8 words of fields of 1, 2 or 4 bits"
+                f"widths are {self.widths.tolist()}, expected 1 to {MOST_WORDS} words of fields of 1, 2 or 4 "
+                "bits"
             )
         if not (self.base > 0).all():
             raise InvalidInputError(f"base is {self.base.tolist()}, expected scales above 0")
@@ -122,6 +126,26 @@ class TransformCode:
     def view(self) -> Code:
         """The codes as kernels see them."""
         return Code(**self.tensors())
+
+    @cached_property
+    def fields(self) -> FieldCode:
+        """How the codes of the only head are read.
+
+        Raises
+        ------
+        InvalidInputError
+            If there are more heads.
+        """
+        if self.heads != 1:
+            raise InvalidInputError(f"codes are of {self.heads} heads, expected 1")
+        count, bits = definition.coded(self.view, 0)
+        return FieldCode(
+            np.ascontiguousarray(self.inverse[0, :, :count]),
+            np.ascontiguousarray(self.step[0, :count]),
+            (((1 << bits) - 1) / 2).astype(np.float32),
+            self.widths[0],
+            definition.scales(np.arange(256).astype(np.uint8), np.asarray(self.base[0])),
+        )
 
     def head(self, number: int) -> TransformCode:
         """Return the codes of one head."""

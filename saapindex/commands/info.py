@@ -74,7 +74,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         }
         return {"format": "folder of saapindex.trace", "sequences": sequences}
     tensors, header = read_header(path)
-    header.pop("row_checksums", None)
+    for checksums in ("row_checksums", "tensor_checksums"):
+        header.pop(checksums, None)
     return {**header, "tensors": tensors, "nbytes": path.stat().st_size}
 
 

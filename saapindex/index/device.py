@@ -19,9 +19,9 @@ from saapindex.devices import check_device, current, device_of, get_cupy
 from saapindex.errors import DeviceMemoryError, InvalidInputError
 
 if TYPE_CHECKING:
+    from saapindex.index.base import IndexBase
     from saapindex.index.saap import IndexSAAP
     from saapindex.index.state import State
-    from saapindex.index.store import KeyStore
     from saapindex.partition import Router
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "placed_router",
 ]
 
-S = TypeVar("S", bound="KeyStore")
+S = TypeVar("S", bound="IndexBase")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -94,7 +94,7 @@ def on_any_device(
 
 
 @contextlib.contextmanager
-def device_memory(index: KeyStore, purpose: str) -> Iterator[None]:
+def device_memory(index: IndexBase, purpose: str) -> Iterator[None]:
     """Turn CuPy's error for too little memory into one that says what for, and how much there is."""
     device = device_number(index.ops)
     if device is None:

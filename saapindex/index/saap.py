@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from typing import Any
 
 import numpy as np
 
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.errors import InvalidInputError, TrainingWarning
+from saapindex.index.coder import train_coder
 from saapindex.index.device import keeping_keys, on_any_device
+from saapindex.index.exchange import FaissLists, make_ivf, read_ivf
 from saapindex.index.searcher import Searcher
-from saapindex.params import check_integer
-from saapindex.partition import train_partition
+from saapindex.index.store import METRIC_INNER_PRODUCT, METRIC_L2
+from saapindex.params import IndexParameters, RouterName, check_choice, check_integer
+from saapindex.partition import Partition, View, train_partition
 from saapindex.partition.routers import make_router
 
-__all__ = ["IndexSAAP"]
+__all__ = ["IndexSAAP", "clone_index"]
 
 # A training set of fewer queries than this many a dimension makes a poor metric.
 _QUERIES_PER_DIMENSION = 4
@@ -25,8 +30,11 @@ class IndexSAAP(Searcher):
     """Inverted file for searches where queries are distributed differently from keys.
 
     Keys go to the list of the nearest centroid in the query-aware metric; a router says which lists a
-    query visits; their keys are scored exactly. The contracts are Faiss's: float32 `D` and int64 `I` of
-    shape (n, k), best first, ids from `ntotal` up, -1 where there are fewer than k results.
+    query visits; their keys are scored exactly, or by their codes. The contracts are Faiss's: float32 `D`
+    and int64 `I` of shape (n, k), best first, ids from `ntotal` up, -1 where there are fewer than k results.
+
+    Any number of threads may search while others change the index: every answer is that of one whole state,
+    before a change or after it. Changes wait for each other.
 
     Parameters
     ----------
@@ -45,6 +53,8 @@ class IndexSAAP(Searcher):
     dtype
         Precision that keys are kept in: ``"float32"``, or ``"float16"``, which loses nothing where keys come
         in it and is faster to read. Scores are float32.
+    k_factor
+        Where `params` refines codes: candidates for each result that are scored exactly.
     backend
         ``"cpu"`` (numba, all cores), ``"reference"`` (NumPy) or ``"cuda"``.
     device
@@ -134,7 +144,20 @@ class IndexSAAP(Searcher):
                 ops=self.ops,
                 show=self.verbose,
             )
-        self._adopt(partition, make_router(self.params.router, self.scale), self._nothing())
+        coder = train_coder(
+            keys,
+            key_positions,
+            queries,
+            query_positions,
+            partition,
+            self.params,
+            l2=self.metric_type == METRIC_L2,
+            ops=self.ops,
+        )
+        with self._lock:
+            if self.ntotal:
+                raise InvalidInputError("keys were added while the index was trained; it stays as it was")
+            self._adopt(partition, make_router(self.params.router, self.scale), self._nothing(), coder)
 
     def adapt(self, niter: int = 4) -> None:
         """Move the centroids to the keys that the index holds, by a few Lloyd steps.
@@ -152,16 +175,128 @@ class IndexSAAP(Searcher):
             raise InvalidInputError(
                 f"the {self.router.name!r} router was learned for this partition, so it cannot move"
             )
-        if not self.ntotal:
-            raise InvalidInputError("the index holds no keys to adapt to: call add first")
-        lists = self._state.lists
-        rows = np.sort(lists.rows())
-        x, ids, positions = lists.keys(rows), lists.ids[rows], lists.positions[rows]
-        seen = self.partition.view.apply(x, positions, self.ops)
-        with keeping_keys(self.ops):
-            partition = self.partition.adapt(seen, niter, np.random.default_rng(self.params.seed), self.ops)
-        state = self._nothing().append(x, ids, positions, partition, self.ops)
-        self._adopt(partition, self.router, state)
+        with self._lock:
+            held = self._held
+            lists = held.state.lists
+            if not self.ntotal:
+                raise InvalidInputError("the index holds no keys to adapt to: call add first")
+            if held.coder is not None and not self.params.refine:
+                raise InvalidInputError(
+                    "the index stores codes alone, and keys cannot be assigned anew from their codes: "
+                    "use refine=True ('RFlat') to keep the keys"
+                )
+            rows = np.sort(lists.rows())
+            x, ids, positions = lists.keys(rows), lists.ids[rows], lists.positions[rows]
+            seen = self.partition.view.apply(x, positions, self.ops)
+            rng = np.random.default_rng(self.params.seed)
+            with keeping_keys(self.ops):
+                partition = self.partition.adapt(seen, niter, rng, self.ops)
+            labels = partition.assign(seen, self.ops)
+            coder = None if held.coder is None else held.coder.moved(x, labels, self.ops)
+            state = self._nothing().append(x, ids, positions, labels, partition, coder, self.ops)
+            self._adopt(partition, held.router, state, coder)
+
+    def to_faiss(self) -> Any:
+        """Return a ``faiss.IndexIVFFlat`` with the same lists: the same keys, in the same order.
+
+        Searched by ``search_preassigned`` in the lists that `route` says, it gives the same answers. Its
+        quantizer holds the centroids, so on its own it routes as Faiss does; keys that it adds go to the
+        nearest centroid, not by the query-aware metric.
+
+        Raises
+        ------
+        InvalidInputError
+            If the index stores codes alone.
+        MissingDependencyError
+            Without Faiss.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> keys = np.random.default_rng(0).standard_normal((500, 8), dtype=np.float32)
+        >>> index = IndexSAAP(8, 4, params="faiss-ivf", nprobe=2)
+        >>> index.train(keys)
+        >>> index.add(keys)
+        >>> lists, _ = index.route(keys)
+        >>> D, I = index.to_faiss().search_preassigned(keys, 3, lists, None)
+        >>> bool((I == index.search(keys, 3)[1]).all())
+        True
+        """
+        partition, held = self.partition, self._held
+        lists = held.state.lists
+        if held.coder is not None and not self.params.refine:
+            raise InvalidInputError("the index stores codes alone, expected one that keeps keys")
+        rows = lists.rows()
+        return make_ivf(
+            FaissLists(
+                partition.centroids,
+                self._l2,
+                partition.spherical,
+                self.nprobe,
+                lists.keys(rows),
+                lists.ids[rows],
+                lists.labels(),
+            )
+        )
+
+    @classmethod
+    def from_faiss(
+        cls,
+        index: Any,
+        *,
+        router: RouterName = "mean",
+        dtype: str | None = None,
+        backend: str = "cpu",
+    ) -> IndexSAAP:
+        """Return an index with the lists of a trained Faiss inverted file, and a router of our own.
+
+        Keys stay in the lists that Faiss put them in, and new ones go where Faiss would put them; only
+        queries are routed anew. A learned router is trained afterwards, by `saapindex.learn.train_router`.
+
+        Parameters
+        ----------
+        index
+            A ``faiss.IndexIVFFlat``, or ``IndexIVFScalarQuantizer`` of float16, without residuals.
+        router
+            ``"mean"``, by the mean of the keys in a list, or ``"centroid"``, as Faiss does.
+        dtype
+            Precision that keys are kept in, by default Faiss's.
+        backend
+            As for `IndexSAAP`.
+
+        Raises
+        ------
+        InvalidInputError
+            If it is another kind of index, is not trained, or holds ids twice or below zero.
+        """
+        check_choice("router", router, ("mean", "centroid"))
+        content = read_ivf(index)
+        nlist, d = content.centroids.shape
+        spherical = content.spherical and not content.l2
+        made = cls(
+            d,
+            nlist,
+            METRIC_L2 if content.l2 else METRIC_INNER_PRODUCT,
+            params=IndexParameters(query_aware=False, spherical=spherical, router=router, augment=0),
+            nprobe=content.nprobe,
+            dtype=content.keys.dtype.name if dtype is None else dtype,
+            backend=backend,
+        )
+        partition = Partition(View(), content.centroids, None, spherical, None)
+        made._adopt(partition, make_router(router, made.scale), made._nothing())
+        made.add_preassigned(content.keys, content.labels, content.ids)
+        return made
+
+
+def clone_index(index: IndexSAAP) -> IndexSAAP:
+    """Return a copy that shares nothing with `index`.
+
+    Examples
+    --------
+    >>> clone_index(IndexSAAP(8, 4)).nlist
+    4
+    """
+    return copy.deepcopy(index)
 
 
 def _warn_of_few_queries(count: int, d: int) -> None:

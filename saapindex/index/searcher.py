@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
-from saapindex.errors import InvalidInputError
+from saapindex.backends.base import Floats, Ints
 from saapindex.devices import device_of
+from saapindex.errors import InvalidInputError
 from saapindex.index.device import on_any_device, placed_router
 from saapindex.index.probing import Probes, choose_lists, same_limit
-from saapindex.index.state import Routing, State
+from saapindex.index.scanning import Allowed, Scanner
+from saapindex.index.state import Held, Routing, keys_at
+from saapindex.index.statistics import SearchStatistics
 from saapindex.index.store import KeyStore
 from saapindex.params import SearchParameters, check_integer
 
@@ -26,14 +29,18 @@ _BLOCK = 1 << 22
 _DEFAULT = SearchParameters()
 _NONE = np.zeros(0, np.int64)
 
+Probe = Callable[[slice], Probes]
+
 
 class Searcher(KeyStore):
     """What a trained index answers; base of `IndexSAAP`."""
 
+    _allowed: Allowed | None = None
+
     @property
     def can_search_in_place(self) -> bool:
         """Whether a search by `nprobe` reads nothing but keys, so that a device can do all of it."""
-        return True
+        return self._coder is None
 
     @on_any_device
     def search(
@@ -45,6 +52,7 @@ class Searcher(KeyStore):
         D: ArrayLike | None = None,
         I: ArrayLike | None = None,  # noqa: E741  Faiss's name
         positions: ArrayLike | None = None,
+        stats: SearchStatistics | None = None,
     ) -> tuple[ArrayLike, ArrayLike]:
         """Find the `k` best keys of each query among the lists it visits.
 
@@ -60,21 +68,24 @@ class Searcher(KeyStore):
             Buffers to write to, float32 and int64 of shape (n, k).
         positions
             int, (n,), by default the end of the context for every query.
+        stats
+            What is read is added to it.
 
         Returns
         -------
         D : float32 (n, k)
             Inner products, largest first (distances, smallest first); minus infinity (infinity) where
-            there are fewer.
+            there are fewer. Estimates where the index holds codes alone.
         I : int64 (n, k)
             Ids; -1 where there are fewer.
         """
         check_integer("k", k, 1)
-        state, routing = self._ready()
-        queries, seen = self._queries(x, positions)
+        held, routing = self._ready()
+        queries, seen = self._queries(x, positions, held)
         params = self._checked(params)
         out = _buffers(D, I, (len(queries), k))
-        if params.budget is None and params.top_p is None:
+        plain = held.coder is None and params.sel is None and stats is None
+        if plain and params.budget is None and params.top_p is None:
             p = min(params.nprobe or self.nprobe, self.nlist)
             found = self.ops.search(
                 placed_router(routing.router, seen, self.ops).features(seen),
@@ -82,12 +93,13 @@ class Searcher(KeyStore):
                 routing.table,
                 routing.bias(params.rank or self.params.rank),
                 p,
-                state.lists.view,
+                held.state.lists.view,
                 int(k),
                 self._l2,
             )
         else:
-            found = self._scan(queries, state, lambda rows: self._probe(seen[rows], routing, params), int(k))
+            scanner, routing = self._scanner(held, routing, params, stats)
+            found = self._scan(queries, scanner, self._router_probe(seen, routing, params), int(k))
         return _deliver(found, out, x, D, I)
 
     @on_any_device
@@ -101,20 +113,21 @@ class Searcher(KeyStore):
         params: SearchParameters | None = None,
         D: ArrayLike | None = None,
         I: ArrayLike | None = None,  # noqa: E741  Faiss's name
+        stats: SearchStatistics | None = None,
     ) -> tuple[ArrayLike, ArrayLike]:
         """Find the `k` best keys of each query in the lists `Iq`, (n, p), -1 for none.
 
-        `Dq`, Faiss's distances to centroids, is not needed and not read. Of `params` only a budget counts.
-        See `search` for the rest.
+        `Dq`, Faiss's distances to centroids, is not needed and not read. Of `params` only a budget, a
+        selector and `k_factor` count. See `search` for the rest.
         """
         check_integer("k", k, 1)
-        state, _ = self._ready()
+        held, routing = self._ready()
         queries = arrays.vectors(x, "x", self.d)
-        probes = self._given(Iq, len(queries), params)
+        params = self._checked(params)
+        scanner, routing = self._scanner(held, routing, params, stats)
+        probe = self._given(Iq, len(queries), params.keys(routing.ntotal))
         out = _buffers(D, I, (len(queries), k))
-        found = self._scan(
-            queries, state, lambda rows: Probes(probes.lists[rows], probes.limits[rows]), int(k)
-        )
+        found = self._scan(queries, scanner, probe, int(k))
         return _deliver(found, out, x, D, I)
 
     @on_any_device
@@ -125,6 +138,7 @@ class Searcher(KeyStore):
         *,
         params: SearchParameters | None = None,
         positions: ArrayLike | None = None,
+        stats: SearchStatistics | None = None,
     ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
         """Find every key that scores above `thresh` (lies nearer, for L2) in the lists that are visited.
 
@@ -137,23 +151,35 @@ class Searcher(KeyStore):
         I : int64
             Ids.
         """
-        if not (isinstance(thresh, numbers.Real) and abs(thresh) <= float(np.finfo(np.float32).max)):
-            raise InvalidInputError(f"thresh is {thresh!r}, expected a finite float32 number")
-        state, routing = self._ready()
-        queries, seen = self._queries(x, positions)
+        radius = _radius(thresh)
+        held, routing = self._ready()
+        queries, seen = self._queries(x, positions, held)
         params = self._checked(params)
-        lims, scores, ids = [np.zeros(1, np.int64)], [np.empty(0, np.float32)], [np.empty(0, np.int64)]
-        for rows in self._blocks(len(queries)):
-            probes = self._probe(seen[rows], routing, params)
-            ends, best, found = self.ops.range_scan(
-                queries[rows], state.lists.view, *probes, float(thresh), self._l2
-            )
-            lims.append(lims[-1][-1] + ends[1:])
-            scores.append(best)
-            ids.append(found)
-        parts = (np.concatenate(part) for part in (lims, scores, ids))
-        lims_out, scores_out, ids_out = (arrays.give_back(part, x) for part in parts)
-        return lims_out, scores_out, ids_out
+        scanner, routing = self._scanner(held, routing, params, stats)
+        return self._within(x, queries, scanner, self._router_probe(seen, routing, params), radius)
+
+    @on_any_device
+    def range_search_preassigned(
+        self,
+        x: ArrayLike,
+        thresh: float,
+        Iq: ArrayLike,
+        Dq: ArrayLike | None = None,
+        *,
+        params: SearchParameters | None = None,
+        stats: SearchStatistics | None = None,
+    ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+        """Find every key that scores above `thresh` in the lists `Iq`, (n, p), -1 for none.
+
+        See `range_search` and `search_preassigned`.
+        """
+        radius = _radius(thresh)
+        held, routing = self._ready()
+        queries = arrays.vectors(x, "x", self.d)
+        params = self._checked(params)
+        scanner, routing = self._scanner(held, routing, params, stats)
+        probe = self._given(Iq, len(queries), params.keys(routing.ntotal))
+        return self._within(x, queries, scanner, probe, radius)
 
     @on_any_device
     def assign(self, x: ArrayLike, k: int = 1, labels: ArrayLike | None = None) -> ArrayLike:
@@ -177,50 +203,83 @@ class Searcher(KeyStore):
         keys : int64 (n,)
             Keys that are read in them.
         """
-        state, routing = self._ready()
-        queries, seen = self._queries(x, positions)
+        held, routing = self._ready()
+        queries, seen = self._queries(x, positions, held)
         params = self._checked(params)
-        blocks = [self._probe(seen[rows], routing, params) for rows in self._blocks(len(queries))]
+        scanner, routing = self._scanner(held, routing, params, None)
+        probe = self._router_probe(seen, routing, params)
+        blocks = [probe(rows) for rows in self._blocks(len(queries))]
         width = max((block.lists.shape[1] for block in blocks), default=0)
         lists = np.full((len(queries), width), -1, np.int64)
         keys = np.zeros(len(queries), np.int64)
         for rows, block in zip(self._blocks(len(queries)), blocks, strict=True):
             lists[rows, : block.lists.shape[1]] = block.lists
-            keys[rows] = block.keys_read(state.lists.sizes)
+            keys[rows] = block.keys_read(scanner.sizes)
         return arrays.give_back(lists, x), arrays.give_back(keys, x)
 
+    def search_and_reconstruct(
+        self, x: ArrayLike, k: int, *, params: SearchParameters | None = None
+    ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+        """Return what `search` returns, and the keys that were found, float32 (n, k, d); NaN for none.
+
+        In an index that others change meanwhile, a key that was found may be gone: then it is NaN too.
+        """
+        scores, found = self.search(x, k, params=params)
+        ids = arrays.as_numpy(found, "I")
+        held = self._held
+        lists = held.state.lists
+        keys = np.full((*ids.shape, self.d), np.nan, np.float32)
+        known = lists.contains(ids.reshape(-1)).reshape(ids.shape)
+        rows = lists.find(ids[known])
+        keys[known] = keys_at(lists, rows, lists.labels_at(rows), held.coder)
+        return scores, found, arrays.give_back(keys, x)
+
     def _scan(
-        self, queries: NDArray[np.float32], state: State, probe: Callable[[slice], Probes], k: int
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        self, queries: NDArray[np.float32], scanner: Scanner, probe: Probe, k: int
+    ) -> tuple[Floats, Ints]:
         """Scan what `probe` says of each block of queries."""
-        parts = [
-            self.ops.scan(queries[rows], state.lists.view, *probe(rows), k, self._l2)
-            for rows in self._blocks(len(queries))
-        ]
+        blocks = self._blocks(len(queries))
+        parts = [scanner.search(queries[rows], probe(rows), k) for rows in blocks]
         scores, ids = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         return scores, ids
 
-    def _ready(self) -> tuple[State, Routing]:
-        self.router  # noqa: B018  raises if the index is not trained
-        state, routing = self._state, self._routing
-        assert routing is not None
-        return state, routing
+    def _within(
+        self, x: ArrayLike, queries: NDArray[np.float32], scanner: Scanner, probe: Probe, radius: float
+    ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+        parts: tuple[list[NDArray[Any]], ...] = ([np.zeros(1, np.int64)], [np.empty(0, np.float32)], [_NONE])
+        for rows in self._blocks(len(queries)):
+            ends, best, found = scanner.within(queries[rows], probe(rows), radius)
+            new: Iterable[NDArray[Any]] = (parts[0][-1][-1] + ends[1:], best, found)
+            for part, more in zip(parts, new, strict=True):
+                if part is not parts[0] or len(more):
+                    part.append(more)
+        lims, scores, ids = (arrays.give_back(np.concatenate(part), x) for part in parts)
+        return lims, scores, ids
+
+    def _ready(self) -> tuple[Held, Routing]:
+        held = self._held
+        if held.routing is None:
+            self.router  # noqa: B018  raises
+        assert held.routing is not None
+        return held, held.routing
 
     def _queries(
-        self, x: ArrayLike, positions: ArrayLike | None
+        self, x: ArrayLike, positions: ArrayLike | None, held: Held
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the queries, and the partition's view of them."""
         queries = arrays.vectors(x, "x", self.d, device=device_of(x))
+        partition = held.partition
+        assert partition is not None
         if positions is None:
-            self.partition.check_position(self._state.next_id)
+            partition.check_position(held.state.next_id)
         else:
             places = self._positions(positions, "positions", len(queries), _NONE)
-            self.partition.check_position(int(places.max(initial=0)))
-        view = self.partition.view
+            partition.check_position(int(places.max(initial=0)))
+        view = partition.view
         if not view.needs_positions:
             return queries, queries
         if positions is None:
-            places = np.full(len(queries), self._state.next_id, np.int64)
+            places = np.full(len(queries), held.state.next_id, np.int64)
         return queries, view.apply(queries, places, self.ops)
 
     def _checked(self, params: SearchParameters | None) -> SearchParameters:
@@ -239,10 +298,26 @@ class Searcher(KeyStore):
         step = max(1, _BLOCK // self.nlist)
         return [slice(start, start + step) for start in range(0, max(n, 1), step)]
 
-    def _probe(self, seen: NDArray[np.float32], routing: Routing, params: SearchParameters) -> Probes:
-        return choose_lists(seen, routing, self.params.rank, self.nprobe, params, self.ops)
+    def _scanner(
+        self, held: Held, routing: Routing, params: SearchParameters, stats: SearchStatistics | None
+    ) -> tuple[Scanner, Routing]:
+        """Return what scans, and the routing among the keys that may be read."""
+        if stats is not None and not isinstance(stats, SearchStatistics):
+            raise InvalidInputError(f"stats is a {type(stats).__name__}, expected SearchStatistics")
+        allowed = None
+        if params.sel is not None:
+            allowed, lists = self._allowed, held.state.lists
+            if allowed is None or allowed.lists is not lists or allowed.sel is not params.sel:
+                self._allowed = allowed = Allowed.of(lists, params.sel)
+            routing = routing.among(allowed.sizes)
+        k_factor = params.k_factor or self.k_factor
+        return Scanner(held, allowed, self._l2, k_factor, stats, self.ops), routing
 
-    def _given(self, lists: ArrayLike, n: int, params: SearchParameters | None) -> Probes:
+    def _router_probe(self, seen: NDArray[np.float32], routing: Routing, params: SearchParameters) -> Probe:
+        rank, nprobe = self.params.rank, self.nprobe
+        return lambda rows: choose_lists(seen[rows], routing, rank, nprobe, params, self.ops)
+
+    def _given(self, lists: ArrayLike, n: int, limit: int) -> Probe:
         found = arrays.as_numpy(lists, "Iq")
         found = arrays.integers(found, "Iq", (n, found.shape[-1] if found.ndim else 0))
         # As unsigned numbers, everything below -1 is large: one look finds both ends.
@@ -250,7 +325,14 @@ class Searcher(KeyStore):
             raise InvalidInputError(
                 f"Iq holds lists from {found.min()} to {found.max()}, expected -1 to {self.nlist - 1}"
             )
-        return Probes(found, same_limit(n, self._checked(params).keys(self.ntotal)))
+        limits = same_limit(n, limit)
+        return lambda rows: Probes(found[rows], limits[rows])
+
+
+def _radius(thresh: float) -> float:
+    if not (isinstance(thresh, numbers.Real) and abs(thresh) <= float(np.finfo(np.float32).max)):
+        raise InvalidInputError(f"thresh is {thresh!r}, expected a finite float32 number")
+    return float(thresh)
 
 
 def _buffers(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from saapindex.backends.base import Floats, Ints, Ops, to_blocks
+from saapindex.index.coder import Coder
 from saapindex.lists import InvertedLists
 from saapindex.params import RankBy
 from saapindex.partition import Partition, Router
 
-__all__ = ["State"]
+__all__ = ["Held", "Routing", "State", "difference", "keys_at"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,34 +37,67 @@ class State:
     next_id: int
 
     @classmethod
-    def empty(cls, nlist: int, d: int, dtype: DTypeLike) -> State:
-        """Return the state of an index without keys, to hold keys of `dtype`."""
-        return cls(InvertedLists.empty(nlist, d, dtype), np.zeros((nlist, d)), 0)
+    def empty(
+        cls,
+        nlist: int,
+        d: int,
+        dtype: DTypeLike,
+        *,
+        words: int = 0,
+        norms: bool = False,
+        exact: bool = True,
+    ) -> State:
+        """Return the state of an index without keys: see `InvertedLists.empty`."""
+        lists = InvertedLists.empty(nlist, d, dtype, words=words, norms=norms, exact=exact)
+        return cls(lists, np.zeros((nlist, d)), 0)
 
     def append(
         self,
         x: NDArray[np.float32],
         ids: Ints,
         positions: Ints,
+        labels: Ints,
         partition: Partition,
+        coder: Coder | None,
         ops: Ops,
     ) -> State:
-        """Return the state with these keys added to the lists that the partition puts them in."""
+        """Return the state with these keys added to lists `labels`."""
         seen = partition.view.apply(x, positions, ops)
-        labels = partition.assign(seen, ops)
         sums, _ = ops.accumulate(seen, labels, partition.nlist)
         sums += self.sums
-        lists = self.lists.append(x, ids, positions, labels)
-        return State(lists, sums, max(self.next_id, int(ids.max()) + 1))
+        codes = None if coder is None else coder.encode(x, labels, ops)
+        lists = self.lists.append(x, ids, positions, labels, codes)
+        return State(lists, sums, max(self.next_id, int(ids.max(initial=-1)) + 1))
 
-    def keep(self, mask: NDArray[np.bool_], partition: Partition, ops: Ops) -> State:
+    def joined(self, other: State, ids: Ints) -> State:
+        """Return the state with the keys of `other`, in the order of its ``lists.rows()`` under `ids`."""
+        rows, labels = other.lists.rows(), other.lists.labels()
+        stored = other.lists.stored
+        lists = self.lists.append(
+            stored.keys(rows), ids, other.lists.positions[rows], labels, stored.codes(rows)
+        )
+        return State(lists, self.sums + other.sums, max(self.next_id, int(ids.max(initial=-1)) + 1))
+
+    def keep(self, mask: NDArray[np.bool_], partition: Partition, coder: Coder | None, ops: Ops) -> State:
         """Return the state with only the keys, in the order of ``lists.rows()``, where `mask` is true."""
         lists = self.lists.keep(mask)
-        rows = lists.rows()
-        seen = partition.view.apply(lists.keys(rows), lists.positions[rows], ops)
-        sums, _ = ops.accumulate(seen, lists.labels(), partition.nlist)
-        next_id = int(lists.ids[rows].max(initial=-1)) + 1
+        changed = lists.sizes < self.lists.sizes
+        rows, labels = lists.rows(), lists.labels()
+        here = changed[labels]
+        rows, labels = rows[here], labels[here]
+        seen = partition.view.apply(keys_at(lists, rows, labels, coder), lists.positions[rows], ops)
+        sums, _ = ops.accumulate(seen, labels, partition.nlist)
+        sums = np.where(changed[:, None], sums, self.sums)
+        next_id = int(lists.ids[lists.rows()].max(initial=-1)) + 1
         return State(lists, sums, max(next_id, lists.ntotal))
+
+
+def keys_at(lists: InvertedLists, rows: Ints, labels: Ints, coder: Coder | None) -> NDArray[np.float32]:
+    """Return the keys at `rows` of lists `labels`, float32 (n, d): decoded where only codes are stored."""
+    keys, codes = lists.keys(rows), lists.stored.codes(rows)
+    if keys.shape[1] or coder is None or codes is None:
+        return keys
+    return coder.decode(codes, labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +150,72 @@ class Routing:
 
     def _bias(self, rank: RankBy) -> NDArray[np.float32]:
         return self.router.bias(self.sizes, rank) + self.shift
+
+    def among(self, sizes: Ints) -> Routing:
+        """Return the routing as if lists had these sizes."""
+        return replace(self, sizes=sizes)
+
+
+def difference(one: Held, other: Held) -> str | None:
+    """Return what keeps keys of `other` out of the lists of `one`: None if nothing does."""
+    if one.partition is None or other.partition is None:
+        return "training"
+    partitions = one.partition, other.partition
+    if partitions[0].view != partitions[1].view or partitions[0].spherical != partitions[1].spherical:
+        return "views of the partition"
+    if not _equal(*(partition.centroids for partition in partitions)):
+        return "centroids"
+    if not _equal(*(partition.metric for partition in partitions)):
+        return "metrics of the partition"
+    stored = one.state.lists.stored, other.state.lists.stored
+    if [(part.shape[1:], part.dtype) for part in stored[0]] != [
+        (part.shape[1:], part.dtype) for part in stored[1]
+    ]:
+        return "storage"
+    if one.coder is not None and other.coder is not None:
+        parts = ({"anchors": coder.anchors, **coder.code.tensors()} for coder in (one.coder, other.coder))
+        if not all(_equal(*pair) for pair in zip(*(part.values() for part in parts), strict=True)):
+            return "codes"
+    return None
+
+
+def _equal(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """All that a search looks at: what training made, and the keys. A reader takes it once.
+
+    Attributes
+    ----------
+    partition, router, coder
+        None before training; no coder where keys are scanned as they are.
+    state
+        The keys.
+    routing
+        The router made ready for them.
+    """
+
+    partition: Partition | None
+    router: Router | None
+    coder: Coder | None
+    state: State
+    routing: Routing | None
+
+    @classmethod
+    def of(
+        cls,
+        partition: Partition | None,
+        router: Router | None,
+        coder: Coder | None,
+        state: State,
+        l2: bool,
+    ) -> Held:
+        """Make the router ready, if there is one."""
+        routing = None
+        if router is not None and partition is not None:
+            routing = Routing.of(router, partition, state, l2)
+        return cls(partition, router, coder, state, routing)

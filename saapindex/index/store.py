@@ -1,10 +1,6 @@
-"""The keys of an index: what can be added, removed and given back, and where they are kept."""
+"""The keys of an index: what can be added, removed and given back."""
 
 from __future__ import annotations
-
-import copy
-import math
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,221 +8,22 @@ from numpy.typing import NDArray
 from saapindex import arrays
 from saapindex.arrays import ArrayLike
 from saapindex.backends.base import Ints
-from saapindex.errors import InvalidInputError, NotTrainedError
-from saapindex.index.device import (
-    device_memory,
-    device_number,
-    get_device_ops,
-    hold_on_device,
-    keeping_keys,
-    on_any_device,
-)
-from saapindex.index.state import Routing, State
-from saapindex.params import IndexParameters, check_integer, get_preset
-from saapindex.partition import Partition, Router
-from saapindex.rope import Rope
+from saapindex.errors import InvalidInputError
+from saapindex.index.base import METRIC_INNER_PRODUCT, METRIC_L2, IndexBase
+from saapindex.index.device import keeping_keys, on_any_device
+from saapindex.index.state import difference, keys_at
+from saapindex.params import Selector, check_integer
 
 __all__ = ["METRIC_INNER_PRODUCT", "METRIC_L2", "KeyStore"]
 
-METRIC_INNER_PRODUCT = 0
-"""Faiss's number for the inner product."""
-METRIC_L2 = 1
-"""Faiss's number for the squared Euclidean distance."""
 # Ids stay below this, so that the next one is an int64 too.
 _IDS_END = 1 << 62
 
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
-class KeyStore:
-    """The keys of an index in the lists of its partition; base of `IndexSAAP`.
-
-    Every change makes a new `State` and puts it in place at the end, so a change that fails leaves the
-    index as it was.
-    """
-
-    def __init__(
-        self,
-        d: int,
-        nlist: int,
-        metric_type: int = METRIC_INNER_PRODUCT,
-        *,
-        params: IndexParameters | str = "best",
-        rope: Rope | None = None,
-        nprobe: int = 1,
-        dtype: str = "float32",
-        backend: str = "cpu",
-        device: str | None = None,
-        verbose: bool = False,
-    ) -> None:
-        check_integer("d", d, 1)
-        check_integer("nlist", nlist, 1)
-        if metric_type not in (METRIC_INNER_PRODUCT, METRIC_L2):
-            raise InvalidInputError(
-                f"metric_type is {metric_type!r}, expected METRIC_INNER_PRODUCT or METRIC_L2"
-            )
-        if rope is not None and not isinstance(rope, Rope):
-            raise InvalidInputError(f"rope is a {type(rope).__name__}, expected a Rope or None")
-        if dtype not in ("float16", "float32"):
-            raise InvalidInputError(f"dtype is {dtype!r}, expected 'float32' or 'float16'")
-        if rope is not None and rope.dim > d:
-            raise InvalidInputError(f"rope rotates {rope.dim} dimensions, expected at most d = {d}")
-        params = get_preset(params) if isinstance(params, str) else params
-        if not isinstance(params, IndexParameters):
-            raise InvalidInputError(
-                f"params is a {type(params).__name__}, expected IndexParameters or the name of a preset"
-            )
-        if metric_type == METRIC_L2 and params.router in ("linear", "mlp"):
-            raise InvalidInputError(
-                f"the {params.router!r} router predicts attention mass, so it needs METRIC_INNER_PRODUCT"
-            )
-        self.d = int(d)
-        self.nlist = int(nlist)
-        self.metric_type = metric_type
-        # The query-aware metric is about inner products; a distance is measured as it is.
-        euclidean = params.replace(query_aware=False, spherical=False, rank="key")
-        self.params = euclidean if self._l2 else params
-        self.rope = rope
-        self.nprobe = nprobe
-        self.dtype = np.dtype(dtype)
-        self.ops = get_device_ops(device, backend)
-        self.verbose = verbose
-        self._partition: Partition | None = None
-        self._router: Router | None = None
-        self._state = self._nothing()
-        self._routing: Routing | None = None
-
-    def __repr__(self) -> str:
-        trained = "trained" if self.is_trained else "not trained"
-        return (
-            f"IndexSAAP(d={self.d}, nlist={self.nlist}, {self.params.view}, {self.params.router}, "
-            f"{trained}, ntotal={self.ntotal})"
-        )
-
-    def __copy__(self) -> Self:
-        return copy.deepcopy(self)  # two indexes must not write to one pool
-
-    @property
-    def device(self) -> str:
-        """Where searches run: ``"cpu"``, or ``"cuda:0"`` and so on."""
-        number = device_number(self.ops)
-        return "cpu" if number is None else f"cuda:{number}"
-
-    def to(self, device: str) -> Self:
-        """Return a copy of the index that searches on `device`; the index itself if it does so already.
-
-        Parameters
-        ----------
-        device
-            ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:0"`` and so on.
-
-        Raises
-        ------
-        InvalidInputError, MissingDependencyError
-            If there is no such device, or no CuPy.
-        DeviceMemoryError
-            If the keys do not fit there.
-        """
-        ops = get_device_ops(device, "cpu")
-        if device_number(ops) == device_number(self.ops):
-            return self
-        other = copy.copy(self)
-        other.ops = ops
-        with device_memory(other, "to"):
-            other._publish(other._state)
-        return other
-
-    @property
-    def _l2(self) -> bool:
-        return self.metric_type == METRIC_L2
-
-    def _nothing(self) -> State:
-        return State.empty(self.nlist, self.d, self.dtype)
-
-    @property
-    def scale(self) -> float:
-        """Factor that makes an inner product a logit: ``1 / sqrt(d)``."""
-        return 1.0 if self._l2 else 1 / math.sqrt(self.d)
-
-    @property
-    def nprobe(self) -> int:
-        """Lists that a search visits by default; more than there are visits all."""
-        return self._nprobe
-
-    @nprobe.setter
-    def nprobe(self, nprobe: int) -> None:
-        check_integer("nprobe", nprobe, 1)
-        self._nprobe = int(nprobe)
-
-    @property
-    def ntotal(self) -> int:
-        """Keys in the index."""
-        return self._state.lists.ntotal
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether keys can be added and searched."""
-        return self._partition is not None and self._router is not None
-
-    @property
-    def list_sizes(self) -> Ints:
-        """Keys in each list, int64 (nlist,)."""
-        return self._state.lists.sizes.copy()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the keys and their lists hold."""
-        return self._state.lists.nbytes + self._state.sums.nbytes
-
-    @property
-    def partition(self) -> Partition:
-        """The trained partition."""
-        if self._partition is None:
-            raise NotTrainedError("the index is not trained: call train(x, xq_train=queries) first")
-        return self._partition
-
-    @property
-    def router(self) -> Router:
-        """The router; a trained one of any kind may be put in its place."""
-        if self._router is None:
-            self.partition  # noqa: B018  an index without a partition says so first
-            raise NotTrainedError(
-                f"the {self.params.router!r} router is not trained: "
-                "call saapindex.learn.train_router(index, keys, queries)"
-            )
-        return self._router
-
-    @router.setter
-    def router(self, router: Router) -> None:
-        if self._l2 and router.tensors():
-            raise InvalidInputError(
-                f"the {router.name!r} router predicts attention mass, so it needs METRIC_INNER_PRODUCT"
-            )
-        table = router.table(self.partition, self._state.sums, self._state.lists.sizes)
-        try:
-            width = router.features(np.zeros((1, self.d), np.float32)).shape[1]
-        except ValueError as error:
-            raise InvalidInputError(f"router takes no queries of dimension {self.d}: {error}") from error
-        if table.shape != (self.nlist, width):
-            raise InvalidInputError(
-                f"router has a table of shape {table.shape}, expected {(self.nlist, width)} for this index"
-            )
-        self._router, self.params = router, self.params.replace(router=router.name)
-        self._publish(self._state)
-
-    def _adopt(self, partition: Partition | None, router: Router | None, state: State) -> None:
-        self._partition, self._router = partition, router
-        self._publish(state)
-
-    def _publish(self, state: State) -> None:
-        """Make `state` the one that is searched."""
-        routing = None
-        if self._router is not None:
-            routing = Routing.of(self._router, self.partition, state, self._l2)
-        hold_on_device(self.ops, state)
-        self._state, self._routing = state, routing
-
-    # Adding and removing
+class KeyStore(IndexBase):
+    """The keys of an index in the lists of its partition; base of `IndexSAAP`."""
 
     @on_any_device
     def add(self, x: ArrayLike, *, positions: ArrayLike | None = None) -> None:
@@ -261,42 +58,114 @@ class KeyStore:
         """
         self._add(x, ids, positions)
 
-    def _add(self, x: ArrayLike, ids: ArrayLike | None, positions: ArrayLike | None) -> None:
-        self.router  # noqa: B018  raises if the index is not trained
-        state = self._state
-        keys = arrays.vectors(x, "x", self.d)
-        if ids is None:
-            fresh = np.arange(state.next_id, state.next_id + len(keys), dtype=np.int64)
-        else:
-            fresh = arrays.integers(ids, "ids", (len(keys),), minimum=0)
-            _refuse_duplicates(fresh, state.lists.contains(fresh))
-        if fresh.size and int(fresh.max()) >= _IDS_END:
-            raise InvalidInputError(f"ids reach {fresh.max()}, expected less than {_IDS_END}")
-        places = self._positions(positions, "positions", len(keys), fresh)
-        if self.dtype == np.float16 and np.abs(keys).max(initial=0) > _LARGEST_HALF:
-            raise InvalidInputError(
-                f"x holds {np.abs(keys).max():g}, expected at most {_LARGEST_HALF:g} in an index of float16"
-            )
-        if len(keys):
-            self.partition.check_position(int(places.max()))
-            with keeping_keys(self.ops):
-                appended = state.append(keys, fresh, places, self.partition, self.ops)
-            self._publish(appended)
+    @on_any_device
+    def add_preassigned(
+        self,
+        x: ArrayLike,
+        a: ArrayLike,
+        ids: ArrayLike | None = None,
+        *,
+        positions: ArrayLike | None = None,
+    ) -> None:
+        """Add keys `x`, (n, d), to the lists `a`, int (n,), rather than to those of the partition.
 
-    def remove_ids(self, ids: ArrayLike) -> int:
-        """Remove the keys with these ids; return how many there were. Unknown ids are passed over."""
-        wanted = arrays.as_numpy(ids, "ids")
-        wanted = arrays.integers(wanted, "ids", (wanted.size,))
-        lists = self._state.lists
-        keep = ~np.isin(lists.ids[lists.rows()], wanted)
-        removed = int(len(keep) - keep.sum())
-        if removed:
-            self._publish(self._state.keep(keep, self.partition, self.ops))
-        return removed
+        See `add` and `add_with_ids` for the rest.
+        """
+        self._add(x, ids, positions, a)
+
+    def _add(
+        self, x: ArrayLike, ids: ArrayLike | None, positions: ArrayLike | None, lists: ArrayLike | None = None
+    ) -> None:
+        self.router  # noqa: B018  raises if the index is not trained
+        keys = arrays.vectors(x, "x", self.d)
+        with self._lock:
+            held = self._held
+            state, partition = held.state, self.partition
+            if ids is None:
+                fresh = np.arange(state.next_id, state.next_id + len(keys), dtype=np.int64)
+            else:
+                fresh = arrays.integers(ids, "ids", (len(keys),), minimum=0)
+                _refuse_duplicates(fresh, state.lists.contains(fresh))
+            if fresh.size and int(fresh.max()) >= _IDS_END:
+                raise InvalidInputError(f"ids reach {fresh.max()}, expected less than {_IDS_END}")
+            places = self._positions(positions, "positions", len(keys), fresh)
+            labels = None
+            if lists is not None:
+                labels = arrays.integers(lists, "a", (len(keys),), minimum=0)
+                if labels.max(initial=0) >= self.nlist:
+                    raise InvalidInputError(f"a holds list {labels.max()}, expected less than {self.nlist}")
+            if self.dtype == np.float16 and np.abs(keys).max(initial=0) > _LARGEST_HALF:
+                raise InvalidInputError(
+                    f"x holds {np.abs(keys).max():g}, expected at most {_LARGEST_HALF:g} in an index of "
+                    "float16"
+                )
+            if not len(keys):
+                return
+            partition.check_position(int(places.max()))
+            if labels is None:
+                with keeping_keys(self.ops):
+                    labels = partition.assign(partition.view.apply(keys, places, self.ops), self.ops)
+            self._publish(state.append(keys, fresh, places, labels, partition, held.coder, self.ops))
+
+    def remove_ids(self, ids: ArrayLike | Selector) -> int:
+        """Remove the keys with these ids, an array or a selector; return how many there were.
+
+        Unknown ids are passed over.
+        """
+        with self._lock:
+            held = self._held
+            lists = held.state.lists
+            present = lists.ids[lists.rows()]
+            if isinstance(ids, Selector):
+                keep = ~ids.members(present)
+            else:
+                wanted = arrays.as_numpy(ids, "ids")
+                keep = ~np.isin(present, arrays.integers(wanted, "ids", (wanted.size,)))
+            removed = int(len(keep) - keep.sum())
+            if removed:
+                self._publish(held.state.keep(keep, self.partition, held.coder, self.ops))
+            return removed
+
+    def merge_from(self, other: KeyStore, add_id: int = 0) -> None:
+        """Take over the keys of `other`, which becomes empty.
+
+        Parameters
+        ----------
+        other
+            An index of the same partition and storage, made by `clone_index` or `read_index`, or trained
+            alike. Its router does not matter.
+        add_id
+            Added to its ids; positions stay as they are.
+
+        Raises
+        ------
+        InvalidInputError, NotTrainedError
+            If the two do not fit each other or an id would be there twice; both are unchanged.
+        """
+        check_integer("add_id", add_id, -_IDS_END)
+        if not isinstance(other, KeyStore) or other is self:
+            raise InvalidInputError("other is no second index of this kind")
+        self.router, other.router  # noqa: B018  raise if one is not trained
+        first, second = sorted((self, other), key=id)  # so that two merges do not wait for each other
+        with first._lock, second._lock:
+            mine, theirs = self._held, other._held
+            why = "metric_type" if self.metric_type != other.metric_type else difference(mine, theirs)
+            if why is not None:
+                raise InvalidInputError(f"other cannot be merged: the two indexes differ in their {why}")
+            lists = theirs.state.lists
+            ids = lists.ids[lists.rows()] + add_id
+            if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < _IDS_END):
+                raise InvalidInputError(
+                    f"ids would reach from {ids.min()} to {ids.max()}, expected 0 to {_IDS_END - 1}"
+                )
+            _refuse_duplicates(ids, mine.state.lists.contains(ids))
+            self._publish(mine.state.joined(theirs.state, ids))
+            other._publish(other._nothing())
 
     def reset(self) -> None:
         """Remove every key; the index stays trained."""
-        self._publish(self._nothing())
+        with self._lock:
+            self._publish(self._nothing())
 
     def reconstruct(self, key: int) -> NDArray[np.float32]:
         """Return the key with id `key`, float32 (d,)."""
@@ -315,7 +184,7 @@ class KeyStore:
         return self.reconstruct_batch(np.arange(n0, n0 + ni, dtype=np.int64))
 
     def reconstruct_batch(self, keys: ArrayLike) -> NDArray[np.float32]:
-        """Return the keys with these ids, float32 (n, d).
+        """Return the keys with these ids, float32 (n, d); what codes hold of them, if there is no more.
 
         Raises
         ------
@@ -324,16 +193,13 @@ class KeyStore:
         """
         ids = arrays.as_numpy(keys, "keys")
         ids = arrays.integers(ids, "keys", (ids.size,))
-        lists = self._state.lists
+        held = self._held
+        lists = held.state.lists
         known = lists.contains(ids)
         if not known.all():
             raise InvalidInputError(f"id {ids[~known][0]} is not in the index")
-        return lists.keys(lists.find(ids))
-
-    def _positions(
-        self, given: ArrayLike | None, name: str, n: int, default: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        return default if given is None else arrays.integers(given, name, (n,), minimum=0)
+        rows = lists.find(ids)
+        return keys_at(lists, rows, lists.labels_at(rows), held.coder)
 
 
 def _refuse_duplicates(ids: Ints, present: NDArray[np.bool_]) -> None:

@@ -1,5 +1,5 @@
 """Inverted lists: the keys of each part of the partition."""
 
-from saapindex.lists.ragged import InvertedLists
+from saapindex.lists.ragged import InvertedLists, KeyCodes, Stored
 
-__all__ = ["InvertedLists"]
+__all__ = ["InvertedLists", "KeyCodes", "Stored"]

@@ -9,13 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saapindex.attention import AttentionIndex
+from saapindex.attention import AttendParameters, AttentionIndex
 from saapindex.attention.streams import as_host
 from saapindex.errors import DeviceMemoryError, InvalidInputError
 
 pytestmark = pytest.mark.gpu
 STATISTICS = ("sizes", "coded", "anchors", "anchor_scales", "sums", "means", "mean_scales")
-SMALL = {"window": 20, "sinks": 1, "flush": 16, "dense_below": 0, "backend": "reference"}
+SMALL = {
+    "window": 20,
+    "sinks": 1,
+    "flush": 16,
+    "dense_below": 0,
+    "backend": "reference",
+    "params": AttendParameters(slopes=False),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

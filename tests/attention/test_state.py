@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 
-from saapindex.attention import AttentionIndex
+from saapindex.attention import AttendParameters, AttentionIndex
 
 
 def answers(index, seed=0):
@@ -229,6 +229,45 @@ def test_a_prefill_adapts_the_centroids(make, data):
     index = make(adapt=5)
     index.add(keys[:, :, :60], values[:, :, :60])  # too few to learn from
     assert index._batch.sequences[0].lists.centroids is None
+
+
+def test_slopes_are_fitted_again_when_the_keys_have_doubled(make, data):
+    index = make(adapt=0)
+    keys, values = data(np.random.default_rng(0), 1, 1200)
+    values += keys @ np.random.default_rng(1).standard_normal((16, 16)).astype(np.float32)
+    fits = set()
+    for first in range(0, 1200, 60):
+        add(index, keys, values, first, first + 60)
+        table = index._batch.sequences[0].lists
+        count = int(table.sizes.sum()) // 2
+        assert count < 2 * table.fitted or not count
+        assert bool(table.slopes.any()) == (table.fitted >= 16 * index.codebook.code.coded.max())
+        fits.add(table.fitted)
+    assert 3 <= len(fits) <= 8
+    kept = table.slopes
+    index.truncate(700)
+    assert index._batch.sequences[0].lists.slopes is kept
+
+
+def test_values_that_go_with_keys_are_expected(make, data, monkeypatch):
+    """With slopes, attention to a part of the keys is closer to dense attention."""
+    keys, values = data(np.random.default_rng(0), 1, 1200)
+    values = values + 2 * keys @ np.random.default_rng(1).standard_normal((16, 16)).astype(np.float32)
+    q = 2 * np.random.default_rng(2).standard_normal((1, 6, 40, 16)).astype(np.float32)
+    errors = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr(
+                "saapindex.attention.table.fit_slopes", lambda y, v: np.zeros((y.shape[1], v.shape[1]))
+            )
+        index = make(adapt=0)
+        index.add(keys, values)
+        dense, _ = index.attend(q, budget=1.0)
+        for ways in ({}, {"refine": False}):
+            found, _ = index.attend(q, params=AttendParameters(budget=0.15, **ways))
+            errors.append(np.linalg.norm(found - dense, axis=-1).mean())
+    assert errors[0] < 0.9 * errors[2]
+    assert errors[1] < 0.9 * errors[3]
 
 
 @pytest.mark.parametrize("heads", [1, 3])

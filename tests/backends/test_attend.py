@@ -127,25 +127,54 @@ def exact_logits(logits, values):
 
 
 @given(g=st.sampled_from([1, 3]), nlist=st.sampled_from([1, 6]), bound=st.sampled_from([-2.0, 1.0, np.inf]),
-       seed=st.integers(0, 99))  # fmt: skip
-def test_the_rest_counts_by_bounded_estimates(backend, paged, g, nlist, bound, seed):
+       scale=st.sampled_from([0.25, 3.0]), seed=st.integers(0, 99))  # fmt: skip
+def test_the_rest_counts_by_bounded_estimates(backend, paged, g, nlist, bound, scale, seed):
     made = paged(seed, nlist=nlist)
     rng = made.rng
+    queries = rng.standard_normal((4, 2, g, 16)).astype(np.float32)
     logits = rng.normal(0, 2, (4, 2, g, nlist)).astype(np.float32)
     rest = rng.integers(0, 3, (4, 2, nlist))
     labels = np.where(rng.random((4, 2, 7)) < 0.2, -1, rng.integers(0, nlist, (4, 2, 7)))
+    rows = np.full(labels.shape, -1)
+    for s, i in np.ndindex(4, 2):
+        rows[s, i] = rng.choice(made.lists.rows(s, made.lists.sizes[s])[0], 7, replace=False)
+    rows[labels < 0] = -1
     estimates = rng.normal(0, 2, (4, 2, g, 7)).astype(np.float32)
     estimates[rng.random(estimates.shape) < 0.2] = -np.inf
     bounds = np.full((4, 2, g), bound, np.float32)
-    out, lse = get_ops(backend).estimate_rest(logits, rest, estimates, labels, bounds, made.lists)
+    out, lse = get_ops(backend).estimate_rest(
+        queries,
+        logits,
+        rest,
+        estimates,
+        rows,
+        labels,
+        bounds,
+        made.lists,
+        made.pages,
+        made.code,
+        Scaling(scale),
+    )
     means = made.lists.means * made.lists.mean_scales[..., None].astype(np.float64)
     for s, i, h in np.ndindex(4, 2, g):
         weights = np.exp(np.minimum(logits[s, i, h], bound).astype(np.float64)) * rest[s, i]
         seen = labels[s, i] >= 0
         single = np.exp(np.minimum(estimates[s, i, h][seen], bound).astype(np.float64))
+        u = queries[s, i, h] @ made.code.inverse[s % 2].astype(np.float64)
+        words, exponents = (made.pages.take(name, rows[s, i][seen]) for name in ("codes", "exponents"))
+        f = made.code.base[s % 2] * 2.0 ** ((exponents.astype(float) - 128) / 16)
+        y = single @ made.transform.head(s % 2).decode(words[None], exponents[None])[0]
+        for part, squares, share in (
+            (weights, made.lists.spreads[s], made.code.spread),
+            (single, f**2, made.code.distortion),
+        ):
+            lam = share[s % 2].astype(np.float64)
+            cap = 3 / max(scale**2 / 2 * (u**2 @ lam), 1e-30)
+            y += scale * lam * u * (part @ np.minimum(squares, cap))
         np.add.at(weights, labels[s, i][seen], single)
         total = weights.sum()
-        close(out[s, i, h], weights @ means[s] / total if total else 0)
+        known = weights @ means[s] + y @ made.lists.slopes[s]
+        close(out[s, i, h], known / total if total else 0, max(1.0, scale))
         close(np.exp(lse[s, i, h]), total)
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from saapindex.backends import get_ops
 from saapindex.backends.attention_ops import AttentionOps
-from saapindex.backends.base import LANES, Lists, Ops, to_blocks
+from saapindex.backends.base import LANES, CodedLists, FieldCode, Lists, Ops, to_blocks
 from saapindex.backends.paged import Code, Reading, Scaling
+from saapindex.codes import fit_codes
 from saapindex.errors import InvalidInputError
 
 OPERATIONS = sorted(name for name, _ in inspect.getmembers(Ops, inspect.isfunction))
@@ -41,11 +42,27 @@ def of_search(n=63, d=17, nlist=9, p=5, k=4):
     probes = np.argsort(rng.random((7, nlist)), axis=1)[:, :p].copy()
     limits = rng.integers(n + 1, size=7)
     bias = rng.standard_normal(nlist, dtype=np.float32)
+    code = fit_codes(x[None] if n else np.ones((1, 1, d)), np.eye(d)[None], 2).fields
+    blocks = len(lists.vectors)
+    coded = CodedLists(
+        rng.integers(1 << 32, size=(blocks, 2, LANES), dtype=np.uint32),
+        rng.integers(256, size=(blocks, 1, LANES), dtype=np.uint8),
+        np.zeros((blocks, 0, LANES), np.float32),
+        *lists[1:4],
+        centroids,
+        centroids @ code.inverse,
+        code,
+    )
+    rows = rng.integers(-1, blocks * LANES or 1, (7, p)) if blocks else np.full((7, p), -1)
+    exact = np.ascontiguousarray(lists.vectors.transpose(0, 2, 1))
     return {
         "accumulate": (x, labels, nlist),
         "assign": (x, centroids, bias),
         "range_scan": (queries, lists, probes, limits, 0.5, False),
         "rotate": (x, np.arange(n), 0.1 ** np.arange(4.0), np.ones(4), False),
+        "range_scan_coded": (queries, coded, probes, limits, 0.5, False),
+        "rescore": (queries, exact, lists.ids, rows, k, False),
+        "scan_coded": (queries, coded, probes, limits, k, False, False),
         "scan": (queries, lists, probes, limits, k, False),
         "search": (queries, queries, to_blocks(centroids), bias, p, lists, k, False),
         "route": (queries, to_blocks(centroids), bias, p),
@@ -65,13 +82,15 @@ def of_attention(made, t=2, g=3):
     estimates, ids = floats(streams, t, g, 40), rng.permutation(40) + np.zeros((streams, t, 1), np.int64)
     labels, limits = rng.integers(-1, nlist, (streams, t, 40)), rng.integers(0, 40, (streams, t))
     rows, long = lists.all_rows(taken), lists.sizes.sum(axis=1)
+    some = np.where(labels >= 0, lists.all_rows(lists.sizes[:, None] + 0 * taken)[:, :, :40], -1)
+    rest = queries, logits, taken, estimates, some, labels, bounds, lists, pages, code, scaling
     reading = Reading(long // 2, long * 20, 9, 128)
     return {
         "attend_all": (queries, positions, made.near, lists, pages, scaling),
         "attend_lists": (queries, positions, made.near, lists, pages, code, scaling, reading),
         "attend_rows": (queries, rows, pages, scaling),
         "encode": (floats(made.heads, 30, d), code),
-        "estimate_rest": (logits, taken, estimates, labels, bounds, lists),
+        "estimate_rest": rest,
         "merge": (floats(3, 5, d), floats(3, 5)),
         "rank_lists": (queries, lists, code, scaling),
         "scan_codes": (queries, taken, lists, pages, code, scaling),
@@ -134,8 +153,8 @@ def test_reference_computes_in_the_precision_of_its_inputs(arguments, operation)
     def widened(value):
         if isinstance(value, Lists):
             return value._replace(vectors=value.vectors.astype(np.float64))
-        if isinstance(value, Code):
-            return Code._make(map(widened, value))
+        if isinstance(value, (Code, CodedLists, FieldCode)):
+            return type(value)._make(map(widened, value))
         return value.astype(np.float64) if getattr(value, "dtype", None) == np.float32 else value
 
     inputs = [widened(value) for value in arguments()[operation]]
@@ -143,7 +162,7 @@ def test_reference_computes_in_the_precision_of_its_inputs(arguments, operation)
     assert all(out.dtype.kind != "f" or out.dtype == np.float64 for out in outputs)
 
 
-OF_SEARCH = ["assign", "range_scan", "route", "scan", "search"]
+OF_SEARCH = ["assign", "range_scan", "rescore", "route", "scan", "scan_coded", "search"]
 OF_ATTENTION = sorted(name for name, _ in inspect.getmembers(AttentionOps, inspect.isfunction))
 
 
@@ -163,7 +182,18 @@ def test_every_output_element_is_written(monkeypatch, arguments, operation, size
         return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else np.int64(-99).astype(dtype), dtype)
 
     numpy = types.SimpleNamespace(**{**vars(np), "empty": poisoned})
-    for module in ("assign", "attend", "codes", "route", "scan", "search", "select", "step"):
+    for module in (
+        "assign",
+        "attend",
+        "coded",
+        "codes",
+        "rescore",
+        "route",
+        "scan",
+        "search",
+        "select",
+        "step",
+    ):
         monkeypatch.setattr(importlib.import_module(f"saapindex.backends.cpu.{module}"), "np", numpy)
     for out, known in zip(arrays_of(run(*inputs)), expected, strict=True):
         np.testing.assert_array_equal(out, known)

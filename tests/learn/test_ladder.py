@@ -55,7 +55,11 @@ def output(read, context, queries):
     if read.log_weights is not None:
         logits.append(read.log_weights[:, 0])
         values.append(read.values)
-    return torch.softmax(torch.cat(logits, 1), 1) @ torch.cat(values)
+    weights = torch.softmax(torch.cat(logits, 1), 1)
+    moved = 0.0
+    if read.shift is not None:
+        moved = weights[:, len(context.keys) :].sum(1, keepdim=True) * read.shift[:, 0]
+    return weights @ torch.cat(values) + moved
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,7 @@ def test_everything_is_read_at_a_large_budget(problem):
     asked = Queries(torch.from_numpy(queries), torch.tensor([N]))
     read = peer.read(asked, 3 * N * peer.context.row)
     assert read.keys.all()
-    statistics = NLIST * (2 * D + 8) + codebook.code.coded[0] * D * 2
+    statistics = NLIST * (2 * D + 8) + 2 * codebook.code.coded[0] * D * 2
     assert float(read.bytes[0]) == statistics + N * (4 * 2 + 1) + N * peer.context.row
 
 

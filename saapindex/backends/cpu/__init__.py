@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from saapindex.backends.cpu.assign import accumulate, assign
 from saapindex.backends.cpu.attend import attend_rows, estimate_rest, merge
+from saapindex.backends.cpu.coded import range_scan_coded, scan_coded
 from saapindex.backends.cpu.codes import encode, scan_codes
+from saapindex.backends.cpu.rescore import rescore
 from saapindex.backends.cpu.rope import rotate
 from saapindex.backends.cpu.route import route
 from saapindex.backends.cpu.scan import range_scan, scan
@@ -26,6 +28,9 @@ class CpuOps(ReferenceOps):
     route = staticmethod(route)
     scan = staticmethod(scan)
     range_scan = staticmethod(range_scan)
+    scan_coded = staticmethod(scan_coded)
+    range_scan_coded = staticmethod(range_scan_coded)
+    rescore = staticmethod(rescore)
     search = staticmethod(search)
     encode = staticmethod(encode)
     rank_lists = staticmethod(rank_lists)

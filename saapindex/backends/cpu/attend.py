@@ -12,10 +12,11 @@ import numpy as np
 from numba import njit
 
 from saapindex.backends.base import LANES, Floats, Ints
-from saapindex.backends.cpu.codes import addressed, place_of
+from saapindex.backends.cpu.codes import addressed, code_arrays, place_of, rotated
+from saapindex.backends.cpu.expected import expect_keys, expect_lists
 from saapindex.backends.cpu.select import largest
 from saapindex.backends.cpu.vector import HEADS, KEYS, KINDS, capped, dots, exp, mix, padded, plain
-from saapindex.backends.paged import PagedLists, Pages, Scaling
+from saapindex.backends.paged import Code, PagedLists, Pages, Scaling
 
 CHUNK = 256
 """Keys that are attended to at once; their logits stay in the first-level cache."""
@@ -78,18 +79,22 @@ def add_mean(weight, mean, mean_scale, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
-def bounded_sum(row, bound, peak):  # type: ignore[no-untyped-def]
-    """Return the sum of ``exp(min(x, bound) - peak)``."""
+def bounded_weights(row, bound, peak, weights):  # type: ignore[no-untyped-def]
+    """Write ``exp(min(x, bound) - peak)``; return the sum."""
     total = np.float32(0)
     for i in range(row.shape[0]):
-        total += exp(min(row[i], bound) - peak)
+        weights[i] = exp(min(row[i], bound) - peak)
+        total += weights[i]
     return total
 
 
 @njit(cache=True, nogil=True)
-def rest_of_lists(logits, rest, bounds, means, mean_scales, out, sums, peaks):  # type: ignore[no-untyped-def]
+def rest_of_lists(  # type: ignore[no-untyped-def]
+    logits, rest, bounds, means, mean_scales, spreads, u, spread, scale, slopes, out, sums, peaks
+):
     """Let the `rest` keys of each list count by the logit of the list, (g, L): a part."""
     out[:] = 0
+    weights = np.empty(rest.shape[0], np.float32)
     for h in range(logits.shape[0]):
         peak = np.float32(-np.inf)
         for j in range(rest.shape[0]):
@@ -99,10 +104,12 @@ def rest_of_lists(logits, rest, bounds, means, mean_scales, out, sums, peaks):  
         if peak == -np.inf:
             continue
         for j in range(rest.shape[0]):
+            weights[j] = 0
             if rest[j] > 0:
-                weight = np.float32(rest[j]) * exp(min(logits[h, j], bounds[h]) - peak)
-                sums[h] += weight
-                add_mean(weight, means[j], mean_scales[j], out[h])
+                weights[j] = np.float32(rest[j]) * exp(min(logits[h, j], bounds[h]) - peak)
+                sums[h] += weights[j]
+                add_mean(weights[j], means[j], mean_scales[j], out[h])
+        expect_lists(weights, spreads, u[h], spread, scale, slopes, out[h])
 
 
 @njit(cache=True, nogil=True)
@@ -180,50 +187,79 @@ def kind_of(pages: Pages) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _estimate_rest(logits, rest, estimates, labels, bounds, means, mean_scales, out, lse):  # type: ignore[no-untyped-def]
+def _estimate_rest(  # type: ignore[no-untyped-def]
+    queries, logits, rest, estimates, rows, labels, bounds, means, mean_scales, spreads, slopes, addresses,
+    span, shift, inverse, step, widths, base, spread, distortion, scale, out, lse,
+):  # fmt: skip
     streams, t, g, _ = logits.shape
-    d = means.shape[2]
-    outs, sums, peaks = (
-        np.empty((2, g, d), np.float32),
-        np.empty((2, g), np.float32),
-        np.empty((2, g), np.float32),
-    )
+    d, n = means.shape[2], labels.shape[2]
+    outs, sums = np.empty((2, g, d), np.float32), np.empty((2, g), np.float32)
+    peaks, u = np.empty((2, g), np.float32), np.empty((g, inverse.shape[2]), np.float32)
     for s in range(streams):
+        head = s % inverse.shape[0]
         for i in range(t):
             bound = bounds[s, i]
+            rotated(queries[s, i], inverse[head], u)
             rest_of_lists(
-                logits[s, i], rest[s, i], bound, means[s], mean_scales[s], outs[0], sums[0], peaks[0]
-            )
+                logits[s, i], rest[s, i], bound, means[s], mean_scales[s], spreads[s], u, spread[head], scale,
+                slopes[s], outs[0], sums[0], peaks[0],
+            )  # fmt: skip
             outs[1] = 0
+            # Each key as if it were alone in its page.
+            weights, pages = np.zeros((g, n * LANES), np.float32), np.zeros(n, np.int32)
+            for k in range(n):
+                pages[k] = max(rows[s, i, k], 0) // LANES
             for h in range(g):
                 row, total, peak = estimates[s, i, h], np.float32(0), np.float32(-np.inf)
-                for k in range(row.shape[0]):
+                for k in range(n):
                     if labels[s, i, k] >= 0:
                         peak = max(peak, min(row[k], bound[h]))
-                for k in range(row.shape[0]):
+                for k in range(n):
                     label = labels[s, i, k]
                     if label >= 0 and peak > -np.inf:
                         weight = exp(min(row[k], bound[h]) - peak)
                         total += weight
                         add_mean(weight, means[s, label], mean_scales[s, label], outs[1, h])
+                        weights[h, k * LANES + rows[s, i, k] % LANES] = weight
                 sums[1, h], peaks[1, h] = total, peak
+            expect_keys(
+                pages, addresses, span, shift, widths[head], base[head], step[head], u, distortion[head],
+                scale, slopes[s], weights, outs[1],
+            )  # fmt: skip
             merge_parts(outs, sums, peaks, d, out[s, i], lse[s, i])
 
 
 def estimate_rest(
-    logits: Floats, rest: Ints, estimates: Floats, labels: Ints, bounds: Floats, lists: PagedLists
+    queries: Floats,
+    logits: Floats,
+    rest: Ints,
+    estimates: Floats,
+    rows: Ints,
+    labels: Ints,
+    bounds: Floats,
+    lists: PagedLists,
+    pages: Pages,
+    code: Code,
+    scaling: Scaling,
 ) -> tuple[Floats, Floats]:
     """See `Ops.estimate_rest`."""
     out = np.empty((*logits.shape[:3], lists.means.shape[2]), np.float32)
     lse = np.empty(logits.shape[:3], np.float32)
     _estimate_rest(
+        padded(queries),
         plain(logits, np.float32),
         plain(rest, np.int64),
         plain(estimates, np.float32),
+        plain(rows, np.int64),
         plain(labels, np.int64),
         plain(bounds, np.float32),
         lists.means,
         plain(lists.mean_scales, np.float32),
+        plain(lists.spreads, np.float32),
+        plain(lists.slopes, np.float32),
+        *addressed(pages),
+        *code_arrays(code, "inverse", "step", "widths", "base", "spread", "distortion"),
+        np.float32(scaling.scale),
         out,
         lse,
     )

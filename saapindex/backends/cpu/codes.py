@@ -123,6 +123,18 @@ def place_of(page, span, shift):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
+def key_scales(pages, addresses, span, shift, base, f):  # type: ignore[no-untyped-def]
+    """Write the scales of the codes of all keys in some pages, (n pages of `LANES`)."""
+    for p in range(pages.shape[0]):
+        chunk, at = place_of(pages[p], span, shift)
+        exponents = carray(pointer(addresses[3, chunk] + at * LANES), (LANES,), np.uint8)
+        for lane in range(LANES):
+            f[p * LANES + lane] = np.float32(exponents[lane])
+    for i in range(f.shape[0]):
+        f[i] = base * exp((f[i] - _MIDDLE) * _EXPONENT_STEP)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
 def scan_pages(  # type: ignore[no-untyped-def]
     pages, labels, counts, addresses, span, shift, widths, bytes_, factors, offsets, kappas, base,
     list_centers, softcap, estimates,
@@ -138,11 +150,7 @@ def scan_pages(  # type: ignore[no-untyped-def]
         code = addresses[2, chunk] + at * words * LANES * 4
         for h in range(0, g, HEADS):
             code_sums(code, widths, bytes_[h : h + HEADS], sums[h : h + HEADS], p * LANES)
-        exponents = carray(pointer(addresses[3, chunk] + at * LANES), (LANES,), np.uint8)
-        for lane in range(LANES):
-            f[p * LANES + lane] = np.float32(exponents[lane])
-    for i in range(n * LANES):
-        f[i] = base * exp((f[i] - _MIDDLE) * _EXPONENT_STEP)
+    key_scales(pages, addresses, span, shift, base, f)
     for h in range(g):
         row, whole = estimates[h, : n * LANES], sums[h]
         factor, offset, kappa = factors[h], offsets[h], kappas[h]

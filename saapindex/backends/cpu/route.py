@@ -11,6 +11,7 @@ from numba import njit, prange
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.block import block_products
 from saapindex.backends.cpu.scan import FEW, STEP
+from saapindex.backends.cpu.threads import launch
 
 BINS = 256
 # A bin of more than this is sorted by merging, a smaller one by insertion.
@@ -131,5 +132,5 @@ def route(features: Floats, table: Floats, bias: Floats, p: int) -> tuple[Ints, 
     if len(features) < FEW:
         route_some(features, table, bias, lists, best)
     else:
-        _route_many(features, table, bias, lists, best)
+        launch(_route_many, features, table, bias, lists, best)
     return lists, best

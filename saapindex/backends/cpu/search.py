@@ -8,6 +8,7 @@ from numba import njit, prange
 from saapindex.backends.base import Floats, Ints, Lists
 from saapindex.backends.cpu.route import route_some
 from saapindex.backends.cpu.scan import FEW, STEP, kernel_view, scan_some
+from saapindex.backends.cpu.threads import launch
 
 
 @njit(cache=True, nogil=True)
@@ -52,6 +53,9 @@ def search(
     features, queries = np.ascontiguousarray(features, np.float32), np.ascontiguousarray(queries, np.float32)
     best = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
-    run = _search_some if len(queries) < FEW else _search_many
-    run(features, queries, table, bias, *kernel_view(lists), p, best, found, l2)
+    arguments = (features, queries, table, bias, *kernel_view(lists), p, best, found, l2)
+    if len(queries) < FEW:
+        _search_some(*arguments)
+    else:
+        launch(_search_many, *arguments)
     return best, found

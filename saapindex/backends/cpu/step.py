@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, get_num_threads, njit, prange, types
+from numba import carray, cfunc, get_num_threads, njit, types
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats, Ints
@@ -22,7 +22,7 @@ from saapindex.backends.cpu.attend import (
     CHUNK,
     add_mean,
     attend_chunk,
-    bounded_sum,
+    bounded_weights,
     kind_of,
     merge_parts,
     rest_of_lists,
@@ -37,7 +37,9 @@ from saapindex.backends.cpu.codes import (
     scan_pages,
     visited_pages,
 )
+from saapindex.backends.cpu.expected import expect_keys
 from saapindex.backends.cpu.heap import worse
+from saapindex.backends.cpu.helpers import call_helpers
 from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, largest, pool, rank, visit, worst_kept
 from saapindex.backends.cpu.vector import (
     atomic_add,
@@ -56,13 +58,13 @@ SCANNED = 32
 ROUND_BYTES = 1 << 26
 """What the working memory of the queries that are attended to in one go may take."""
 SERIAL = 4096
-"""Below this many keys to read in all, starting threads costs more than they save."""
+"""Below this many keys to read in all, helpers are not called."""
 
 STAGES = 6
 PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)
 TICKET, DONE = 0, 8  # far enough apart for a cache line each
-PATIENCE = 20_000
-"""Looks at the ticket before a thread without tasks goes: some tens of microseconds."""
+PATIENCE, FOREVER = 20_000, 1 << 62
+"""Looks at the ticket before a helper without tasks goes (some tens of microseconds), or who calls."""
 
 _NUMBERS = (
     # Sizes, as `AttentionOps` and `paged` name them; `rows` queries in a row, in `width` padded dimensions.
@@ -73,12 +75,12 @@ _NUMBERS = (
     "pages slots kept near_parts kept_parts scan_parts parts "
 )
 _READ = (
-    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads sizes "
-    "starts table addresses inverse steps widths base spread distortion scan left "
+    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads slopes "
+    "sizes starts table addresses inverse steps widths base spread distortion scan left "
 )
 _WRITTEN = (
-    "logits norms centers bytes factors taken page_counts page_numbers labels counts estimates scores "
-    "kept_counts kept_rows outs sums peaks out lse"
+    "rotations logits norms centers bytes factors taken page_counts page_numbers labels counts estimates "
+    "scores kept_counts kept_rows outs sums peaks out lse"
 )
 STEP = np.dtype(
     [(name, np.int64) for name in (_NUMBERS + _READ + _WRITTEN).split()]
@@ -130,6 +132,12 @@ def _of_stream(step, address, r):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
+def _rotation(step, r):  # type: ignore[no-untyped-def]
+    """A row's queries in the space of the codes."""
+    return _floats(step.rotations + 4 * r * step.g * step.coded, (step.g, step.coded))
+
+
+@njit(cache=True, nogil=True, inline="always")
 def _factors(step, r):  # type: ignore[no-untyped-def]
     return _floats(step.factors + 12 * r * step.g, (3, step.g))
 
@@ -178,11 +186,7 @@ def _plan(step, r):  # type: ignore[no-untyped-def]
         taken[:] = sizes
     else:
         coded, norms = step.coded, _floats(step.norms + 4 * r * g, (g,))
-        u, query, logits = (
-            np.empty((g, coded), np.float32),
-            _query(step, r),
-            _list_floats(step, step.logits, r),
-        )
+        u, query, logits = _rotation(step, r), _query(step, r), _list_floats(step, step.logits, r)
         rotated(query, _floats(step.inverse + 4 * head * d * coded, (d, coded)), u)
         rank(
             query,
@@ -368,10 +372,16 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
             bounds[h] = np.inf
     means = _small(step.means + s * nlist * step.d, (nlist, step.d))
     mean_scales = _floats(step.mean_scales + 4 * s * nlist, (nlist,))
+    head, coded, u = s % step.heads, step.coded, _rotation(step, r)
+    slopes = _floats(step.slopes + 4 * s * coded * step.d, (coded, step.d))
     if part == step.scan_parts:
         sizes = _longs(step.sizes + 8 * s * nlist, (nlist,))
         rest = sizes - _longs(step.taken + 8 * r * nlist, (nlist,))
-        rest_of_lists(_list_floats(step, step.logits, r), rest, bounds, means, mean_scales, out, sums, peaks)
+        rest_of_lists(
+            _list_floats(step, step.logits, r), rest, bounds, means, mean_scales,
+            _floats(step.spreads + 4 * s * nlist, (nlist,)), u,
+            _floats(step.spread + 4 * head * coded, (coded,)), step.scale, slopes, out, sums, peaks,
+        )  # fmt: skip
         return
     pages, labels, _ = _visited(step, r)
     first, last = part * SCANNED, min((part + 1) * SCANNED, pages.shape[0])
@@ -380,20 +390,36 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
         return
     out[:] = 0
     sums[:] = 0
+    weights = np.zeros((g, (last - first) * LANES), np.float32)
     for h in range(g):
-        row = _estimates(step, r, part)[h]
-        peaks[h] = min(bounds[h], largest(row[: (last - first) * LANES]))
+        row = _estimates(step, r, part)[h, : (last - first) * LANES]
+        peaks[h] = min(bounds[h], largest(row))
         if peaks[h] == -np.inf:
             continue
-        start = first
-        for p in range(first, last):
-            label = labels[p]
-            if p + 1 == last or labels[p + 1] != label:
-                run = row[(start - first) * LANES : (p + 1 - first) * LANES]
-                weight = bounded_sum(run, bounds[h], peaks[h])
+        start = 0
+        for p in range(last - first):
+            label = labels[first + p]
+            if p + 1 == last - first or labels[first + p + 1] != label:
+                run = slice(start * LANES, (p + 1) * LANES)
+                weight = bounded_weights(row[run], bounds[h], peaks[h], weights[h, run])
                 sums[h] += weight
                 add_mean(weight, means[label], mean_scales[label], out[h])
                 start = p + 1
+    expect_keys(
+        pages[first:last],
+        _pool(step),
+        step.span,
+        step.shift,
+        _longs(step.widths + 8 * head * step.words, (step.words,)),
+        _floats(step.base, (step.heads,))[head],
+        _floats(step.steps + 4 * head * coded, (coded,)),
+        u,
+        _floats(step.distortion + 4 * head * coded, (coded,)),
+        step.scale,
+        slopes,
+        weights,
+        out,
+    )
 
 
 def _do(address: int, stage: int, task: int) -> None:
@@ -433,13 +459,13 @@ def task_address() -> int:
 
 
 @njit(cache=True, nogil=True)
-def _take_part(do, step, counts, state):  # type: ignore[no-untyped-def]
+def take_part(do, step, counts, state, patience):  # type: ignore[no-untyped-def]
     """Take tasks, stage after stage, until there are none.
 
     ``state[TICKET]`` holds the stage in its upper and the next task in its lower half; ``state[DONE]`` counts
-    tasks of the stage that are done, and who does the last opens the next stage. All threads are alike and
-    none waits for one that is not in the middle of a task, so one is enough, and one that comes late costs
-    nothing.
+    tasks of the stage that are done, and who does the last opens the next stage. Nobody waits for a thread
+    that is not in the middle of a task. A thread without a task looks `patience` times whether the next stage
+    has come, and then goes; the one that needs the result has no end of it.
     """
     while True:
         ticket = atomic_add(state, TICKET, 1)
@@ -450,39 +476,36 @@ def _take_part(do, step, counts, state):  # type: ignore[no-untyped-def]
             call_at(do, step, stage, task)
             if atomic_add(state, DONE, 1) + 1 == counts[stage]:
                 atomic_write(state, DONE, 0)
-                atomic_write(state, TICKET, _stage_from(counts, stage + 1) << 32)
+                atomic_write(state, TICKET, stage_from(counts, stage + 1) << 32)
             continue
-        patience = PATIENCE
+        left = patience
         while atomic_read(state, TICKET) >> 32 == stage:
-            patience -= 1
-            if patience == 0:  # others are at it, or cannot go on: they will do without
+            left -= 1
+            if left == 0:
                 return
 
 
 @njit(cache=True, nogil=True)
-def _stage_from(counts, stage):  # type: ignore[no-untyped-def]
+def stage_from(counts, stage):  # type: ignore[no-untyped-def]
     """Return the next stage that has tasks."""
     while stage < STAGES and counts[stage] == 0:
         stage += 1
     return stage
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _take_part_together(do, step, counts, state, threads):  # type: ignore[no-untyped-def]
-    for _ in prange(threads):
-        _take_part(do, step, counts, state)
-
-
 @njit(cache=True, nogil=True)
-def run_stages(do, steps, counts, threads, memory):  # type: ignore[no-untyped-def]
-    """Do all tasks, `counts` of each stage; `memory` is what the stages write to."""
+def _first_ticket(counts):  # type: ignore[no-untyped-def]
     state = np.zeros(2 * DONE, np.int64)
-    state[TICKET] = _stage_from(counts, 0) << 32
-    if threads == 1:
-        _take_part(do, steps.ctypes.data, counts, state)
-    else:
-        _take_part_together(do, steps.ctypes.data, counts, state, threads)
-    return memory.shape[0]  # it lives up to here
+    state[TICKET] = stage_from(counts, 0) << 32
+    return state
+
+
+def run_stages(step: NDArray[Any], counts: Ints, threads: int) -> None:
+    """Do all tasks, `counts` of each stage, of the step of a record."""
+    state, do, address = _first_ticket(counts), task_address(), step.ctypes.data
+    if threads > 1:
+        call_helpers(threads - 1, take_part, do, address, counts, state, PATIENCE)
+    take_part(do, address, counts, state, FOREVER)
 
 
 @njit(cache=True, nogil=True)
@@ -509,6 +532,7 @@ def _count_parts(step, scan, left, sizes, sinks, recent):  # type: ignore[no-unt
 def _lay_out(step, start):  # type: ignore[no-untyped-def]
     """Note down where in memory from `start` on the stages write; return where it ends."""
     at, rows, g, pages, slots = start, step.rows, step.g, step.pages, step.slots
+    step.rotations, at = at, at + _room(4 * rows * g * step.coded)
     step.logits, at = at, at + _room(4 * rows * g * step.nlist)
     step.centers, at = at, at + _room(4 * rows * g * step.nlist)
     step.norms, at = at, at + _room(4 * rows * g)
@@ -537,10 +561,12 @@ def _room(size):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def set_up(  # type: ignore[no-untyped-def]
     steps, queries, positions, near_table, sinks, first, recent, anchors, anchor_scales,
-    means, mean_scales, spreads, sizes, starts, table, addresses, inverse, quanta, widths, base, spread,
-    distortion, scan, left, out, lse,
+    means, mean_scales, spreads, slopes, sizes, starts, table, addresses, inverse, quanta, widths, base,
+    spread, distortion, scan, left, out, lse,
 ):  # fmt: skip
-    """Complete the record; return the tasks of each stage, and the working memory."""
+    """Complete the record; return the tasks of each stage, the working memory, and whether it is so little
+    that waking helpers costs more than they save.
+    """
     step = steps[0]
     step.rows, step.g, step.width = queries.shape
     step.nlist, step.near_pages, step.chunks = sizes.shape[1], near_table.shape[1], addresses.shape[1]
@@ -551,7 +577,7 @@ def set_up(  # type: ignore[no-untyped-def]
     step.first, step.recent = first.ctypes.data, recent.ctypes.data
     step.anchors, step.anchor_scales = anchors.ctypes.data, anchor_scales.ctypes.data
     step.means, step.mean_scales = means.ctypes.data, mean_scales.ctypes.data
-    step.spreads, step.sizes = spreads.ctypes.data, sizes.ctypes.data
+    step.spreads, step.slopes, step.sizes = spreads.ctypes.data, slopes.ctypes.data, sizes.ctypes.data
     step.starts, step.table = starts.ctypes.data, table.ctypes.data
     step.addresses, step.inverse = addresses.ctypes.data, inverse.ctypes.data
     step.steps, step.widths, step.base = quanta.ctypes.data, widths.ctypes.data, base.ctypes.data
@@ -565,19 +591,8 @@ def set_up(  # type: ignore[no-untyped-def]
     counts[PLAN], counts[SCAN] = rows * (step.near_parts + 1), rows * step.scan_parts
     counts[CHOOSE], counts[FETCH] = rows, rows * step.kept_parts
     counts[REST], counts[MERGE] = rows * (step.scan_parts + 1) if step.remainder else 0, rows
-    return counts, memory
-
-
-@njit(cache=True, nogil=True)
-def _is_little(step):  # type: ignore[no-untyped-def]
-    """Whether starting threads costs more than they save."""
-    return step.rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
-
-
-@njit(cache=True, nogil=True)
-def _run(do, threads, steps, *arrays):  # type: ignore[no-untyped-def]
-    counts, memory = set_up(steps, *arrays)
-    run_stages(do, steps, counts, 1 if _is_little(steps[0]) else threads, memory)
+    little = rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
+    return counts, memory, little
 
 
 def attend_lists(
@@ -650,10 +665,8 @@ def _in_rounds(
         part = slice(start, start + once)
         found = (out, lse) if once >= t else (np.empty_like(out[:, part]), np.empty_like(lse[:, part]))
         tokens = found[1].shape[1]
-        _run(
-            task_address(),
-            get_num_threads(),
-            step,
+        # The record knows only where these lie: they must live until the stages are done.
+        arrays = (
             np.ascontiguousarray(x[:, part]).reshape(streams * tokens, g, -1),
             np.ascontiguousarray(last[:, part]).reshape(streams * tokens),
             near.pages,
@@ -665,6 +678,7 @@ def _in_rounds(
             lists.means,
             plain(lists.mean_scales, np.float32),
             plain(lists.spreads, np.float32),
+            plain(lists.slopes, np.float32),
             lists.sizes,
             lists.starts,
             lists.table,
@@ -674,6 +688,9 @@ def _in_rounds(
             found[0].reshape(streams * tokens, g, d),
             found[1].reshape(streams * tokens, g),
         )
+        counts, memory, little = set_up(step, *arrays)
+        run_stages(step, counts, 1 if little else get_num_threads())
+        del arrays, memory
         if once < t:
             out[:, part], lse[:, part] = found
     return out, lse

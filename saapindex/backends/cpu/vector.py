@@ -117,7 +117,8 @@ class _Emitter:
         low = [*range(quarter), *range(half, half + quarter)]
         low += [LANES + i for i in low]
         high = [i + quarter for i in low]
-        total = add(shuffle(*pairs, low), shuffle(*pairs, high))
+        first, second = pairs
+        total = add(shuffle(first, second, low), shuffle(first, second, high))
         step = quarter // 2
         while step:
             turned = [i // quarter * quarter + (i + step) % quarter for i in range(LANES)]

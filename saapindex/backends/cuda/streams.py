@@ -22,9 +22,9 @@ class Streams(NamedTuple):
 
     Keys, values and queries are float16, float32, or uint16 that holds the bits of bfloat16.
 
-    A page holds `LANES` keys of one list. Pages of a stream are numbered in the order in which they were begun,
-    so the pages of a list rise, and all are full but the list's last one. `pages` says where in the pool the
-    page is. A page that is shared (by forks) is full or belongs to one stream.
+    A page holds `LANES` keys of one list. Pages of a stream are numbered in the order in which they were
+    begun, so the pages of a list rise, and all are full but the list's last one. `pages` says where in the
+    pool the page is. A page that is shared (by forks) is full or belongs to one stream.
 
     The near key at position `p` stands at place `p` if ``p < sinks``, else at ``sinks + (p - sinks) % R``.
     Keys at positions ``sinks : first`` are in lists, those from `first` on in the ring.

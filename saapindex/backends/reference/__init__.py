@@ -5,10 +5,11 @@ from __future__ import annotations
 from saapindex.backends.base import Ops
 from saapindex.backends.reference.assign import accumulate, assign
 from saapindex.backends.reference.attend import attend_all, attend_rows, estimate_rest, merge
+from saapindex.backends.reference.coded import range_scan_coded, scan_coded
 from saapindex.backends.reference.codes import encode, scan_codes
 from saapindex.backends.reference.rope import rotate
 from saapindex.backends.reference.route import route
-from saapindex.backends.reference.scan import range_scan, scan
+from saapindex.backends.reference.scan import range_scan, rescore, scan
 from saapindex.backends.reference.select import rank_lists, select_keys, select_lists
 
 __all__ = ["ReferenceOps"]
@@ -24,6 +25,9 @@ class ReferenceOps(Ops):
     route = staticmethod(route)
     scan = staticmethod(scan)
     range_scan = staticmethod(range_scan)
+    scan_coded = staticmethod(scan_coded)
+    range_scan_coded = staticmethod(range_scan_coded)
+    rescore = staticmethod(rescore)
     encode = staticmethod(encode)
     rank_lists = staticmethod(rank_lists)
     select_lists = staticmethod(select_lists)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from saapindex.backends.common import Floats, Ints
-from saapindex.backends.paged import Near, PagedLists, Pages, Scaling, widened
-from saapindex.backends.reference.codes import capped
+from saapindex.backends.paged import Code, Near, PagedLists, Pages, Scaling, widened
+from saapindex.backends.reference.codes import capped, expected
 from saapindex.backends.reference.select import log_sizes, logsumexp
 
 
@@ -34,17 +34,33 @@ def attend_rows(queries: Floats, rows: Ints, pages: Pages, scaling: Scaling) -> 
 
 
 def estimate_rest(
-    logits: Floats, rest: Ints, estimates: Floats, labels: Ints, bounds: Floats, lists: PagedLists
+    queries: Floats,
+    logits: Floats,
+    rest: Ints,
+    estimates: Floats,
+    rows: Ints,
+    labels: Ints,
+    bounds: Floats,
+    lists: PagedLists,
+    pages: Pages,
+    code: Code,
+    scaling: Scaling,
 ) -> tuple[Floats, Floats]:
     """See `Ops.estimate_rest`."""
-    out, lse = np.empty((*logits.shape[:3], lists.means.shape[2]), logits.dtype), np.empty_like(bounds)
+    dtype, heads = logits.dtype, len(code.step)
+    out, lse = np.empty((*logits.shape[:3], lists.means.shape[2]), dtype), np.empty_like(bounds)
     for s, i in np.ndindex(*rest.shape[:2]):
-        means = widened(lists.means[s], logits.dtype) * lists.mean_scales[s][:, None].astype(logits.dtype)
+        means = widened(lists.means[s], dtype) * lists.mean_scales[s][:, None].astype(dtype)
         seen = labels[s, i] >= 0
-        whole = np.minimum(logits[s, i], bounds[s, i][:, None]) + log_sizes(rest[s, i], logits.dtype)
+        whole = np.minimum(logits[s, i], bounds[s, i][:, None]) + log_sizes(rest[s, i], dtype)
         single = np.minimum(estimates[s, i][:, seen], bounds[s, i][:, None])
+        both = np.concatenate([whole, single], axis=1)
+        lse[s, i] = logsumexp(both, 1)
+        weights = np.exp(both - np.where(np.isfinite(lse[s, i]), lse[s, i], 0)[:, None])
+        codes = pages.take("codes", rows[s, i][seen]), pages.take("exponents", rows[s, i][seen])
+        y = expected(queries[s, i], weights, lists.spreads[s], *codes, code, s % heads, scaling.scale)
         values = np.concatenate([means, means[labels[s, i][seen]]])
-        out[s, i], lse[s, i] = _softmax(np.concatenate([whole, single], axis=1), values)
+        out[s, i] = weights @ values + y @ lists.slopes[s, : y.shape[1]].astype(dtype)
     return out, lse
 
 

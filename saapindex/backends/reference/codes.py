@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from saapindex.backends.common import Floats, Ints
 from saapindex.backends.paged import Code, PagedLists, Pages, Scaling, widened
@@ -123,6 +123,50 @@ def estimate(
         kappa[:, None] * f**2, CORRECTION
     )
     return found.astype(dtype, copy=False)
+
+
+def decoded(
+    words: NDArray[np.uint32], exponents: NDArray[np.uint8], code: Code, head: int, dtype: DTypeLike
+) -> tuple[Floats, Floats]:
+    """Return the levels of keys, (n, coded dimensions), and their scales, (n,): `y` is their product."""
+    count, bits = coded(code, head)
+    high = ((1 << bits) - 1).astype(dtype) / 2
+    level = (unpack(words, code.widths[head])[:, :count] - high) * code.step[head, :count].astype(dtype)
+    return level, scales(exponents, code.base[head].astype(dtype))
+
+
+def expected(
+    queries: Floats,
+    weights: Floats,
+    spreads: Floats,
+    words: NDArray[np.uint32],
+    exponents: NDArray[np.uint8],
+    code: Code,
+    head: int,
+    scale: float,
+) -> Floats:
+    """Return the weighted sum of the expected `y` of `L` lists and of `n` keys behind them, (g, R).
+
+    Parameters
+    ----------
+    queries, weights
+        (g, d) and (g, L + n).
+    spreads
+        (L,).
+    """
+    dtype = queries.dtype
+    level, f = decoded(words, exponents, code, head, dtype)
+    count = level.shape[1]
+    u = queries @ code.inverse[head, :, :count].astype(dtype)
+    parts = weights[:, : len(spreads)], weights[:, len(spreads) :]
+    total: Floats = (parts[1] * f) @ level
+    squares = spreads.astype(dtype), f**2
+    for part, square, share in zip(parts, squares, (code.spread, code.distortion), strict=True):
+        lam = share[head, :count].astype(dtype)
+        variance = scale**2 / 2 * (u**2 @ lam)
+        cap = CORRECTION / np.maximum(variance, _TINY)
+        total += scale * lam * u * (part * np.minimum(square, cap[:, None])).sum(axis=1, keepdims=True)
+    return total.astype(dtype, copy=False)
 
 
 def scan_codes(

@@ -223,7 +223,8 @@ class _Truth:
         fetched = self._fetched(read, heads)
         parts = [(self.near[0][heads], self.near[1][heads]), fetched]
         if read.log_weights is not None and read.values is not None:
-            parts.append(_attend(read.log_weights, read.values))
+            total, mean = _attend(read.log_weights, read.values)
+            parts.append((total, mean if read.shift is None else mean + read.shift))
         dense = self.output[heads]
         error = (_merge(parts) - dense).norm(dim=-1) / dense.norm(dim=-1)
         mass = torch.exp(fetched[0] - self.far[0][heads])
@@ -250,3 +251,5 @@ def _check(read: Read, queries: Queries, snapshot: Snapshot) -> None:
                 f"a read has log_weights of {tuple(read.log_weights.shape)} and values of "
                 f"{tuple(read.values.shape)}, expected {(g, m, r)} and {(r, d)}"
             )
+    if read.shift is not None and (read.values is None or read.shift.shape != (g, m, d)):
+        raise InvalidInputError(f"a read has a shift of {tuple(read.shift.shape)}, expected {(g, m, d)}")

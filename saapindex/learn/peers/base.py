@@ -87,12 +87,15 @@ class Read:
         of the keys that were not fetched (a list, a page, or single keys); minus infinity for none.
     values
         float32, (r, d), or None: the estimated mean value of each such part.
+    shift
+        float32, (g, m, d), or None: what is to be added to the weighted mean of `values`.
     """
 
     keys: torch.Tensor
     bytes: torch.Tensor
     log_weights: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
 
 
 class Peer(ABC):

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from saapindex.attention import LayerCodebook
+from saapindex.attention.limits import MATRIX_ELEMENT
 from saapindex.codebook import Codebook
 from saapindex.codes import TransformCode, fit_codes
+from saapindex.codes.slopes import SLOPE_KEYS, fit_slopes
 from saapindex.errors import InvalidInputError, NotTrainedError
 from saapindex.learn.head_views import HeadViews
 from saapindex.learn.kmeans import assign, assignment_form, kmeans, query_metric, segment_sums
@@ -30,8 +32,6 @@ _SAMPLE = 65536
 """Keys and queries that a partition is fitted on, when it is fitted here."""
 _LIST_EXTRA = 8
 """Bytes of a list besides its int8 vectors: their two scales, its count and its spread."""
-_ROUTER_ELEMENT = 2
-"""Bytes of an element of the matrix that takes queries to the space of the codes."""
 
 
 class Learned(NamedTuple):
@@ -62,11 +62,12 @@ class Ladder(Peer):
     """`AttentionIndex` as the evaluation sees it: what it would read, and what it would return.
 
     Lists are ranked by the mean logit of their keys with a second-order correction. Keys of the first lists
-    are scored by their codes, the best of them fetched; all others count by their estimates, with the mean
-    value of their list. `tests/learn/test_ladder.py` compares this with `AttentionIndex.attend` itself.
+    are scored by their codes, the best of them fetched; all others count by their estimates, with the value
+    that is expected of them. `tests/learn/test_ladder.py` compares this with `AttentionIndex.attend` itself.
 
-    Reads: the int8 mean key and mean value of every list with their scales, count and spread; the matrix that
-    turns queries into the space of the codes; codes, each with its scale; keys and values fetched.
+    Reads: the int8 mean key and mean value of every list with their scales, count and spread; the matrices
+    that turn queries into the space of the codes, and sums of codes into values; codes, each with its scale;
+    keys and values fetched.
 
     Parameters
     ----------
@@ -83,6 +84,8 @@ class Ladder(Peer):
         are fetched.
     correction
         Whether estimates are corrected to second order.
+    slopes
+        Whether codes say something of values too.
     augment
         Move training keys and queries to random positions below this, so that short training contexts serve
         long ones; None for not at all.
@@ -98,11 +101,12 @@ class Ladder(Peer):
         self,
         nlist: int = 128,
         words: int = 3,
-        scan_share: float = 0.3,
+        scan_share: float = 0.4,
         adapt: int = 3,
         refine: bool = True,
         remainder: bool = True,
         correction: bool = True,
+        slopes: bool = True,
         policy: Policy = "sum",
         augment: int | None = None,
         unit: bool = True,
@@ -112,7 +116,7 @@ class Ladder(Peer):
         if not 0 < scan_share < 1:
             raise InvalidInputError(f"scan_share is {scan_share!r}, expected a share between 0 and 1")
         self.nlist, self.words, self.scan_share, self.adapt = nlist, words, scan_share, adapt
-        self.refine, self.remainder, self.correction = refine, remainder, correction
+        self.refine, self.remainder, self.correction, self.slopes = refine, remainder, correction, slopes
         self.policy, self.augment, self.unit = policy, augment, unit
         self._learned: Callable[[int], Learned] | None = None
 
@@ -178,6 +182,12 @@ class Ladder(Peer):
         self._levels, self._scales = self._code.encode(keys - self._anchors[self._labels])
         squares = segment_sums((self._scales**2)[None, :, None], labels, nlist)[0][0, :, 0]
         self._spread = squares / counts[:, 0]
+        if self.slopes:
+            chosen = context.positions % max(1, len(keys) // SLOPE_KEYS) == 0
+            y = self._levels[chosen] * self._code.step * self._scales[chosen, None]
+            residuals = (context.values - self._means[self._labels])[chosen]
+            slopes = fit_slopes(y.cpu().numpy(), residuals.cpu().numpy())
+            self._slopes = torch.from_numpy(slopes).to(keys.device)
 
     def read(self, queries: Queries, budget: float) -> Read:
         """Read statistics, codes of the first lists, and the best keys."""
@@ -198,13 +208,13 @@ class Ladder(Peer):
         total = torch.logsumexp(lists, -1, keepdim=True)
         ranked = self._pooled(means - total).masked_fill(empty, -torch.inf)
         fixed = float(len(self._anchors) * (2 * context.keys.shape[1] + _LIST_EXTRA))
-        fixed += float(code.inverse.numel() * _ROUTER_ELEMENT)
+        fixed += float(code.inverse.numel() * MATRIX_ELEMENT * (1 + (self.slopes and self.remainder)))
         if not self.refine:
             for budget in budgets:
                 count = affordable(budget - fixed, context.row)
                 fetched = fill_lists(ranked, self._labels, self._ranks, self._sizes, count)
                 visited = torch.zeros_like(ranked, dtype=torch.bool)
-                yield self._read(queries, fetched, None, visited, means, counts, fixed, 0)
+                yield self._read(queries, projected, fetched, None, visited, means, counts, fixed, 0)
             return
         estimates = self._estimates(projected, queries, squares)
         scores = self._pooled(estimates - total)
@@ -216,7 +226,7 @@ class Ladder(Peer):
             keep = ((left - scanned * code.bytes) / context.row + 1e-9).long().clamp(min=0)
             seen = visited[:, self._labels]
             fetched = best(scores.masked_fill(~seen, -torch.inf), keep)
-            yield self._read(queries, fetched, estimates, visited, means, counts, fixed, scanned)
+            yield self._read(queries, projected, fetched, estimates, visited, means, counts, fixed, scanned)
 
     def _pooled(self, logits: torch.Tensor) -> torch.Tensor:
         return torch.logsumexp(logits, 0) if self.policy == "sum" else logits.amax(0)
@@ -236,6 +246,7 @@ class Ladder(Peer):
     def _read(
         self,
         queries: Queries,
+        projected: torch.Tensor,
         fetched: torch.Tensor,
         estimates: torch.Tensor | None,
         visited: torch.Tensor,
@@ -261,15 +272,48 @@ class Ladder(Peer):
         if estimates is None:
             # Of a list that was cut, the keys that were not fetched count by its mean.
             got = torch.zeros_like(visited, dtype=torch.float32).index_add_(1, self._labels, fetched.float())
-            left = (self._sizes - got).clamp(min=0).log()
-            return Read(fetched, spent, torch.minimum(means, bound) + left, self._means)
+            away = torch.minimum(means, bound) + (self._sizes - got).clamp(min=0).log()
+            return Read(fetched, spent, away, self._means, self._shift(projected, away))
         away = torch.minimum(means, bound) + counts.masked_fill(self._sizes == 0, -torch.inf)
         away = away.masked_fill(visited, -torch.inf)
         dropped = visited[:, self._labels] & ~fetched
         top = bound.masked_fill(bound == torch.inf, 0.0)
         weights = torch.exp(torch.minimum(estimates, bound) - top) * dropped
         sums = torch.zeros_like(away).index_add_(-1, self._labels, weights).log() + top
-        return Read(fetched, spent, torch.logaddexp(away, sums), self._means)
+        shift = self._shift(projected, away, top, weights)
+        return Read(fetched, spent, torch.logaddexp(away, sums), self._means, shift)
+
+    def _shift(
+        self,
+        projected: torch.Tensor,
+        away: torch.Tensor,
+        top: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Return what codes say of the values of what was not fetched, (g, m, d).
+
+        `away` is the log of the weight of whole lists, `weights` those of single keys over ``exp(top)``.
+        """
+        if not self.slopes:
+            return None
+        code, scale = self._code, self.context.scale
+        peak = away.amax(-1, keepdim=True).clamp(min=-1e30)
+        if weights is not None and top is not None:
+            peak = torch.maximum(peak, top)
+            weights = weights * torch.exp(top - peak)
+        lists = torch.exp(away - peak)
+        parts = [(lists, self._spread, code.spread)]
+        total = lists.sum(-1, keepdim=True)
+        moved = torch.zeros_like(projected)
+        if weights is not None:
+            squares = self._scales**2
+            parts.append((weights, squares, code.distortion))
+            total = total + weights.sum(-1, keepdim=True)
+            moved = ((weights * self._scales) @ self._levels) * code.step
+        for part, squares, share in parts:
+            cap = _CAP / (scale * scale / 2 * (projected**2 @ share)).clamp(min=1e-30)[..., None]
+            moved += scale * share * projected * (part * torch.minimum(squares, cap)).sum(-1, keepdim=True)
+        return (moved / total.clamp(min=1e-30)) @ self._slopes
 
 
 def _sample(x: torch.Tensor) -> torch.Tensor:
