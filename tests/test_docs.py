@@ -19,7 +19,7 @@ def run(page, fence):
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/faiss.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/adapters.md", "docs/faiss.md", "docs/quickstart.md"])
 def test_code_runs(page):
     run(page, "python")
 

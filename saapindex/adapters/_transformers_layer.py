@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import DynamicLayer
 
-from saapindex.adapters._transformers_codebook import AnyCodebook, layer_of
+from saapindex.adapters._codebook import AnyCodebook, layer_of
 from saapindex.attention import AttendParameters, AttentionIndex, MemoryStatement
 from saapindex.errors import CodebookMismatchError, InvalidInputError
 

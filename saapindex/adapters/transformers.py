@@ -33,7 +33,7 @@ except ImportError as error:
         error.name or "transformers", "generating with a transformers model", "transformers"
     ) from error
 
-from saapindex.adapters._transformers_codebook import AnyCodebook, check_codebook, layer_of
+from saapindex.adapters._codebook import AnyCodebook, check_codebook, layer_of
 from saapindex.adapters._transformers_layer import NAME, SaapLayer, Shared, layer_behind
 
 __all__ = ["NAME", "SaapCache", "SaapLayer", "sparse_attention"]

@@ -1,10 +1,12 @@
 """Sparse attention over the keys of a layer."""
 
+from saapindex.attention.cache import PagedCache
 from saapindex.attention.index import AttentionIndex
 from saapindex.attention.layer import LayerCodebook, fit_layer
 from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.merging import merge
 from saapindex.attention.selection import Selection
+from saapindex.attention.slots import SlotIndex
 from saapindex.attention.store import DENSE_BELOW
 from saapindex.params import AttendParameters
 
@@ -14,7 +16,9 @@ __all__ = [
     "AttentionIndex",
     "LayerCodebook",
     "MemoryStatement",
+    "PagedCache",
     "Selection",
+    "SlotIndex",
     "fit_layer",
     "merge",
 ]

@@ -46,6 +46,11 @@ class Run:
         rows: Ints = self.held.pages[:, place // LANES].astype(np.int64) * LANES + place % LANES
         return rows
 
+    def taken(self, pool: PagePool, field: str, first: int, last: int) -> NDArray[Any]:
+        """Return keys or values of positions ``first : last``, (H, last - first, d)."""
+        rows = self.rows(first, last)
+        return pool.pages.take(field, rows.reshape(-1)).reshape(*rows.shape, pool.d)
+
     def appended(self, pool: PagePool, keys: NDArray[Any], values: NDArray[Any]) -> Run:
         """Return the run with keys and values, (H, m, d), at its end."""
         heads, m, d = keys.shape

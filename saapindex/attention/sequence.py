@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from saapindex.attention.layer import LayerCodebook
 from saapindex.attention.near import Run
 from saapindex.attention.table import Table
-from saapindex.backends.base import LANES, Ints, Ops
+from saapindex.backends.base import LANES, Ops
 from saapindex.lists.paged import PagePool
 
 __all__ = ["Keeping", "Sequence"]
@@ -56,13 +56,13 @@ class Sequence:
     lists: Table
 
     @classmethod
-    def empty(cls, keeping: Keeping) -> Sequence:
-        """Return a sequence without keys."""
+    def empty(cls, keeping: Keeping, run: type[Run] = Run) -> Sequence:
+        """Return a sequence without keys, whose sinks and recent keys are held in a `run`."""
         pool, heads = keeping.pool, keeping.codebook.heads
         return cls(
             0,
-            Run.empty(pool, heads, 0),
-            Run.empty(pool, heads, keeping.sinks),
+            run.empty(pool, heads, 0),
+            run.empty(pool, heads, keeping.sinks),
             Table.empty(keeping.codebook, pool),
         )
 
@@ -77,9 +77,11 @@ class Sequence:
         if not leaving:
             return Sequence(length, sinks, self.recent.appended(pool, keys, values), self.lists)
         old = min(leaving, self.recent.count)
-        rows = self.recent.rows(self.recent.start, self.recent.start + old)
+        start = self.recent.start
         entering_keys, entering_values = (
-            np.concatenate([_taken(pool, field, rows), new[:, : leaving - old]], axis=1)
+            np.concatenate(
+                [self.recent.taken(pool, field, start, start + old), new[:, : leaving - old]], axis=1
+            )
             for field, new in (("keys", keys), ("values", values))
         )
         lists = self.lists.entered(
@@ -91,7 +93,7 @@ class Sequence:
             adapt=keeping.adapt,
             ops=keeping.ops,
         )
-        recent = Run.empty(pool, len(keys), first)
+        recent = self.recent.empty(pool, len(keys), first)
         if old < self.recent.count:
             recent = self.recent.without_first(pool, old)
         recent = recent.appended(pool, keys[:, leaving - old :], values[:, leaving - old :])
@@ -108,14 +110,17 @@ class Sequence:
 
     def content(self, keeping: Keeping) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return all keys and values in order of position, (H, length, d), as they are stored."""
-        pool, (sinks, recent) = (
-            keeping.pool,
-            (run.rows(run.start, run.end) for run in (self.sinks, self.recent)),
-        )
-        first, last = keeping.sinks, self.recent.start
+        pool, first, last = keeping.pool, keeping.sinks, self.recent.start
         between = self.lists.between(pool, first, last, keeping.codebook.heads)
         keys, values = (
-            np.concatenate([_taken(pool, name, sinks), middle, _taken(pool, name, recent)], axis=1)
+            np.concatenate(
+                [
+                    self.sinks.taken(pool, name, 0, self.sinks.end),
+                    middle,
+                    self.recent.taken(pool, name, last, self.recent.end),
+                ],
+                axis=1,
+            )
             for name, middle in zip(("keys", "values"), between, strict=True)
         )
         return keys, values
@@ -130,7 +135,7 @@ class Sequence:
             return self
         pool, sinks, start = keeping.pool, keeping.sinks, self.recent.start
         if length <= sinks:
-            short = Sequence.empty(keeping)
+            short = Sequence.empty(keeping, type(self.recent))
             return Sequence(length, self.sinks.first(pool, length), short.recent, short.lists)
         first = start
         if length < keeping.dense_below - keeping.flush:
@@ -142,12 +147,7 @@ class Sequence:
         if first == start:
             return Sequence(length, self.sinks, kept, self.lists)
         back = self.lists.between(pool, first, min(length, start), keeping.codebook.heads)
-        front = Run.empty(pool, keeping.codebook.heads, first).appended(pool, *back)
+        front = self.recent.empty(pool, keeping.codebook.heads, first).appended(pool, *back)
         lists = self.lists.before(keeping.codebook, pool, first, ops=keeping.ops)
         recent = kept.after(pool, front) if kept.count else front
         return Sequence(length, self.sinks, recent, lists)
-
-
-def _taken(pool: PagePool, field: str, rows: Ints) -> NDArray[Any]:
-    """Return keys or values at `rows`, (H, n): (H, n, d)."""
-    return pool.pages.take(field, rows.reshape(-1)).reshape(*rows.shape, pool.d)

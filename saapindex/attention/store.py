@@ -332,6 +332,46 @@ class AttentionStore:
         with self._current():
             return self._batch.content(sequence)
 
+    def list_order(self, page_size: int, *, near: bool = True) -> NDArray[np.int64]:
+        """Return the positions of all keys list by list: an order in which keys that are visited together
+        stand together.
+
+        An index on a device is copied to the host for it.
+
+        Parameters
+        ----------
+        page_size
+            Every list begins at a multiple of this, and so do the sinks and the window behind all lists.
+        near
+            Whether the sinks and the window belong to it.
+
+        Returns
+        -------
+        int64, (batch, kv_heads, most), -1 for padding
+        """
+        check_integer("page_size", page_size, 1)
+        heads = self.codebook.heads
+        if self._batch is None:
+            return np.empty((self.batch, heads, 0), np.int64)
+        batch = self.host_batch if self._device is None else self.to("cpu").host_batch
+        lists, pages = batch.lists, batch.keeping.pool.pages
+        room = -(-lists.sizes // page_size) * page_size
+        starts, ends = np.cumsum(room, axis=1) - room, room.sum(axis=1)
+        close = [
+            np.concatenate([np.arange(min(self.sinks, s.length)), np.arange(s.recent.start, s.length)])
+            for s in batch.sequences
+        ]
+        most = max(int(ends[b * heads : (b + 1) * heads].max()) + near * len(c) for b, c in enumerate(close))
+        order = np.full((len(ends), -(-most // page_size) * page_size), -1, np.int64)
+        for stream, sizes in enumerate(lists.sizes):
+            rows, labels = lists.rows(stream, sizes)
+            place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            order[stream, starts[stream][labels] + place] = pages.take("ids", rows)
+            if near:
+                kept = close[stream // heads]
+                order[stream, ends[stream] : ends[stream] + len(kept)] = kept
+        return order.reshape(self.batch, heads, -1)
+
     def truncate(self, n: ArrayLike, sequence: int | None = None) -> None:
         """Keep the first `n` keys of every sequence, or of one; a shorter sequence stays as it is.
 

@@ -122,8 +122,9 @@ class Table:
         # Each head has every position once, so sorting by position within a head makes them a rectangle.
         ids = pool.pages.take("ids", rows).reshape(heads, last - first)
         rows = np.take_along_axis(rows.reshape(heads, -1), np.argsort(ids, axis=1), axis=1)
-        keys, values = (pool.pages.take(field, rows.reshape(-1)) for field in ("keys", "values"))
-        return keys.reshape(*rows.shape, pool.d), values.reshape(*rows.shape, pool.d)
+        owners = np.repeat(np.arange(heads), last - first)
+        keys, values = (pool.vectors(field, rows.reshape(-1), owners) for field in ("keys", "values"))
+        return keys.reshape(*rows.shape, keys.shape[1]), values.reshape(*rows.shape, values.shape[1])
 
     def before(self, codebook: LayerCodebook, pool: PagePool, position: int, *, ops: Ops) -> Table:
         """Return the lists without keys at `position` and beyond."""
@@ -140,7 +141,8 @@ class Table:
         changed = sizes < self.sizes
         rows = kept.rows(np.zeros_like(sizes), np.where(changed, sizes, 0))
         lists = np.repeat(np.arange(len(sizes)), np.where(changed, sizes, 0))
-        sums, _ = ops.accumulate(widened(pool.pages.take("values", rows)), lists, len(sizes))
+        values = pool.vectors("values", rows, lists // codebook.nlist)
+        sums, _ = ops.accumulate(widened(values), lists, len(sizes))
         squares = _squares(codebook, lists, pool.pages.take("exponents", rows))
         return replace(
             kept,
@@ -192,9 +194,10 @@ class Table:
         order = np.argsort(lists, kind="stable")
         lists, entering = lists[order], order >= len(source)
         new = {"keys": keys.reshape(-1, d), "values": values.reshape(-1, d), "ids": np.tile(positions, heads)}
-        written = {
-            name: np.concatenate([pool.pages.take(name, source), part])[order] for name, part in new.items()
-        }
+        owners = np.repeat(np.arange(total) // nlist, moving)
+        old = {name: pool.vectors(name, source, owners) for name in ("keys", "values")}
+        old["ids"] = pool.pages.take("ids", source)
+        written = {name: np.concatenate([old[name], part])[order] for name, part in new.items()}
         exact = widened(written["keys"])
         anchors, anchor_scales = self.anchors.copy(), self.anchor_scales.copy()
         key_sums, written_counts = ops.accumulate(exact, lists, total)
@@ -241,9 +244,8 @@ class Table:
             rows, lists = self.rows(np.zeros_like(ends), ends), np.repeat(np.arange(len(ends)), ends)
             chosen = pool.pages.take("ids", rows) % step == 0
             rows, lists = rows[chosen], lists[chosen]
-            words, exponents, values = (
-                pool.pages.take(field, rows) for field in ("codes", "exponents", "values")
-            )
+            words, exponents = (pool.pages.take(field, rows) for field in ("codes", "exponents"))
+            values = pool.vectors("values", rows, np.full(len(rows), h))
             y = codebook.code.head(h).decode(words[None], exponents[None])[0]
             means = self.means[lists] * self.mean_scales[lists, None]
             used = int(codebook.code.coded[h])

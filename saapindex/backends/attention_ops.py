@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.backends.common import Floats, Ints
-from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling
+from saapindex.backends.paged import Chosen, Code, Near, PagedLists, Pages, Reading, Scaling
 
 __all__ = ["AttentionOps"]
 
@@ -268,6 +268,20 @@ class AttentionOps(ABC):
         out : (S, t, g, d)
         lse : (S, t, g)
         """
+        chosen = self.choose_rows(queries, lists, pages, code, scaling, reading)
+        exact = np.concatenate([near.all_rows(positions), chosen.rows], axis=-1)
+        return self.attend_chosen(queries, exact, pages, chosen, lists, pages, code, scaling, reading)
+
+    def choose_rows(
+        self,
+        queries: Floats,
+        lists: PagedLists,
+        pages: Pages,
+        code: Code,
+        scaling: Scaling,
+        reading: Reading,
+    ) -> Chosen:
+        """Rank lists, visit some, and keep the best keys: what `attend_lists` does before it fetches."""
         logits, norms = self.rank_lists(queries, lists, code, scaling)
         taken = self.select_lists(logits, norms, lists.sizes, reading)
         if reading.refine:
@@ -282,13 +296,41 @@ class AttentionOps(ABC):
             fetched = lists.all_rows(taken)
             rows = labels = np.empty((*taken.shape[:2], 0), np.int64)
             estimates = np.empty((*queries.shape[:3], 0), queries.dtype)
-        exact = np.concatenate([near.all_rows(positions), fetched], axis=-1)
-        out, lse, peaks = self.attend_rows(queries, exact, pages, scaling)
+        return Chosen(fetched, logits, taken, estimates, rows, labels)
+
+    def attend_chosen(
+        self,
+        queries: Floats,
+        rows: Ints,
+        keys: Pages,
+        chosen: Chosen,
+        lists: PagedLists,
+        pages: Pages,
+        code: Code,
+        scaling: Scaling,
+        reading: Reading,
+    ) -> tuple[Floats, Floats]:
+        """Attend exactly to the keys at `rows` of `keys`, and let what was not chosen count by estimates.
+
+        The rows, (S, t, K), are of the chosen and the near keys, perhaps in other pages than those of the
+        lists.
+        """
+        out, lse, peaks = self.attend_rows(queries, rows, keys, scaling)
         if not reading.remainder:
             return out, lse
         bounds = np.where(peaks > -np.inf, peaks, np.inf).astype(queries.dtype)
-        rest = lists.sizes[:, None] - taken
+        rest = lists.sizes[:, None] - chosen.taken
         other, other_lse = self.estimate_rest(
-            queries, logits, rest, estimates, rows, labels, bounds, lists, pages, code, scaling
+            queries,
+            chosen.logits,
+            rest,
+            chosen.estimates,
+            chosen.visited,
+            chosen.labels,
+            bounds,
+            lists,
+            pages,
+            code,
+            scaling,
         )
         return self.merge(np.stack([out, other]), np.stack([lse, other_lse]))

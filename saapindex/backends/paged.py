@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from saapindex.backends.common import LANES, Floats, Ints
 
-__all__ = ["Code", "Near", "PagedLists", "Pages", "Reading", "Scaling", "by_number", "widened"]
+__all__ = ["Chosen", "Code", "Near", "PagedLists", "Pages", "Reading", "Scaling", "by_number", "widened"]
 
 
 def widened(x: NDArray[Any], dtype: DTypeLike = np.float32) -> Floats:
@@ -278,3 +278,27 @@ class Reading(NamedTuple):
         """Return how many keys may be kept where so many were scanned, (S, t)."""
         rest: Ints = np.maximum(self.left[:, None] - scanned * self.code_bytes, 0)
         return rest // self.row_bytes
+
+
+class Chosen(NamedTuple):
+    """What queries fetch from the lists, and what is known of the keys that they do not fetch.
+
+    Attributes
+    ----------
+    rows
+        (S, t, K) int64, the keys to fetch; -1 for none.
+    logits
+        (S, t, g, L), for each key of a list that is not visited.
+    taken
+        (S, t, L) int64, keys that are visited in each list.
+    estimates, visited, labels
+        (S, t, g, N), of keys that are visited and not fetched, minus infinity for the others; the row and the
+        list of each, (S, t, N).
+    """
+
+    rows: Ints
+    logits: Floats
+    taken: Ints
+    estimates: Floats
+    visited: Ints
+    labels: Ints

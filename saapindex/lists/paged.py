@@ -89,6 +89,10 @@ class PagePool:
         tables = self.filled.nbytes + self._holders.nbytes + self._free.nbytes
         return len(self.filled) * self.page_nbytes + tables
 
+    def vectors(self, field: str, rows: Ints, heads: Ints) -> NDArray[Any]:
+        """Return keys or values at `rows`, (n, d), which belong to KV heads `heads`, (n,)."""
+        return self.pages.take(field, rows)
+
     def allocate(self, shape: tuple[int, ...]) -> PageSet:
         """Take empty pages; the numbers rise along `shape`, in memory too if the pool has just grown."""
         count = int(np.prod(shape))

@@ -124,3 +124,58 @@ def prompts(torch):
         return torch.from_numpy(np.random.default_rng(seed).integers(3, 64, (batch, n)))
 
     return make
+
+
+class Served:
+    """An index of sequences of different lengths, the same keys in a plain cache, and queries."""
+
+    def __init__(self, lengths=(300, 70, 1), heads=2, g=3, d=16, seed=0, **settings):
+        from saapindex.attention import AttentionIndex, fit_layer
+
+        rng = np.random.default_rng(seed)
+        self.lengths, n, batch = lengths, max(lengths), len(lengths)
+        centers = 2 * rng.standard_normal((heads, 9, d))
+
+        def clustered(batch, n):
+            label = rng.integers(9, size=(batch, heads, n))
+            return centers[np.arange(heads)[:, None], label] + rng.standard_normal((batch, heads, n, d))
+
+        self.k = clustered(batch, n).astype(np.float32)
+        self.v = rng.standard_normal((batch, heads, n, d), dtype=np.float32)
+        self.q = rng.standard_normal((batch, heads * g, d), dtype=np.float32)
+        sample = rng.standard_normal((heads * g, 60, d))
+        self.codebook = fit_layer(clustered(1, 200)[0], sample, 6, words=1, niter=2, backend="reference")
+        settings = {**SMALL, "dtype": "float32", **settings}
+        self.index = AttentionIndex(self.codebook, batch=batch, **settings)
+        # Sequences stand on the left of a plain cache, and on the right of what is added.
+        shifted = [np.stack([np.roll(x[b], n - m, axis=1) for b, m in enumerate(lengths)]) for x in self.kv]
+        self.index.add(*shifted, lengths=lengths)
+
+    @property
+    def kv(self):
+        return self.k, self.v
+
+    def select(self, **how):
+        return self.index.select(self.q, **how)
+
+    def dense(self, selection=None, *, near=True, lse=False):
+        """Masked dense attention of torch, in float64: all keys, or those of a selection."""
+        import torch
+
+        batch, heads, n, d = self.k.shape
+        mask = np.broadcast_to((np.arange(n) < np.array(self.lengths)[:, None])[:, None], (batch, heads, n))
+        if selection is not None:
+            mask = selection.bool_mask(n, near=near)
+        q, k, v = (torch.from_numpy(x).double() for x in (self.q, self.k, self.v))
+        logits = q.reshape(batch, heads, -1, d) @ k.transpose(2, 3) * d**-0.5
+        logits = logits.masked_fill(~torch.from_numpy(np.array(mask))[:, :, None], -torch.inf)
+        out = (torch.softmax(logits, -1).nan_to_num() @ v).reshape(self.q.shape).numpy()
+        if not lse:
+            return out
+        return out, torch.logsumexp(logits, -1).reshape(self.q.shape[:2]).numpy()
+
+
+@pytest.fixture(scope="session")
+def serve(torch):
+    """`serve(lengths=(300, 70, 1), heads=2, g=3, d=16, seed=0, **settings)`; see `Served`."""
+    return Served

@@ -78,7 +78,7 @@ def test_the_partition_follows_the_context(n, nlist, expected, model, stored, ca
 
 
 def test_partitions_of_long_contexts(stored):
-    from saapindex.adapters._transformers_codebook import layer_of
+    from saapindex.adapters._codebook import layer_of
 
     found = [layer_of(stored(), 0, context).nlist for context in (1, 512, 1024, 10**6)]
     assert found == [4, 4, 7, 7]

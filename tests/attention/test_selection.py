@@ -113,3 +113,23 @@ def test_selected_keys_are_heavy(make, data, dense):
     share = (weights * chosen[0, :, : weights.shape[1]]).sum(1) / weights.sum(1)
     kept = selection.lengths[0] / weights.shape[1]
     assert (share > 2.2 * kept).all()
+
+
+@pytest.mark.parametrize("size", [1, 16, 30])
+def test_the_order_of_lists(index_of_two, make, size):
+    """Every position once; lists begin at pages; a list's keys are those that probing it selects."""
+    index, q = index_of_two
+    order, far = index.list_order(size), index.list_order(size, near=False)
+    assert order.shape[2] % size == far.shape[2] % size == 0
+    start = index.select(q).window_start
+    for b, h in np.ndindex(2, 2):
+        assert np.sort(order[b, h][order[b, h] >= 0]).tolist() == list(range(index.lengths[b]))
+        assert np.sort(far[b, h][far[b, h] >= 0]).tolist() == list(range(1, start[b]))
+        begins = np.cumsum([0, *-(-index.list_sizes[b, h] // size) * size])
+        for first, count in zip(begins, index.list_sizes[b, h], strict=False):
+            assert (np.diff(order[b, h, first : first + count]) > 0).all()
+        near = order[b, h, begins[-1] :]
+        assert near[near >= 0].tolist() == [0, *range(start[b], index.lengths[b])]
+    assert make(3).list_order(size).shape == (3, 2, 0)
+    with pytest.raises(InvalidInputError, match="page_size is 0, expected at least 1"):
+        index.list_order(0)

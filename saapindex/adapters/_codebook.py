@@ -1,4 +1,4 @@
-"""What a transformers cache asks of a codebook: that it fits the model, and a layer of it at a time."""
+"""What a serving runtime asks of a codebook: that it fits the model, and a layer of it at a time."""
 
 from __future__ import annotations
 

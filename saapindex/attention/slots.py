@@ -1,0 +1,335 @@
+"""`SlotIndex`: an index beside the paged cache of another runtime, which keeps the keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Sequence as Several
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saapindex.arrays import ArrayLike, as_numpy, give_back, integers
+from saapindex.attention.batch import Batch
+from saapindex.attention.borrowed import CodePool, Span, borrowing
+from saapindex.attention.cache import PagedCache
+from saapindex.attention.index import AttentionIndex
+from saapindex.attention.layer import LayerCodebook
+from saapindex.attention.memory import MemoryStatement
+from saapindex.attention.selection import Selection
+from saapindex.attention.sequence import Keeping, Sequence
+from saapindex.attention.tensors import STORED
+from saapindex.backends.base import Floats, Ints
+from saapindex.backends.paged import widened
+from saapindex.errors import InvalidInputError
+from saapindex.params import AttendParameters
+
+__all__ = ["SlotIndex"]
+
+# Pages that the pool grows by, for each KV head.
+_SPAN = 32
+
+
+class SlotIndex:
+    """Sparse attention over keys and values that stay in the pages of a runtime.
+
+    The index holds what `AttentionIndex` holds but keys and values: statistics of lists, codes, positions,
+    and in which slot of the cache each token is. Sequences have names, and come and go.
+
+    Parameters
+    ----------
+    codebook
+        What was learned for the layer.
+    cache
+        The runtime's pages. The runtime writes a token there before it is appended here.
+    settings
+        As for `AttentionIndex`, without ``batch``, ``dtype`` and ``device``.
+
+    Raises
+    ------
+    InvalidInputError
+        On settings out of their range, or a cache of other heads than the codebook's.
+
+    Notes
+    -----
+    One thread at a time may use an index.
+
+    Examples
+    --------
+    >>> from saapindex.attention import fit_layer
+    >>> rng = np.random.default_rng(0)
+    >>> pool = rng.standard_normal((2, 200, 2, 16, 32), dtype=np.float32)  # 3200 slots of two heads
+    >>> keys = pool[0].swapaxes(0, 1).reshape(2, 3200, 32)
+    >>> codebook = fit_layer(keys, rng.standard_normal((6, 50, 32)), nlist=16)
+    >>> index = SlotIndex(codebook, PagedCache(*pool), window=127, dense_below=1000)
+    >>> index.append("a", np.arange(3000))
+    >>> q = rng.standard_normal((1, 6, 32), dtype=np.float32)
+    >>> out, lse = index.attend(q, ["a"], budget=0.2)
+    >>> selection, slots = index.select(q, ["a"], nprobe=4)
+    >>> bool((slots == selection.ids).all())  # since the token at position i is in slot i
+    True
+    """
+
+    def __init__(self, codebook: LayerCodebook, cache: PagedCache, **settings: Any) -> None:
+        for name in ("batch", "dtype", "device"):
+            if name in settings:
+                raise InvalidInputError(f"{name} is given, which comes from the sequences and the cache")
+        self._view = _View(codebook, dtype=cache.dtype, **settings)
+        if (cache.heads, cache.d) != (codebook.heads, codebook.d):
+            raise InvalidInputError(
+                f"the cache has {cache.heads} KV heads of {cache.d} dimensions, the codebook "
+                f"{codebook.heads} of {codebook.d}"
+            )
+        self.cache, self.codebook = cache, codebook
+        view = self._view
+        pool = CodePool(STORED[cache.dtype], codebook.code.words, _SPAN * codebook.heads)
+        self._keeping = Keeping(
+            codebook, pool, view.ops, view.window, view.sinks, view.flush, view.adapt, view.dense_below
+        )
+        self._sequences: dict[Hashable, tuple[Sequence, Ints]] = {}
+
+    def __repr__(self) -> str:
+        lengths = {name: sequence.length for name, (sequence, _) in self._sequences.items()}
+        return f"SlotIndex(kv_heads={self.codebook.heads}, d={self.codebook.d}, lengths={lengths})"
+
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._sequences
+
+    @property
+    def names(self) -> list[Hashable]:
+        """Names of the sequences."""
+        return list(self._sequences)
+
+    def length(self, name: Hashable) -> int:
+        """Return how many tokens a sequence has."""
+        return self._get(name)[0].length
+
+    def slots(self, name: Hashable) -> NDArray[np.int64]:
+        """Return the slot of each token of a sequence."""
+        return self._get(name)[1].copy()
+
+    def append(self, name: Hashable, slots: ArrayLike) -> None:
+        """Add the tokens in `slots` at the end of a sequence, which begins here if it is new.
+
+        Parameters
+        ----------
+        name
+            Of the sequence.
+        slots
+            int, (n,), in order of position; their keys and values are in the cache.
+
+        Raises
+        ------
+        InvalidInputError
+            On slots that the cache does not have, or that hold what is not finite. The index is as it was.
+        """
+        new = self._checked(slots)
+        if name in self._sequences:
+            sequence, old = self._sequences[name]
+        else:
+            sequence, old = Sequence.empty(self._keeping, Span), np.empty(0, np.int64)
+        heads = np.arange(self.cache.heads)[:, None]
+        keys, values = (self.cache.take(field, new, heads) for field in ("keys", "values"))
+        for field, x in (("keys", keys), ("values", values)):
+            if not np.isfinite(widened(x)).all():
+                raise InvalidInputError(f"the {field} of {name!r} are not finite in the cache")
+        known = np.concatenate([old, new])
+        if len(new):
+            self._view._warn_of_positions(len(known))
+            with borrowing(self._keeping, self.cache, known) as keeping:
+                sequence = sequence.added(keeping, keys, values)
+        self._sequences[name] = sequence, known
+
+    def truncate(self, name: Hashable, n: int) -> None:
+        """Keep the first `n` tokens of a sequence."""
+        sequence, slots = self._get(name)
+        (count,) = integers([n], "n", (1,), minimum=0)
+        with borrowing(self._keeping, self.cache, slots) as keeping:
+            sequence = sequence.truncated(keeping, int(count))
+        self._sequences[name] = sequence, slots[:count]
+
+    def fork(self, name: Hashable, new: Hashable) -> None:
+        """Let a new sequence begin with all tokens of another; what they share is held once.
+
+        Where the runtime then copies a page before it writes to it, tell by `remap`.
+        """
+        if new in self._sequences:
+            raise InvalidInputError(f"there is a sequence {new!r} already")
+        self._sequences[new] = self._get(name)
+
+    def remap(self, name: Hashable, slots: ArrayLike) -> None:
+        """Take note that the runtime has moved or copied the tokens of a sequence.
+
+        Parameters
+        ----------
+        name
+            Of the sequence.
+        slots
+            int, (length,): where they are now; their keys and values are the same.
+
+        Raises
+        ------
+        InvalidInputError
+            On other slots than the sequence needs. The index is as it was.
+        """
+        sequence, old = self._get(name)
+        new = self._checked(slots)
+        if len(new) != len(old):
+            raise InvalidInputError(f"{len(new)} slots for {len(old)} tokens, expected one for each")
+        self._sequences[name] = sequence, new
+
+    def free(self, name: Hashable) -> None:
+        """Forget a sequence."""
+        self._get(name)
+        del self._sequences[name]
+
+    def _get(self, name: Hashable) -> tuple[Sequence, Ints]:
+        if name not in self._sequences:
+            raise InvalidInputError(f"there is no sequence {name!r}")
+        return self._sequences[name]
+
+    def _checked(self, slots: ArrayLike) -> Ints:
+        given = as_numpy(slots, "slots")
+        found = integers(given, "slots", (given.size,), minimum=0)
+        if (found >= self.cache.slots).any():
+            raise InvalidInputError(f"slots hold {found.max()}, expected less than {self.cache.slots}")
+        return found.copy()
+
+    def attend(
+        self,
+        q: ArrayLike,
+        names: Several[Hashable],
+        *,
+        budget: float | None = None,
+        nprobe: int | None = None,
+        top_p: float | None = None,
+        params: AttendParameters | None = None,
+        positions: ArrayLike | None = None,
+        near: bool = True,
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Attend to the tokens of some sequences; see `AttentionIndex.attend`.
+
+        Parameters
+        ----------
+        q
+            (sequences, q_heads, d) or (sequences, q_heads, t, d).
+        names
+            Of the sequences, in the order of the queries.
+        """
+        view = self._of(names)
+        how: dict[str, Any] = {"budget": budget, "nprobe": nprobe, "top_p": top_p, "params": params}
+        return view.attend(q, positions=positions, near=near, **how)
+
+    def select(
+        self,
+        q: ArrayLike,
+        names: Several[Hashable],
+        *,
+        budget: float | None = None,
+        nprobe: int | None = None,
+        top_p: float | None = None,
+        params: AttendParameters | None = None,
+    ) -> tuple[Selection, ArrayLike]:
+        """Choose the tokens to attend to; see `AttentionIndex.select`.
+
+        Returns
+        -------
+        selection : Selection
+        slots : int64, the shape of ``selection.ids``: the slot of each, -1 beyond
+        """
+        view = self._of(names)
+        selection = view.select(q, budget=budget, nprobe=nprobe, top_p=top_p, params=params)
+        ids = as_numpy(selection.ids, "ids")
+        return selection, give_back(view.slots_at(ids), q)
+
+    def _of(self, names: Several[Hashable]) -> _View:
+        if isinstance(names, str) or not len(names):
+            raise InvalidInputError(f"names are {names!r}, expected a list of some")
+        found = [self._get(name) for name in names]
+        self._view.show(self._keeping, self.cache, found)
+        return self._view
+
+    def memory(self) -> MemoryStatement:
+        """Return what is held beside the cache, in bytes.
+
+        ``plain`` is what the slots of the sequences take in the cache of the runtime, shared ones counted
+        once; ``total`` over it is what the index adds.
+        """
+        sequences, slots = zip(*self._sequences.values(), strict=True) if self._sequences else ((), ())
+        row = 2 * self.cache.heads * self.cache.d * STORED[self.cache.dtype].itemsize
+        taken = {id(array): array for array in slots}
+        tables = {id(sequence.lists): sequence.lists.nbytes for sequence in sequences}
+        pool = self._keeping.pool
+        return MemoryStatement(
+            plain=len(np.unique(np.concatenate([*taken.values(), np.empty(0, np.int64)]))) * row,
+            pages=pool.nbytes,
+            used=pool.used * pool.page_nbytes,
+            statistics=sum(tables.values())
+            + sum(array.nbytes for array in taken.values())
+            + self._view.stacked_nbytes,
+        )
+
+
+class _View(AttentionIndex):
+    """Some sequences of a `SlotIndex` side by side, as an `AttentionIndex` has them."""
+
+    _cache: PagedCache
+    _slots: list[Ints]
+
+    def show(self, keeping: Keeping, cache: PagedCache, found: list[tuple[Sequence, Ints]]) -> None:
+        """Turn to these sequences."""
+        before = self._batch if isinstance(self._batch, Batch) else None
+        self._batch = Batch(keeping, [sequence for sequence, _ in found], before)
+        self._cache, self._slots, self._count = cache, [slots for _, slots in found], len(found)
+
+    @property
+    def stacked_nbytes(self) -> int:
+        """Bytes of what is kept of these sequences side by side."""
+        lists = self._batch.__dict__.get("lists", ()) if isinstance(self._batch, Batch) else ()
+        return sum(array.nbytes for array in lists)
+
+    def slots_at(self, ids: Ints) -> Ints:
+        """Return the slots of positions of each sequence, (batch, ...); -1 stays."""
+        found = np.full(ids.shape, -1, np.int64)
+        for b, slots in enumerate(self._slots):
+            there = ids[b] >= 0
+            found[b][there] = slots[ids[b][there]]
+        return found
+
+    def _attend(
+        self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
+    ) -> tuple[Floats, Floats]:
+        early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
+        pages = self._cache.pages
+        if wanted.budget == 1 or not batch.is_long or early.any():
+            rows = self._rows(batch, last, near=near, far=True)
+            out, lse, _ = self.ops.attend_rows(x, rows, pages, self._scaling)
+            return out, lse
+        own, code = batch.keeping.pool.pages, self.codebook.code.view
+        reading = batch.reading(wanted)
+        chosen = self.ops.choose_rows(x, batch.lists, own, code, self._scaling, reading)
+        ids = np.full(chosen.rows.shape, -1, np.int64)
+        ids[chosen.rows >= 0] = own.take("ids", chosen.rows[chosen.rows >= 0])
+        rows = np.concatenate([self._rows(batch, last, near=near, far=False), self._rows_at(ids)], axis=-1)
+        return self.ops.attend_chosen(x, rows, pages, chosen, batch.lists, own, code, self._scaling, reading)
+
+    def _rows(self, batch: Batch, last: Ints, *, near: bool, far: bool) -> Ints:
+        """Return the rows of the cache that each query sees, (S, t, n), -1 for none."""
+        n, heads = int(batch.lengths.max(initial=0)), self.codebook.heads
+        at = np.arange(n)
+        ids = np.full((len(batch.sequences), n), -1, np.int64)
+        for b, sequence in enumerate(batch.sequences):
+            close = (at < self.sinks) | (at >= sequence.recent.start)
+            ids[b] = np.where((at < sequence.length) & ((close & near) | (~close & far)), at, -1)
+        ids = np.repeat(ids, heads, axis=0)[:, None]
+        kept = (ids >= 0).any(axis=(0, 1))  # no columns for what nobody sees
+        ids = ids[..., kept]
+        return self._rows_at(np.where(ids <= last[..., None], ids, -1))
+
+    def _rows_at(self, ids: Ints) -> Ints:
+        """Return the rows of the cache for positions of each stream, (S, ...); -1 stays."""
+        heads = self.codebook.heads
+        batch = len(ids) // heads
+        slots = self.slots_at(ids.reshape(batch, heads, *ids.shape[1:])).reshape(ids.shape)
+        owner = np.tile(np.arange(heads), batch).reshape(-1, *[1] * (ids.ndim - 1))
+        return np.where(slots >= 0, self._cache.rows(np.maximum(slots, 0), owner), -1)
