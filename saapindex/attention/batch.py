@@ -38,12 +38,16 @@ class Batch:
         pairs = list(zip(before.sequences, self.sequences, strict=True))
         same_lists = all(old.lists is new.lists for old, new in pairs)
         same_near = all(_same_pages(old, new) for old, new in pairs)
+        same_sinks = all(old.sinks is new.sinks for old, new in pairs)
         for name, same in (
             ("lists", same_lists),
             ("first", same_lists),
+            ("first_of_streams", same_lists),
             ("long", same_lists),
+            ("is_long", same_lists),
             ("_readings", same_lists),
             ("_near_pages", same_near),
+            ("_sinks", same_sinks),
         ):
             if same and name in before.__dict__:
                 self.__dict__[name] = before.__dict__[name]
@@ -61,7 +65,17 @@ class Batch:
     @cached_property
     def long(self) -> Ints:
         """Keys in lists of each stream."""
-        return self._by_head(self.first - self.keeping.sinks)
+        return self.first_of_streams - self.keeping.sinks
+
+    @cached_property
+    def first_of_streams(self) -> Ints:
+        """`first` of each stream."""
+        return self._by_head(self.first)
+
+    @cached_property
+    def is_long(self) -> bool:
+        """Whether there are keys in lists."""
+        return bool(self.long.any())
 
     @cached_property
     def _readings(self) -> dict[AttendParameters, Reading]:
@@ -117,17 +131,12 @@ class Batch:
     @cached_property
     def near(self) -> Near:
         """Sinks and recent keys of all streams."""
-        sinks, recent = (
-            np.array([getattr(sequence, name).count for sequence in self.sequences], np.int64)
-            for name in ("sinks", "recent")
-        )
-        return Near(
-            self._near_pages,
-            self._sink_pages,
-            self._by_head(sinks),
-            self._by_head(self.first),
-            self._by_head(recent),
-        )
+        recent = self._by_head(np.maximum(self.lengths - self.first, 0))
+        return Near(self._near_pages, self._sink_pages, self._sinks, self.first_of_streams, recent)
+
+    @cached_property
+    def _sinks(self) -> Ints:
+        return self._by_head(np.array([sequence.sinks.count for sequence in self.sequences], np.int64))
 
     @cached_property
     def nothing_near(self) -> Near:

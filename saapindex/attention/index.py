@@ -141,10 +141,9 @@ class AttentionIndex(AttentionStore):
         self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
     ) -> tuple[Floats, Floats]:
         around = batch.near if near else batch.nothing_near
-        first = np.repeat(batch.first, self.codebook.heads)[:, None]
-        early = (last < first - 1) & (batch.long > 0)[:, None]
         pages, code = batch.keeping.pool.pages, self.codebook.code.view
-        if wanted.budget == 1 or not batch.long.any() or early.any():
+        early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
+        if wanted.budget == 1 or not batch.is_long or early.any():
             return self.ops.attend_all(x, last, around, batch.lists, pages, self._scaling)
         return self.ops.attend_lists(
             x, last, around, batch.lists, pages, code, self._scaling, batch.reading(wanted)

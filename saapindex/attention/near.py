@@ -54,6 +54,9 @@ class Run:
         held, lane = self.held, self.count % LANES
         if lane and (pool.filled[held.pages[:, -1]] != lane).any():
             held = self._with_own_last_page(pool, lane)
+        if lane and lane + m <= LANES:
+            pool.fill(held.pages[:, -1], lane, keys, values, self.end)
+            return Run(held, self.start, self.count + m)
         missing = -(-(self.count + m) // LANES) - held.pages.shape[1]
         if missing:
             fresh = pool.allocate((heads, missing))

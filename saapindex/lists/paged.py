@@ -151,6 +151,22 @@ class PagePool:
                 pages.exponents[chunk][where] = exponents[here]
         np.maximum.at(self.filled, page, lane + 1)
 
+    def fill(
+        self, pages: NDArray[np.int32], lane: int, keys: NDArray[Any], values: NDArray[Any], first: int
+    ) -> None:
+        """Fill lanes from `lane` on of each of `pages`, (H,), with keys and values, (H, m, d), that fit.
+
+        Their ids are `first` and following.
+        """
+        end = lane + keys.shape[1]
+        number, place = np.divmod(pages, self.span)
+        for chunk, here in by_number(number):
+            where = place[here]
+            self.pages.keys[chunk][where, lane:end] = keys[here]
+            self.pages.values[chunk][where, lane:end] = values[here]
+            self.pages.ids[chunk][where, lane:end] = np.arange(first, first + end - lane)
+        self.filled[pages] = end
+
 
 class PageSet:
     """Pages that are held as long as this object lives.

@@ -35,9 +35,24 @@ def fitted(heads, d, words):
     return fit_codes(rng.standard_normal((heads, 400, d)) * 0.7 ** np.arange(d), metric, words)
 
 
+def poison(pool):
+    """Make what is undefined as bad as it can be."""
+    for page, lanes in enumerate(pool.filled):
+        chunk, place = divmod(page, pool.span)
+        free = slice(lanes, None)
+        for name in ("keys", "values"):
+            array = getattr(pool.pages, name)[chunk]
+            array[place, free] = 0x7FC0 if array.dtype == np.uint16 else np.nan
+        pool.pages.codes[chunk][place, :, free] = 0xFFFFFFFF
+        pool.pages.exponents[chunk][place, free] = 255
+        pool.pages.ids[chunk][place, free] = -7
+
+
 @pytest.fixture(scope="session")
 def paged():
     """Everything that the kernels read, of random keys whose pages lie scattered, with what it was made of.
+
+    Lanes that nothing was written to hold NaN, huge numbers and all bits set.
 
     `paged(seed, heads, batch, n, d, nlist, dtype, words, sinks, recent)`
     """
@@ -93,6 +108,7 @@ def paged():
         for s in range(streams):
             rows, positions = near.rows(s)
             pool.write(rows, keys[s, positions], values[s, positions], positions)
+        poison(pool)
         return SimpleNamespace(
             pool=pool,
             pages=pool.pages,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from saapindex.backends import get_ops
+from saapindex.backends.attention_ops import AttentionOps
+from saapindex.backends.cpu import step, vector
 from saapindex.backends.paged import Reading, Scaling
 
 SHAPES = {
-    "d": st.sampled_from([3, 16, 63]),
+    "d": st.sampled_from([3, 16, 63, 80]),
     "t": st.integers(1, 3),
-    "g": st.sampled_from([1, 3]),
+    "g": st.sampled_from([1, 2, 3, 5]),
     "n": st.sampled_from([0, 1, 63, 100]),
     "sinks": st.sampled_from([0, 1, 17]),
     "recent": st.sampled_from([0, 1, 40]),
@@ -63,9 +66,12 @@ def test_rows_are_attended_exactly(backend, paged, dtype, d, t, g, n, sinks, rec
             close(found[s, i], truth, max(1.0, scaling.scale))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @given(scaling=SCALINGS, **SHAPES)
-def test_everything_before_a_position_is_attended(backend, paged, d, t, g, n, sinks, recent, scaling, seed):
-    made = paged(seed, d=d, n=n, sinks=sinks, recent=recent, dtype="float16")
+def test_everything_before_a_position_is_attended(
+    backend, paged, dtype, d, t, g, n, sinks, recent, scaling, seed
+):
+    made = paged(seed, d=d, n=n, sinks=sinks, recent=recent, dtype=dtype)
     queries = made.rng.standard_normal((4, t, g, d)).astype(np.float32)
     positions = made.rng.integers(-1, made.total + 1, (4, t))
     out, lse = get_ops(backend).attend_all(queries, positions, made.near, made.lists, made.pages, scaling)
@@ -149,16 +155,30 @@ def made_reading(made, **settings):
     return Reading(**{"scan": long // 2, "left": long * 20, "code_bytes": 9, "row_bytes": 128, **settings})
 
 
+WAYS = [
+    {},
+    {"by_mass": True},
+    {"refine": False},
+    {"remainder": False},
+    {"refine": False, "remainder": False},
+    {"nprobe": 2},
+    {"nprobe": 2, "refine": False, "by_mass": True},
+    {"top_p": 0.6, "refine": False, "by_mass": True},
+]
+
+
 @pytest.mark.parametrize("policy", ["sum", "max", "union"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"refine": False}, {"remainder": False}, {"nprobe": 2, "refine": False}]
-)
+@pytest.mark.parametrize("settings", WAYS)
 @given(
-    t=st.integers(1, 2), g=st.sampled_from([1, 3]), n=st.sampled_from([0, 63, 200]), seed=st.integers(0, 99)
+    t=st.integers(1, 2),
+    g=st.sampled_from([1, 3]),
+    n=st.sampled_from([0, 63, 200]),
+    dtype=st.sampled_from(["float16", "float32", "bfloat16"]),
+    seed=st.integers(0, 99),
 )
-def test_backends_attend_alike(backend, paged, policy, settings, t, g, n, seed):
+def test_backends_attend_alike(backend, paged, policy, settings, t, g, n, dtype, seed):
     """In one go, as by the operations one after the other in double precision."""
-    made = paged(seed, n=n, dtype="float16")
+    made = paged(seed, n=n, dtype=dtype)
     queries = made.rng.standard_normal((4, t, g, 16)).astype(np.float32)
     positions = np.full((4, t), made.total - 1) - np.arange(t)[::-1]
     rest = (
@@ -181,6 +201,64 @@ def test_backends_attend_alike(backend, paged, policy, settings, t, g, n, seed):
     np.testing.assert_allclose(lse, known_lse, atol=0.02)
     assert np.median(np.abs(found - known)) < 1e-4
     np.testing.assert_allclose(found, known, atol=0.05)
+
+
+@pytest.mark.parametrize("policy", ["sum", "max", "union"])
+@pytest.mark.parametrize("settings", WAYS)
+@given(scaling=SCALINGS, span=st.sampled_from([3, 4]), **SHAPES)
+def test_one_go_is_the_operations_one_after_the_other(
+    backend, paged, policy, settings, scaling, span, d, t, g, n, sinks, recent, seed
+):
+    made = paged(seed, d=d, n=n, sinks=sinks, recent=recent, dtype="bfloat16", span=span)
+    queries = made.rng.standard_normal((4, t, g, d)).astype(np.float32)
+    positions = made.rng.integers(made.total - recent - 2, made.total + 1, (4, t))
+    reading, ops = made_reading(made, policy=policy, **settings), get_ops(backend)
+    arguments = (queries, positions, made.near, made.lists, made.pages, made.code, scaling, reading)
+    for found, known in zip(
+        ops.attend_lists(*arguments), AttentionOps.attend_lists(ops, *arguments), strict=True
+    ):
+        close(found, known, max(1.0, scaling.scale))
+
+
+def test_threads_and_rounds_change_nothing(monkeypatch, paged):
+    made, ops, threads = paged(n=2000, nlist=16), get_ops("cpu"), numba.get_num_threads()
+    queries = made.rng.standard_normal((4, 7, 3, 16)).astype(np.float32)
+    positions = made.total - 7 + np.arange(7) + np.zeros((4, 1), np.int64)
+    parts = made.near, made.lists, made.pages
+
+    def answers():
+        sparse = ops.attend_lists(queries, positions, *parts, made.code, Scaling(0.25), made_reading(made))
+        return [*sparse, *ops.attend_all(queries, positions, *parts, Scaling(0.25))]
+
+    before = answers()
+    for rounds, count in ((1 << 26, 1), (1, threads), (1 << 20, threads)):
+        monkeypatch.setattr(step, "ROUND_BYTES", rounds)
+        numba.set_num_threads(count)
+        try:
+            for found, known in zip(answers(), before, strict=True):
+                np.testing.assert_array_equal(found, known)
+        finally:
+            numba.set_num_threads(threads)
+
+
+@given(x=st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=40))
+def test_fast_functions_are_those_of_the_library(x):
+    x = np.array(x, np.float32)
+    found, exact = exponential(x), np.exp(np.minimum(x, 88).astype(np.float64))
+    np.testing.assert_allclose(found, np.where(x > -87, exact, 0), rtol=3e-7)
+    positive = found[found > 0]
+    np.testing.assert_allclose(logarithm(positive), np.log(positive.astype(np.float64)), rtol=3e-7, atol=1e-7)
+    assert exponential(np.array([-np.inf], np.float32)) == 0
+
+
+@numba.njit
+def exponential(x):
+    return np.array([vector.exp(value) for value in x])
+
+
+@numba.njit
+def logarithm(x):
+    return np.array([vector.log(value) for value in x])
 
 
 def test_with_everything_kept_it_is_exact(backend, paged):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import njit
 
 from saapindex.backends import get_ops
+from saapindex.backends.cpu.vector import code_sums, code_sums_portable
 from saapindex.backends.paged import Code, Scaling
 from saapindex.backends.reference.codes import fields, pack, unpack
 from saapindex.codes import fit_codes
@@ -84,7 +86,7 @@ def test_a_residual_of_zero_and_a_huge_one_are_coded(backend):
     d=st.sampled_from([3, 16, 63]),
     words=st.integers(1, 4),
     t=st.integers(1, 2),
-    g=st.sampled_from([1, 3]),
+    g=st.sampled_from([1, 3, 5]),
     softcap=st.sampled_from([0.0, 5.0]),
     seed=st.integers(0, 99),
 )
@@ -121,9 +123,14 @@ def test_estimates_are_what_the_decoded_keys_give(backend, paged, dtype, d, word
         assert (np.abs(estimates[s, i, :, :n] - exact) <= 1.001 * slack + 1e-5).all()
 
 
-@given(seed=st.integers(0, 999), words=st.integers(1, 4), g=st.sampled_from([1, 3]))
-def test_backends_agree_to_rounding(paged, seed, words, g):
-    made = paged(seed, words=words)
+@given(
+    seed=st.integers(0, 999),
+    words=st.integers(1, 4),
+    g=st.sampled_from([1, 3, 4, 9]),
+    span=st.sampled_from([3, 4]),
+)
+def test_backends_agree_to_rounding(paged, seed, words, g, span):
+    made = paged(seed, words=words, span=span)
     queries = made.rng.standard_normal((4, 1, g, 16)).astype(np.float32)
     arguments = (made.lists.sizes[:, None], made.lists, made.pages, made.code, Scaling(0.25))
     known = get_ops("reference").scan_codes(queries.astype(np.float64), *arguments)
@@ -133,6 +140,31 @@ def test_backends_agree_to_rounding(paged, seed, words, g):
     close = np.isclose(found[0], known[0], atol=2e-6, rtol=2e-6)
     assert close[np.isfinite(known[0])].mean() > 0.7
     np.testing.assert_allclose(found[0], known[0], atol=0.05)
+
+
+@given(widths=WIDTHS, heads=st.integers(1, 4), seed=st.integers(0, 99))
+def test_sums_of_codes_are_exact_with_and_without_the_instruction_for_it(widths, heads, seed):
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, 1 << 32, (16, len(widths)), dtype=np.uint32)
+    levels = unpack(words, widths)
+    queries = rng.integers(-127, 128, (heads, levels.shape[1])).astype(np.int8)
+    page, bytes_ = np.ascontiguousarray(words.T), queries.view(np.int32)
+    for sums in (summed, summed_portably):
+        found = np.full((heads, 40), -1, np.int32)
+        sums(page.ctypes.data, np.ascontiguousarray(widths), bytes_, found, 8)
+        np.testing.assert_array_equal(found[:, 8:24], queries.astype(int) @ levels.T)
+        assert (found[:, :8] == -1).all()
+        assert (found[:, 24:] == -1).all()
+
+
+@njit
+def summed(words, widths, queries, out, first):
+    code_sums(words, widths, queries, out, first)
+
+
+@njit
+def summed_portably(words, widths, queries, out, first):
+    code_sums_portable(words, widths, queries, out, first)
 
 
 def test_nothing_is_visited(backend, paged):

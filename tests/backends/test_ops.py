@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import types
 
 import numpy as np
 import pytest
 
 from saapindex.backends import get_ops
+from saapindex.backends.attention_ops import AttentionOps
 from saapindex.backends.base import LANES, Lists, Ops, to_blocks
 from saapindex.backends.paged import Code, Reading, Scaling
 from saapindex.errors import InvalidInputError
@@ -141,18 +143,27 @@ def test_reference_computes_in_the_precision_of_its_inputs(arguments, operation)
     assert all(out.dtype.kind != "f" or out.dtype == np.float64 for out in outputs)
 
 
-@pytest.mark.parametrize("operation", ["assign", "range_scan", "route", "scan", "search"])
-@pytest.mark.parametrize("size", [{}, {"n": 0}, {"p": 1, "k": 1}, {"nlist": 1, "p": 1}, {"k": 99}])
+OF_SEARCH = ["assign", "range_scan", "route", "scan", "search"]
+OF_ATTENTION = sorted(name for name, _ in inspect.getmembers(AttentionOps, inspect.isfunction))
+
+
+@pytest.mark.parametrize(
+    ("operation", "size"),
+    [
+        *itertools.product(OF_SEARCH, [{}, {"n": 0}, {"p": 1, "k": 1}, {"nlist": 1, "p": 1}, {"k": 99}]),
+        *itertools.product(OF_ATTENTION, [{}]),
+    ],
+)
 def test_every_output_element_is_written(monkeypatch, arguments, operation, size):
     inputs = arguments(**size)[operation]
     run = getattr(get_ops("cpu"), operation)
     expected = arrays_of(run(*inputs))
 
     def poisoned(shape, dtype=np.float64):
-        return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -99, dtype)
+        return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else np.int64(-99).astype(dtype), dtype)
 
     numpy = types.SimpleNamespace(**{**vars(np), "empty": poisoned})
-    for module in ("assign", "route", "scan", "search"):
+    for module in ("assign", "attend", "codes", "route", "scan", "search", "select", "step"):
         monkeypatch.setattr(importlib.import_module(f"saapindex.backends.cpu.{module}"), "np", numpy)
     for out, known in zip(arrays_of(run(*inputs)), expected, strict=True):
         np.testing.assert_array_equal(out, known)

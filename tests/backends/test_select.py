@@ -26,7 +26,7 @@ def logsumexp(x, axis):
 @given(
     d=st.sampled_from([3, 16, 63]),
     t=st.integers(1, 2),
-    g=st.sampled_from([1, 3]),
+    g=st.sampled_from([1, 3, 5]),
     scale=st.sampled_from([0.2, 3.0]),
     softcap=st.sampled_from([0.0, 2.0]),
     seed=st.integers(0, 99),
@@ -168,6 +168,20 @@ def test_the_best_keys_are_kept(backend, policy, n, g, share, whole, seed):
             order = sorted(range(n - n // 4), key=lambda place: (-score[place].round(9), ids[s, i, place]))
             wanted |= {*order[: limits[s, i] // (g if policy == "union" else 1)]}
         assert {*np.flatnonzero(kept[s, i])} == wanted
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_scores_far_apart_and_scores_all_equal_are_told_apart_by_id(backend, policy):
+    """Where no histogram is fine enough."""
+    n = 300
+    ids = np.random.default_rng(0).permutation(n)[None, None]
+    for spread in (0.0, 1e-6, 1e4, 1e30):
+        estimates = np.float32(spread) * (np.arange(n) // 100).astype(np.float32)[None, None, None]
+        kept = get_ops(backend).select_keys(
+            estimates, np.zeros((1, 1, 1), np.float32), ids, np.array([[150]]), policy
+        )
+        order = np.lexsort((ids[0, 0], -estimates[0, 0, 0]))
+        assert {*np.flatnonzero(kept)} == {*order[:150]}
 
 
 def test_bytes_left_by_the_scan_go_to_keys():

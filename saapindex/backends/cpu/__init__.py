@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from saapindex.backends.cpu.assign import accumulate, assign
+from saapindex.backends.cpu.attend import attend_rows, estimate_rest, merge
+from saapindex.backends.cpu.codes import encode, scan_codes
 from saapindex.backends.cpu.rope import rotate
 from saapindex.backends.cpu.route import route
 from saapindex.backends.cpu.scan import range_scan, scan
 from saapindex.backends.cpu.search import search
+from saapindex.backends.cpu.select import rank_lists, select_keys, select_lists
+from saapindex.backends.cpu.step import attend_all, attend_lists
 from saapindex.backends.reference import ReferenceOps
 
 __all__ = ["CpuOps"]
@@ -23,3 +27,13 @@ class CpuOps(ReferenceOps):
     scan = staticmethod(scan)
     range_scan = staticmethod(range_scan)
     search = staticmethod(search)
+    encode = staticmethod(encode)
+    rank_lists = staticmethod(rank_lists)
+    select_lists = staticmethod(select_lists)
+    scan_codes = staticmethod(scan_codes)
+    select_keys = staticmethod(select_keys)
+    attend_rows = staticmethod(attend_rows)
+    estimate_rest = staticmethod(estimate_rest)
+    merge = staticmethod(merge)
+    attend_all = staticmethod(attend_all)
+    attend_lists = staticmethod(attend_lists)

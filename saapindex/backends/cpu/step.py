@@ -1,0 +1,629 @@
+"""A step of attention in numba: stages of small tasks, which the threads take one after the other.
+
+The tasks of a stage are independent, and what a stage writes, the next one reads. Nothing of the length of the
+context is held but the estimates of the keys that are visited.
+
+All that the stages read and write is described by one record of addresses and sizes, as a kernel of a GPU has
+its arguments. So a task is called through its address with three numbers, and compiled once: handed on as
+arrays, it would take numba minutes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, get_num_threads, njit, prange, types
+from numpy.typing import NDArray
+
+from saapindex.backends.base import LANES, Floats, Ints
+from saapindex.backends.cpu.attend import (
+    CHUNK,
+    add_mean,
+    attend_chunk,
+    bounded_sum,
+    kind_of,
+    largest,
+    merge_parts,
+    rest_of_lists,
+)
+from saapindex.backends.cpu.codes import (
+    addressed,
+    code_arrays,
+    page_total,
+    place_of,
+    prepare,
+    rotated,
+    scan_pages,
+    visited_pages,
+)
+from saapindex.backends.cpu.heap import worse
+from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, pool, rank, visit, worst_kept
+from saapindex.backends.cpu.vector import call_at, integer_at, next_task, padded, plain, pointer
+from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling
+
+SCANNED = 32
+"""Pages whose codes a task scans."""
+ROUND_BYTES = 1 << 26
+"""What the working memory of the queries that are attended to in one go may take."""
+SERIAL = 4096
+"""Below this many keys to read in all, starting threads costs more than they save."""
+
+PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(6)
+
+_NUMBERS = (
+    # Sizes, as `AttentionOps` and `paged` name them; `rows` queries in a row, in `width` padded dimensions.
+    "rows tokens g d width heads nlist coded words near_pages sink_pages span shift chunks kind "
+    # What to read.
+    "code_bytes row_bytes nprobe policy by_mass refine remainder everything "
+    # Room that the working memory has, for each row.
+    "pages slots kept near_parts kept_parts scan_parts parts "
+)
+_READ = (
+    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads sizes starts "
+    "table addresses inverse steps widths base spread distortion scan left "
+)
+_WRITTEN = (
+    "logits norms centers bytes factors taken page_counts page_numbers labels counts estimates scores "
+    "kept_counts kept_rows outs sums peaks out lse"
+)
+STEP = np.dtype(
+    [(name, np.int64) for name in (_NUMBERS + _READ + _WRITTEN).split()]
+    + [("scale", np.float32), ("softcap", np.float32), ("top_p", np.float64)]
+)
+"""The record: sizes, addresses of what is read and written, and how to scale."""
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _floats(address, shape):  # type: ignore[no-untyped-def]
+    return carray(pointer(address), shape, np.float32)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _longs(address, shape):  # type: ignore[no-untyped-def]
+    return carray(pointer(address), shape, np.int64)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _ints(address, shape):  # type: ignore[no-untyped-def]
+    return carray(pointer(address), shape, np.int32)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _small(address, shape):  # type: ignore[no-untyped-def]
+    return carray(pointer(address), shape, np.int8)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _query(step, r):  # type: ignore[no-untyped-def]
+    return _floats(step.queries + 4 * r * step.g * step.width, (step.g, step.width))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _pool(step):  # type: ignore[no-untyped-def]
+    return _longs(step.addresses, (5, step.chunks))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _list_floats(step, address, r):  # type: ignore[no-untyped-def]
+    """One number for each head and list of a row."""
+    return _floats(address + 4 * r * step.g * step.nlist, (step.g, step.nlist))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _of_stream(step, address, r):  # type: ignore[no-untyped-def]
+    """One whole number of the stream of a row."""
+    return _longs(address, (r // step.tokens + 1,))[r // step.tokens]
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _factors(step, r):  # type: ignore[no-untyped-def]
+    return _floats(step.factors + 12 * r * step.g, (3, step.g))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _bytes(step, r):  # type: ignore[no-untyped-def]
+    groups = 8 * step.words
+    return _ints(step.bytes + 4 * r * step.g * groups, (step.g, groups))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _visited(step, r):  # type: ignore[no-untyped-def]
+    """Numbers, lists and keys of the pages that a row visits."""
+    n, at = _longs(step.page_counts, (r + 1,))[r], 4 * r * step.pages
+    return _ints(step.page_numbers + at, (n,)), _ints(step.labels + at, (n,)), _ints(step.counts + at, (n,))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _estimates(step, r, part):  # type: ignore[no-untyped-def]
+    """Of the pages of one task: (g, its slots), side by side so that loops over them are SIMD."""
+    slots = SCANNED * LANES
+    return _floats(step.estimates + 4 * (r * step.slots + part * slots) * step.g, (step.g, slots))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _scores(step, r):  # type: ignore[no-untyped-def]
+    return _floats(step.scores + 4 * r * step.slots, (step.slots,))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _parts(step, r):  # type: ignore[no-untyped-def]
+    """Outputs, sums and peaks of the parts of a row."""
+    n, g, first = step.parts, step.g, 4 * r * step.parts * step.g
+    outs = _floats(step.outs + first * step.width, (n, g, step.width))
+    return outs, _floats(step.sums + first, (n, g)), _floats(step.peaks + first, (n, g))
+
+
+@njit(cache=True, nogil=True)
+def _plan(step, r):  # type: ignore[no-untyped-def]
+    """Choose the lists that a query visits, and note down their pages."""
+    s, g, nlist, d = r // step.tokens, step.g, step.nlist, step.d
+    head = s % step.heads
+    sizes = _longs(step.sizes + 8 * s * nlist, (nlist,))
+    taken = _longs(step.taken + 8 * r * nlist, (nlist,))
+    if step.everything:
+        taken[:] = sizes
+    else:
+        coded, norms = step.coded, _floats(step.norms + 4 * r * g, (g,))
+        u, query, logits = (
+            np.empty((g, coded), np.float32),
+            _query(step, r),
+            _list_floats(step, step.logits, r),
+        )
+        rotated(query, _floats(step.inverse + 4 * head * d * coded, (d, coded)), u)
+        rank(
+            query,
+            u,
+            _small(step.anchors + s * nlist * d, (nlist, d)),
+            _floats(step.anchor_scales + 4 * s * nlist, (nlist,)),
+            _floats(step.spreads + 4 * s * nlist, (nlist,)),
+            sizes,
+            _floats(step.spread + 4 * head * coded, (coded,)),
+            step.scale,
+            step.softcap,
+            _list_floats(step, step.centers, r),
+            logits,
+            norms,
+        )
+        limit = _of_stream(step, step.scan, r)
+        visit(
+            logits, norms, sizes, limit, step.nprobe, step.top_p, step.policy, step.by_mass != 0,
+            step.refine != 0, taken,
+        )  # fmt: skip
+        if step.refine:
+            factors = _factors(step, r)
+            prepare(
+                u,
+                _floats(step.steps + 4 * head * coded, (coded,)),
+                _longs(step.widths + 8 * head * step.words, (step.words,)),
+                _floats(step.distortion + 4 * head * coded, (coded,)),
+                step.scale,
+                _bytes(step, r),
+                factors[0],
+                factors[1],
+                factors[2],
+            )
+    at = 4 * r * step.pages
+    _longs(step.page_counts, (r + 1,))[r] = visited_pages(
+        taken,
+        _longs(step.starts + 8 * s * nlist, (nlist,)),
+        _ints(step.table, (1,)),
+        _ints(step.page_numbers + at, (step.pages,)),
+        _ints(step.labels + at, (step.pages,)),
+        _ints(step.counts + at, (step.pages,)),
+    )
+
+
+@njit(cache=True, nogil=True)
+def _attend(step, r, part, rows):  # type: ignore[no-untyped-def]
+    outs, sums, peaks = _parts(step, r)
+    if rows.shape[0] == 0:
+        peaks[part] = -np.inf
+        return
+    attend_chunk(
+        _query(step, r), rows, _pool(step), step.span, step.shift, step.kind, step.d, step.scale, step.softcap,
+        outs[part], sums[part], peaks[part],
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _near_rows(step, r, part, rows):  # type: ignore[no-untyped-def]
+    """Write the rows of a chunk of the sinks and the recent keys that the query sees; return how many."""
+    s, n = r // step.tokens, 0
+    sinks, first = _of_stream(step, step.sinks, r), _of_stream(step, step.first, r)
+    last = _longs(step.positions, (r + 1,))[r]
+    pages = _ints(step.near_table + 4 * s * step.near_pages, (step.near_pages,))
+    for i in range(part * CHUNK, min((part + 1) * CHUNK, sinks + _of_stream(step, step.recent, r))):
+        at = i if i < sinks else i - sinks
+        if (at if i < sinks else first + at) <= last:
+            page = pages[at // LANES + (0 if i < sinks else step.sink_pages)]
+            rows[n] = np.int64(page) * LANES + at % LANES
+            n += 1
+    return n
+
+
+@njit(cache=True, nogil=True)
+def _scan(step, r, part):  # type: ignore[no-untyped-def]
+    """Estimate the logits of the keys in some of the pages, and score them."""
+    pages, labels, counts = _visited(step, r)
+    start, stop = part * SCANNED, min((part + 1) * SCANNED, pages.shape[0])
+    if start >= stop:
+        return
+    head, factors, g = r // step.tokens % step.heads, _factors(step, r), step.g
+    estimates = _estimates(step, r, part)
+    scan_pages(
+        pages[start:stop],
+        labels[start:stop],
+        counts[start:stop],
+        _pool(step),
+        step.span,
+        step.shift,
+        _longs(step.widths + 8 * head * step.words, (step.words,)),
+        _bytes(step, r),
+        factors[0],
+        factors[1],
+        factors[2],
+        _floats(step.base, (step.heads,))[head],
+        _list_floats(step, step.centers, r),
+        step.softcap,
+        estimates,
+    )
+    if step.policy != UNION:
+        scores = _scores(step, r)[start * LANES : stop * LANES]
+        pool(estimates, _floats(step.norms + 4 * r * g, (g,)), step.policy, scores)
+
+
+@njit(cache=True, nogil=True)
+def _id(step, page, lane):  # type: ignore[no-untyped-def]
+    """Position of the key in a lane of a page."""
+    chunk, at = place_of(page, step.span, step.shift)
+    return np.int64(integer_at(_pool(step)[4, chunk] + 4 * (at * LANES + lane)))
+
+
+@njit(cache=True, nogil=True)
+def _keep(step, pages, scores, limit, kept):  # type: ignore[no-untyped-def]
+    """Mark the slots of the `limit` best scores."""
+    bins = np.empty(scores.shape[0], np.int32)
+    last, need = cut(scores, limit, bins)
+    crowd = 0
+    for i in range(scores.shape[0]):
+        kept[i] |= bins[i] < last
+        crowd += bins[i] == last
+    if last == BINS or need == 0:
+        return
+    slots, ids, close = np.empty(crowd, np.int64), np.empty(crowd, np.int64), np.empty(crowd, np.float32)
+    n = 0
+    for i in range(scores.shape[0]):
+        if bins[i] == last:
+            slots[n], ids[n], close[n] = i, _id(step, pages[i // LANES], i % LANES), scores[i]
+            n += 1
+    score, id_ = worst_kept(close, ids, need)
+    for i in range(crowd):
+        if not worse(close[i], ids[i], score, id_):
+            kept[slots[i]] = True
+
+
+@njit(cache=True, nogil=True)
+def _choose(step, r):  # type: ignore[no-untyped-def]
+    """Note down the rows of the keys to fetch; the estimates of these are of no more use."""
+    pages, _, counts = _visited(step, r)
+    n, s, slots = 0, r // step.tokens, pages.shape[0] * LANES
+    rows = _longs(step.kept_rows + 8 * r * step.kept, (step.kept,))
+    if step.everything or not step.refine:
+        last = _longs(step.positions, (r + 1,))[r]
+        for p in range(pages.shape[0]):
+            for lane in range(counts[p]):
+                if not step.everything or _id(step, pages[p], lane) <= last:
+                    rows[n] = np.int64(pages[p]) * LANES + lane
+                    n += 1
+        _longs(step.kept_counts, (r + 1,))[r] = n
+        return
+    scanned = 0
+    for keys in _longs(step.taken + 8 * r * step.nlist, (step.nlist,)):
+        scanned += keys
+    limit = max(_longs(step.left, (s + 1,))[s] - scanned * step.code_bytes, 0) // step.row_bytes
+    kept, scores, block = np.zeros(slots, np.bool_), _scores(step, r)[:slots], SCANNED * LANES
+    for h in range(step.g if step.policy == UNION else 1):
+        if step.policy == UNION:  # each head by its own estimates
+            limit = limit // step.g if h == 0 else limit
+            for part in range((slots + block - 1) // block):
+                end = min(block, slots - part * block)
+                scores[part * block : part * block + end] = _estimates(step, r, part)[h, :end]
+        _keep(step, pages, scores, limit, kept)
+    for part in range((slots + block - 1) // block):
+        estimates = _estimates(step, r, part)
+        for i in range(min(block, slots - part * block)):
+            if kept[part * block + i]:
+                rows[n] = np.int64(pages[part * SCANNED + i // LANES]) * LANES + i % LANES
+                n += 1
+                for h in range(step.g):
+                    estimates[h, i] = -np.inf
+    _longs(step.kept_counts, (r + 1,))[r] = n
+
+
+@njit(cache=True, nogil=True)
+def _rest(step, r, part):  # type: ignore[no-untyped-def]
+    """Let what was not fetched count: the lists by their logits, or the keys of some pages by theirs."""
+    s, g, nlist = r // step.tokens, step.g, step.nlist
+    at, exact = step.near_parts + step.kept_parts + part, step.near_parts + step.kept_parts
+    all_outs, all_sums, all_peaks = _parts(step, r)
+    out, sums, peaks = all_outs[at], all_sums[at], all_peaks[at]
+    bounds = np.empty(g, np.float32)  # the largest exact logits; infinity where there are none
+    for h in range(g):
+        bounds[h] = largest(all_peaks[:exact, h])
+        if bounds[h] == -np.inf:
+            bounds[h] = np.inf
+    means = _small(step.means + s * nlist * step.d, (nlist, step.d))
+    mean_scales = _floats(step.mean_scales + 4 * s * nlist, (nlist,))
+    if part == step.scan_parts:
+        sizes = _longs(step.sizes + 8 * s * nlist, (nlist,))
+        rest = sizes - _longs(step.taken + 8 * r * nlist, (nlist,))
+        rest_of_lists(_list_floats(step, step.logits, r), rest, bounds, means, mean_scales, out, sums, peaks)
+        return
+    pages, labels, _ = _visited(step, r)
+    first, last = part * SCANNED, min((part + 1) * SCANNED, pages.shape[0])
+    peaks[:] = -np.inf
+    if first >= last:
+        return
+    out[:] = 0
+    sums[:] = 0
+    for h in range(g):
+        row = _estimates(step, r, part)[h]
+        peaks[h] = min(bounds[h], largest(row[: (last - first) * LANES]))
+        if peaks[h] == -np.inf:
+            continue
+        start = first
+        for p in range(first, last):
+            label = labels[p]
+            if p + 1 == last or labels[p + 1] != label:
+                run = row[(start - first) * LANES : (p + 1 - first) * LANES]
+                weight = bounded_sum(run, bounds[h], peaks[h])
+                sums[h] += weight
+                add_mean(weight, means[label], mean_scales[label], out[h])
+                start = p + 1
+
+
+def _do(address: int, stage: int, task: int) -> None:
+    """Do one task of a stage of the step whose record is at `address`."""
+    step = carray(pointer(address), 1, STEP)[0]
+    if stage == PLAN and task % (step.near_parts + 1) == 0:
+        _plan(step, task // (step.near_parts + 1))
+    elif stage in (PLAN, FETCH):
+        # One call for both, since all that it calls is compiled at every place that calls it.
+        rows = np.empty(CHUNK, np.int64)
+        if stage == PLAN:
+            r, part = task // (step.near_parts + 1), task % (step.near_parts + 1) - 1
+            n = _near_rows(step, r, part, rows)
+        else:
+            r, part = task // step.kept_parts, task % step.kept_parts
+            n = min(CHUNK, _longs(step.kept_counts, (r + 1,))[r] - part * CHUNK)
+            rows = _longs(step.kept_rows + 8 * (r * step.kept + part * CHUNK), (CHUNK,))
+            part += step.near_parts
+        _attend(step, r, part, rows[: max(n, 0)])
+    elif stage == SCAN:
+        _scan(step, task // step.scan_parts, task % step.scan_parts)
+    elif stage == CHOOSE:
+        _choose(step, task)
+    elif stage == REST:
+        _rest(step, task // (step.scan_parts + 1), task % (step.scan_parts + 1))
+    else:
+        outs, sums, peaks = _parts(step, task)
+        g, d = step.g, step.d
+        out, lse = _floats(step.out + 4 * task * g * d, (g, d)), _floats(step.lse + 4 * task * g, (g,))
+        merge_parts(outs, sums, peaks, d, out, lse)
+
+
+@functools.cache
+def _task() -> int:
+    """Address of `_do`, compiled when it is first needed."""
+    return int(cfunc(types.void(types.int64, types.int64, types.int64), cache=True)(_do).address)
+
+
+@njit(cache=True, nogil=True)
+def _run_tasks(do, step, stage, count, counter):  # type: ignore[no-untyped-def]
+    """Take tasks until there are none."""
+    task = next_task(counter)
+    while task < count:
+        call_at(do, step, stage, task)
+        task = next_task(counter)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _run_together(do, step, stage, count, counter, threads):  # type: ignore[no-untyped-def]
+    for _ in prange(threads):
+        _run_tasks(do, step, stage, count, counter)
+
+
+@njit(cache=True, nogil=True)
+def _count_parts(step, scan, left, sizes, sinks, recent):  # type: ignore[no-untyped-def]
+    """Note down how many pages, kept keys and parts there may be for each row."""
+    near, pages, kept = 0, 0, 0
+    for s in range(sizes.shape[0]):
+        here = page_total(sizes[s])
+        if not step.everything and step.nprobe == 0 and step.top_p == 0:
+            here = min(here, scan[s] // LANES + step.nlist)
+        most = here * LANES
+        if step.refine and not step.everything:
+            most = min(most, left[s] // step.row_bytes)
+        near, pages, kept = max(near, sinks[s] + recent[s]), max(pages, here), max(kept, most)
+    step.pages, step.kept = pages, (kept + CHUNK - 1) // CHUNK * CHUNK
+    step.near_parts, step.kept_parts = (near + CHUNK - 1) // CHUNK, step.kept // CHUNK
+    scans = step.refine and not step.everything
+    step.scan_parts = (pages + SCANNED - 1) // SCANNED if scans else 0
+    step.parts = step.near_parts + step.kept_parts + (step.scan_parts + 1 if step.remainder else 0)
+    step.slots = step.scan_parts * SCANNED * LANES
+
+
+@njit(cache=True, nogil=True)
+def _lay_out(step, start):  # type: ignore[no-untyped-def]
+    """Note down where in memory from `start` on the stages write; return where it ends."""
+    at, rows, g, pages, slots = start, step.rows, step.g, step.pages, step.slots
+    step.logits, at = at, at + _room(4 * rows * g * step.nlist)
+    step.centers, at = at, at + _room(4 * rows * g * step.nlist)
+    step.norms, at = at, at + _room(4 * rows * g)
+    step.bytes, at = at, at + _room(4 * rows * g * 8 * step.words)
+    step.factors, at = at, at + _room(4 * rows * 3 * g)
+    step.taken, at = at, at + _room(8 * rows * step.nlist)
+    step.page_counts, at = at, at + _room(8 * rows)
+    step.page_numbers, at = at, at + _room(4 * rows * pages)
+    step.labels, at = at, at + _room(4 * rows * pages)
+    step.counts, at = at, at + _room(4 * rows * pages)
+    step.estimates, at = at, at + _room(4 * rows * g * slots)
+    step.scores, at = at, at + _room(4 * rows * slots)
+    step.kept_counts, at = at, at + _room(8 * rows)
+    step.kept_rows, at = at, at + _room(8 * rows * step.kept)
+    step.outs, at = at, at + _room(4 * rows * step.parts * g * step.width)
+    step.sums, at = at, at + _room(4 * rows * step.parts * g)
+    step.peaks, at = at, at + _room(4 * rows * step.parts * g)
+    return at
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _room(size):  # type: ignore[no-untyped-def]
+    return (size + 63) // 64 * 64
+
+
+@njit(cache=True, nogil=True)
+def _run(  # type: ignore[no-untyped-def]
+    do, most_threads, steps, queries, positions, near_table, sinks, first, recent, anchors, anchor_scales,
+    means, mean_scales, spreads, sizes, starts, table, addresses, inverse, quanta, widths, base, spread,
+    distortion, scan, left, out, lse,
+):  # fmt: skip
+    step = steps[0]
+    step.rows, step.g, step.width = queries.shape
+    step.nlist, step.near_pages, step.chunks = sizes.shape[1], near_table.shape[1], addresses.shape[1]
+    step.heads, step.coded, step.words = inverse.shape[0], inverse.shape[2], widths.shape[1]
+    step.tokens, step.d = step.rows // max(sizes.shape[0], 1), out.shape[2]
+    step.queries, step.positions = queries.ctypes.data, positions.ctypes.data
+    step.near_table, step.sinks = near_table.ctypes.data, sinks.ctypes.data
+    step.first, step.recent = first.ctypes.data, recent.ctypes.data
+    step.anchors, step.anchor_scales = anchors.ctypes.data, anchor_scales.ctypes.data
+    step.means, step.mean_scales = means.ctypes.data, mean_scales.ctypes.data
+    step.spreads, step.sizes = spreads.ctypes.data, sizes.ctypes.data
+    step.starts, step.table = starts.ctypes.data, table.ctypes.data
+    step.addresses, step.inverse = addresses.ctypes.data, inverse.ctypes.data
+    step.steps, step.widths, step.base = quanta.ctypes.data, widths.ctypes.data, base.ctypes.data
+    step.spread, step.distortion = spread.ctypes.data, distortion.ctypes.data
+    step.scan, step.left = scan.ctypes.data, left.ctypes.data
+    step.out, step.lse = out.ctypes.data, lse.ctypes.data
+    _count_parts(step, scan, left, sizes, sinks, recent)
+    memory = np.empty(_lay_out(step, 0) + 64, np.uint8)
+    _lay_out(step, _room(memory.ctypes.data))
+    counter, rows = np.empty(1, np.int64), step.rows
+    few = rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
+    for stage in range(PLAN, MERGE + 1):
+        count = rows
+        if stage == PLAN:
+            count = rows * (step.near_parts + 1)
+        elif stage == SCAN:
+            count = rows * step.scan_parts
+        elif stage == FETCH:
+            count = rows * step.kept_parts
+        elif stage == REST:
+            count = rows * (step.scan_parts + 1) if step.remainder else 0
+        counter[0] = 0
+        if few or most_threads == 1 or count < 2:
+            _run_tasks(do, steps.ctypes.data, stage, count, counter)
+        else:
+            _run_together(do, steps.ctypes.data, stage, count, counter, most_threads)
+    return memory.shape[0]  # it lives up to here
+
+
+def attend_lists(
+    queries: Floats,
+    positions: Ints,
+    near: Near,
+    lists: PagedLists,
+    pages: Pages,
+    code: Code,
+    scaling: Scaling,
+    reading: Reading,
+) -> tuple[Floats, Floats]:
+    """See `Ops.attend_lists`."""
+    how = {
+        "code_bytes": reading.code_bytes,
+        "row_bytes": reading.row_bytes,
+        "nprobe": reading.nprobe,
+        "top_p": reading.top_p,
+        "policy": POLICIES[reading.policy],
+        "by_mass": reading.by_mass,
+        "refine": reading.refine,
+        "remainder": reading.remainder,
+    }
+    arrays = code_arrays(code, "inverse", "step", "widths", "base", "spread", "distortion")
+    limits = plain(reading.scan, np.int64), plain(reading.left, np.int64)
+    return _in_rounds(queries, positions, near, lists, pages, arrays, scaling, limits, how)
+
+
+# Dense attention reads no codes.
+_NO_CODE = [
+    np.zeros(shape, np.int64 if i == 2 else np.float32)
+    for i, shape in enumerate([(1, 1, 1), (1, 1), (1, 1), (1,), (1, 1), (1, 1)])
+]
+
+
+def attend_all(
+    queries: Floats, positions: Ints, near: Near, lists: PagedLists, pages: Pages, scaling: Scaling
+) -> tuple[Floats, Floats]:
+    """See `Ops.attend_all`."""
+    none = np.zeros(len(lists.sizes), np.int64)
+    return _in_rounds(
+        queries, positions, near, lists, pages, _NO_CODE, scaling, (none, none), {"everything": True}
+    )
+
+
+def _in_rounds(
+    queries: Floats,
+    positions: Ints,
+    near: Near,
+    lists: PagedLists,
+    pages: Pages,
+    code: list[NDArray[Any]],
+    scaling: Scaling,
+    limits: tuple[Ints, Ints],
+    how: dict[str, Any],
+) -> tuple[Floats, Floats]:
+    """Attend for as many tokens at a time as the working memory allows."""
+    streams, t, g, d = queries.shape
+    x, last = padded(queries), plain(positions, np.int64)
+    out, lse = np.empty((streams, t, g, d), np.float32), np.empty((streams, t, g), np.float32)
+    spans = addressed(pages)
+    step = np.zeros(1, STEP)
+    how |= {"sink_pages": near.sink_pages, "span": spans[1], "shift": spans[2], "kind": kind_of(pages)}
+    how |= {"scale": scaling.scale, "softcap": scaling.softcap}
+    for name, value in how.items():
+        step[name] = value
+    pages_a_stream = len(lists.table) // max(streams, 1) + near.pages.shape[1]
+    once = max(1, ROUND_BYTES // (max(streams, 1) * (pages_a_stream + 1) * LANES * (4 * g + 16)))
+    for start in range(0, t, once):
+        part = slice(start, start + once)
+        found = (out, lse) if once >= t else (np.empty_like(out[:, part]), np.empty_like(lse[:, part]))
+        tokens = found[1].shape[1]
+        _run(
+            _task(),
+            get_num_threads(),
+            step,
+            np.ascontiguousarray(x[:, part]).reshape(streams * tokens, g, -1),
+            np.ascontiguousarray(last[:, part]).reshape(streams * tokens),
+            near.pages,
+            near.sinks,
+            near.first,
+            near.recent,
+            lists.anchors,
+            plain(lists.anchor_scales, np.float32),
+            lists.means,
+            plain(lists.mean_scales, np.float32),
+            plain(lists.spreads, np.float32),
+            lists.sizes,
+            lists.starts,
+            lists.table,
+            spans[0],
+            *code,
+            *limits,
+            found[0].reshape(streams * tokens, g, d),
+            found[1].reshape(streams * tokens, g),
+        )
+        if once < t:
+            out[:, part], lse[:, part] = found
+    return out, lse

@@ -1,0 +1,498 @@
+"""The innermost loops of attention as SIMD, in LLVM's own terms, and fast exponentials.
+
+Vectors are of `LANES` floats; LLVM makes of them what the machine has (AVX-512, AVX2, NEON). Keys and values
+are read where they lie, by address, and widened in the register. Buffers have rows of a multiple of `LANES`
+dimensions, zero beyond those of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from saapindex.backends.base import LANES
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+KINDS = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
+"""Number of each type of stored elements, by NumPy's name."""
+
+HEADS = 4
+"""Query heads that the loops take at once; more are taken one four after the other."""
+KEYS = 4
+"""Keys that `dots` takes at once: lists of addresses have room for a multiple of it."""
+_COLUMNS = 4
+
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_FLOAT = ir.FloatType()
+_FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_I32, LANES)
+
+
+def _long(value: int) -> Any:
+    return ir.Constant(_I64, value)
+
+
+class _Emitter:
+    """Instructions on vectors of `LANES`."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def _intrinsic(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)
+
+    def at(self, base: Any, *offsets: Any) -> Any:
+        """Return an address: the sum of all."""
+        for offset in offsets:
+            base = self.builder.add(base, offset)
+        return base
+
+    def times(self, value: Any, factor: int) -> Any:
+        return self.builder.mul(value, _long(factor))
+
+    def load(self, address: Any, kind: Any, align: int) -> Any:
+        pointer = self.builder.inttoptr(address, kind.as_pointer())
+        return self.builder.load(pointer, align=align, typ=kind)
+
+    def store(self, value: Any, address: Any) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+    def splat(self, value: Any) -> Any:
+        kind = ir.VectorType(value.type, LANES)
+        first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
+        return self.shuffle(first, first, [0] * LANES)
+
+    def shuffle(self, one: Any, other: Any, lanes: list[int]) -> Any:
+        return self.builder.shuffle_vector(
+            one, other, ir.Constant(ir.VectorType(_I32, len(lanes)), [ir.Constant(_I32, i) for i in lanes])
+        )
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        function = self._intrinsic(f"llvm.fmuladd.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+        return self.builder.call(function, [a, b, c])
+
+    def stored(self, address: Any, kind: int, mask: Any | None = None) -> Any:
+        """Load stored elements as floats; with a mask, only where it is set, and zero elsewhere."""
+        width, bits = (4, _I32) if kind == FLOAT32 else (2, _I16)
+        raw = ir.VectorType(bits, LANES)
+        x = self.load(address, raw, width) if mask is None else self._masked_load(address, raw, width, mask)
+        if kind == FLOAT32:
+            return self.builder.bitcast(x, _FLOATS)
+        if kind == FLOAT16:
+            return self.builder.fpext(self.builder.bitcast(x, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
+        high = self.builder.shl(self.builder.zext(x, _INTS), self.splat(ir.Constant(_I32, 16)))
+        return self.builder.bitcast(high, _FLOATS)
+
+    def _masked_load(self, address: Any, raw: Any, width: int, mask: Any) -> Any:
+        pointer = self.builder.inttoptr(address, raw.as_pointer())
+        function = self._intrinsic(
+            f"llvm.masked.load.v{LANES}i{8 * width}.p0",
+            raw,
+            [pointer.type, _I32, ir.VectorType(_I1, LANES), raw],
+        )
+        zeros = ir.Constant(raw, [ir.Constant(raw.element, 0)] * LANES)
+        return self.builder.call(function, [pointer, ir.Constant(_I32, width), mask, zeros])
+
+    def below(self, count: Any) -> Any:
+        """Return a mask of the first `count` lanes."""
+        numbers = ir.Constant(_INTS, [ir.Constant(_I32, i) for i in range(LANES)])
+        return self.builder.icmp_unsigned("<", numbers, self.splat(self.builder.trunc(count, _I32)))
+
+    def sums(self, vectors: list[Any]) -> Any:
+        """Return the sum of each of `KEYS` vectors, as a short vector."""
+        add, shuffle = self.builder.fadd, self.shuffle
+        half, quarter = LANES // 2, LANES // 4
+        low = [*range(half), *range(LANES, LANES + half)]
+        high = [*range(half, LANES), *range(LANES + half, 2 * LANES)]
+        pairs = [
+            add(shuffle(a, b, low), shuffle(a, b, high))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        low = [*range(quarter), *range(half, half + quarter)]
+        low += [LANES + i for i in low]
+        high = [i + quarter for i in low]
+        total = add(shuffle(*pairs, low), shuffle(*pairs, high))
+        step = quarter // 2
+        while step:
+            turned = [i // quarter * quarter + (i + step) % quarter for i in range(LANES)]
+            total = add(total, shuffle(total, total, turned))
+            step //= 2
+        return shuffle(total, total, [i * quarter for i in range(KEYS)])
+
+    def dot4(self, total: Any, fields: Any, query: Any) -> Any:
+        """Add to each lane of `total` four products of a byte of `fields` and a signed one of `query`."""
+        builder = self.builder
+        for shift in (0, 8, 16, 24):
+            field = builder.and_(
+                builder.lshr(fields, self.splat(ir.Constant(_I32, shift))), self.splat(ir.Constant(_I32, 255))
+            )
+            byte = builder.ashr(builder.shl(query, ir.Constant(_I32, 24 - shift)), ir.Constant(_I32, 24))
+            total = builder.add(total, builder.mul(field, self.splat(byte)))
+        return total
+
+    def dot4_vnni(self, total: Any, fields: Any, query: Any) -> Any:
+        """The same in one instruction."""
+        function = self._intrinsic("llvm.x86.avx512.vpdpbusd.512", _INTS, [_INTS] * 3)
+        return self.builder.call(function, [total, fields, self.splat(query)])
+
+
+def _cases(builder: Any, kind: Any, count: Any) -> Any:
+    """Emit what follows once for each kind and number of heads, where they are those of the call."""
+    for known in KINDS.values():
+        for heads in range(1, HEADS + 1):
+            same_kind = builder.icmp_signed("==", kind, _long(known))
+            same_heads = builder.icmp_signed("==", count, _long(heads))
+            with builder.if_then(builder.and_(same_kind, same_heads)):
+                yield known, heads
+
+
+def _data(context: Any, builder: Any, signature: Any, args: Any, i: int) -> tuple[Any, Any]:
+    """Address of an array, and the bytes from row to row."""
+    array = context.make_array(signature.args[i])(context, builder, args[i])
+    return builder.ptrtoint(array.data, _I64), cgutils.unpack_tuple(builder, array.strides)[0]
+
+
+def _dots(typingctx, kind, queries, keys, n, d, out):  # type: ignore[no-untyped-def]
+    """Write ``queries[h] . key`` to ``out[h, k]`` for the key of `kind` at each address ``keys[k]``.
+
+    `queries` is (1 to `HEADS`, padded d) float32; of `keys` and columns of `out`, the next multiple of `KEYS`
+    from `n` up is read and written.
+    """
+    signature = types.void(types.int64, queries, keys, types.int64, types.int64, out)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        count = cgutils.unpack_tuple(
+            builder, context.make_array(signature.args[1])(context, builder, args[1]).shape
+        )[0]
+        for known, heads in _cases(builder, args[0], count):
+            q, k, o = (_data(context, builder, signature, args, i) for i in (1, 2, 5))
+            _emit_dots(_Emitter(builder), known, heads, q, k[0], args[3], args[4], o)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit_dots(emit: _Emitter, kind: int, heads: int, q: Any, keys: Any, n: Any, d: Any, out: Any) -> None:
+    builder, width = emit.builder, 4 if kind == FLOAT32 else 2
+    zero = ir.Constant(_FLOATS, [0.0] * LANES)
+    totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(KEYS)] for _ in range(heads)]
+    tail = builder.and_(d, _long(LANES - 1))
+    whole = builder.sub(d, tail)
+    with cgutils.for_range_slice(builder, _long(0), n, _long(KEYS), intp=_I64) as (k, _):
+        for total in (total for row in totals for total in row):
+            builder.store(zero, total)
+        places = [emit.load(emit.at(keys, emit.times(k, 8), _long(8 * j)), _I64, 8) for j in range(KEYS)]
+
+        def step(i: Any, mask: Any | None, places: list[Any] = places) -> None:
+            x = [emit.stored(emit.at(place, emit.times(i, width)), kind, mask) for place in places]
+            for h, row in enumerate(totals):
+                query = emit.load(emit.at(q[0], emit.times(q[1], h), emit.times(i, 4)), _FLOATS, 4)
+                for j, total in enumerate(row):
+                    builder.store(emit.multiply_add(query, x[j], builder.load(total)), total)
+
+        with cgutils.for_range_slice(builder, _long(0), whole, _long(LANES), intp=_I64) as (i, _):
+            step(i, None)
+        with builder.if_then(builder.icmp_signed(">", tail, _long(0))):
+            step(whole, emit.below(tail))
+        for h, row in enumerate(totals):
+            found = emit.sums([builder.load(total) for total in row])
+            emit.store(found, emit.at(out[0], emit.times(out[1], h), emit.times(k, 4)))
+
+
+def _mix(typingctx, kind, weights, values, n, d, out):  # type: ignore[no-untyped-def]
+    """Write the sum of ``weights[h, k] * value`` over the values of `kind` at addresses ``values[k]``.
+
+    `weights` is (1 to `HEADS`, at least n) float32; `out` is (heads, padded d) float32.
+    """
+    signature = types.void(types.int64, weights, values, types.int64, types.int64, out)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        count = cgutils.unpack_tuple(
+            builder, context.make_array(signature.args[1])(context, builder, args[1]).shape
+        )[0]
+        for known, heads in _cases(builder, args[0], count):
+            w, v, o = (_data(context, builder, signature, args, i) for i in (1, 2, 5))
+            _emit_mix(_Emitter(builder), known, heads, w, v[0], args[3], args[4], o)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit_mix(emit: _Emitter, kind: int, heads: int, w: Any, values: Any, n: Any, d: Any, out: Any) -> None:
+    builder, width = emit.builder, 4 if kind == FLOAT32 else 2
+    zero = ir.Constant(_FLOATS, [0.0] * LANES)
+    totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(_COLUMNS)] for _ in range(heads)]
+
+    def columns(i: Any, count: int, mask: Any | None) -> None:
+        """Dimensions from `i` up, `count` vectors of them."""
+        for row in totals:
+            for total in row[:count]:
+                builder.store(zero, total)
+        with cgutils.for_range_slice(builder, _long(0), n, _long(1), intp=_I64) as (k, _):
+            place = emit.at(emit.load(emit.at(values, emit.times(k, 8)), _I64, 8), emit.times(i, width))
+            x = [emit.stored(emit.at(place, _long(LANES * width * c)), kind, mask) for c in range(count)]
+            for h, row in enumerate(totals):
+                weight = emit.load(emit.at(w[0], emit.times(w[1], h), emit.times(k, 4)), _FLOAT, 4)
+                weight = emit.splat(weight)
+                for c, total in enumerate(row[:count]):
+                    builder.store(emit.multiply_add(weight, x[c], builder.load(total)), total)
+        for h, row in enumerate(totals):
+            for c, total in enumerate(row[:count]):
+                target = emit.at(out[0], emit.times(out[1], h), emit.times(i, 4), _long(4 * LANES * c))
+                emit.store(builder.load(total), target)
+
+    block = LANES * _COLUMNS
+    tail = builder.and_(d, _long(LANES - 1))
+    whole = builder.sub(d, tail)
+    blocks = builder.sub(d, builder.and_(d, _long(block - 1)))
+    with cgutils.for_range_slice(builder, _long(0), blocks, _long(block), intp=_I64) as (i, _):
+        columns(i, _COLUMNS, None)
+    with cgutils.for_range_slice(builder, blocks, whole, _long(LANES), intp=_I64) as (i, _):
+        columns(i, 1, None)
+    with builder.if_then(builder.icmp_signed(">", tail, _long(0))):
+        columns(whole, 1, emit.below(tail))
+
+
+def _make_code_sums(portable: bool) -> Any:
+    def code_sums(typingctx, words, widths, queries, out, first):  # type: ignore[no-untyped-def]
+        """Write ``sum query * field`` over the fields of each key of the page whose words are at `words`.
+
+        `widths` is (W,) int64; `queries` is (1 to `HEADS`, groups) int32, four signed bytes each, for four
+        fields that lie in the four bytes of a word at the same shift; `out` is (heads, ...) int32, columns
+        ``first : first + LANES``.
+        """
+        signature = types.void(types.int64, widths, queries, out, types.int64)
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            emit = _Emitter(builder)
+            vnni = not portable and "+avx512vnni" in context.codegen()._get_host_cpu_features()
+            dot4 = emit.dot4_vnni if vnni else emit.dot4
+            b, q, o = (_data(context, builder, signature, args, i) for i in (1, 2, 3))
+            count, length = (
+                cgutils.unpack_tuple(
+                    builder, context.make_array(signature.args[i])(context, builder, args[i]).shape
+                )[0]
+                for i in (2, 1)
+            )
+            for heads in range(1, HEADS + 1):
+                with builder.if_then(builder.icmp_signed("==", count, _long(heads))):
+                    _emit_code_sums(emit, dot4, heads, args[0], b[0], length, q, o, args[4])
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return intrinsic(code_sums)
+
+
+def _emit_code_sums(
+    emit: _Emitter,
+    dot4: Callable[..., Any],
+    heads: int,
+    words: Any,
+    widths: Any,
+    count: Any,
+    q: Any,
+    out: Any,
+    first: Any,
+) -> None:
+    builder = emit.builder
+    zero = ir.Constant(_INTS, [ir.Constant(_I32, 0)] * LANES)
+    totals = [cgutils.alloca_once_value(builder, zero) for _ in range(heads)]
+    group = cgutils.alloca_once(builder, _I64)
+    for total in totals:
+        builder.store(zero, total)
+    builder.store(_long(0), group)
+    with cgutils.for_range_slice(builder, _long(0), count, _long(1), intp=_I64) as (i, _):
+        word = emit.load(emit.at(words, emit.times(i, 4 * LANES)), _INTS, 4)
+        found = emit.load(emit.at(widths, emit.times(i, 8)), _I64, 8)
+        for bits in (1, 2, 4):
+            with builder.if_then(builder.icmp_signed("==", found, _long(bits))):
+                mask = emit.splat(ir.Constant(_I32, 0x01010101 * ((1 << bits) - 1)))
+                for shift in range(0, 8, bits):
+                    moved = builder.lshr(word, emit.splat(ir.Constant(_I32, shift))) if shift else word
+                    fields = builder.and_(moved, mask)
+                    at = builder.load(group)
+                    for h, total in enumerate(totals):
+                        place = emit.at(q[0], emit.times(q[1], h), emit.times(at, 4))
+                        query = emit.load(place, _I32, 4)
+                        builder.store(dot4(builder.load(total), fields, query), total)
+                    builder.store(emit.at(at, _long(1)), group)
+    for h, total in enumerate(totals):
+        emit.store(builder.load(total), emit.at(out[0], emit.times(out[1], h), emit.times(first, 4)))
+
+
+dots: Callable[..., Any] = intrinsic(_dots)
+mix: Callable[..., Any] = intrinsic(_mix)
+code_sums: Callable[..., Any] = _make_code_sums(portable=False)
+code_sums_portable: Callable[..., Any] = _make_code_sums(portable=True)
+
+
+@intrinsic
+def next_task(typingctx, counter):  # type: ignore[no-untyped-def]
+    """Return ``counter[0]``, int64, and count it up, safe among threads."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.atomic_rmw("add", array.data, _long(1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+@intrinsic
+def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    """Return an address as what `numba.carray` takes."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def call_at(typingctx, function, record, stage, task):  # type: ignore[no-untyped-def]
+    """Call the C function at an address with three int64."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def bits_of(typingctx, x):  # type: ignore[no-untyped-def]
+    """Return the bits of a float32 as int32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], _I32)
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def float_of(typingctx, bits):  # type: ignore[no-untyped-def]
+    """Return the float32 of these bits."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], _FLOAT)
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def integer_at(typingctx, address):  # type: ignore[no-untyped-def]
+    """Return the int32 at an address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _Emitter(builder).load(args[0], _I32, 4)
+
+    return types.int32(types.int64), codegen
+
+
+def padded(x: NDArray[Any]) -> NDArray[np.float32]:
+    """Return `x` as float32 in rows of a multiple of `LANES`, contiguous.
+
+    Examples
+    --------
+    >>> padded(np.ones((2, 3))).shape
+    (2, 16)
+    """
+    d = x.shape[-1]
+    width = -(-d // LANES) * LANES
+    if width == d:
+        return plain(x, np.float32)
+    rows = np.zeros((*x.shape[:-1], width), np.float32)
+    rows[..., :d] = x
+    return rows
+
+
+def plain(x: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    """Return `x` as the kernels know it: contiguous and writable, which numba has types of its own for.
+
+    Examples
+    --------
+    >>> plain(np.broadcast_to(1, 2), np.int64).flags.writeable
+    True
+    """
+    array = np.ascontiguousarray(x, dtype)
+    return array if array.flags.writeable else array.copy()
+
+
+_ROUND = np.float32(1.5 * 2**23)
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_LOWEST, _HIGHEST = np.float32(-87.0), np.float32(88.0)
+_EXP = [np.float32(c) for c in (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0)]
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _EXP
+_HALF, _ONE, _TWO = np.float32(0.5), np.float32(1.0), np.float32(2.0)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def exp(x):  # type: ignore[no-untyped-def]
+    """Exponential of a float32 to about an ulp, without a branch; zero below -87, and no more than e^88."""
+    y = min(max(x, _LOWEST), _HIGHEST)
+    n = (y * _LOG2E + _ROUND) - _ROUND
+    r = (y - n * _LN2_HIGH) - n * _LN2_LOW
+    p = _E0
+    p = p * r + _E1
+    p = p * r + _E2
+    p = p * r + _E3
+    p = p * r + _E4
+    p = p * r + _E5
+    p = p * r + _E6
+    p = p * r + _ONE
+    power = float_of(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    return p * power if x > _LOWEST else np.float32(0)
+
+
+_SQRT_HALF_BITS = np.int32(0x3F3504F3)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (
+    np.float32(c)
+    for c in (
+        7.0376836292e-2,
+        -1.1514610310e-1,
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    )
+)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def log(x):  # type: ignore[no-untyped-def]
+    """Natural logarithm of a normal float32 above zero to about an ulp, without a branch (Cephes)."""
+    bits = bits_of(x)
+    exponent = np.int32((bits - _SQRT_HALF_BITS) >> np.int32(23))
+    m = float_of(np.int32(bits - np.int32(exponent << np.int32(23)))) - _ONE
+    e = np.float32(exponent)
+    p = _L0
+    p = p * m + _L1
+    p = p * m + _L2
+    p = p * m + _L3
+    p = p * m + _L4
+    p = p * m + _L5
+    p = p * m + _L6
+    p = p * m + _L7
+    p = p * m + _L8
+    z = m * m
+    y = p * m * z + e * _LN2_LOW - _HALF * z
+    return (m + y) + e * _LN2_HIGH
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def capped(x, softcap):  # type: ignore[no-untyped-def]
+    """Return a logit under the cap of the model; zero for no cap."""
+    if softcap == np.float32(0):
+        return x
+    return softcap * (_ONE - _TWO / (exp(_TWO * x / softcap) + _ONE))
