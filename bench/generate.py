@@ -332,7 +332,7 @@ def speed(
     """Time decoding, a token at a time.
 
     Dense attention is timed with `DynamicCache`, which transformers uses by default and which copies all it
-    holds in every step, and with `StaticCache`, which does not.
+    holds in every step, and with `StaticCache`, which does not. Steps alternate.
     """
     bench: Bench = ctx.obj
     lengths, more, results = length or [8192, 16384, 32000], steps + WARM_UP, []
@@ -341,40 +341,62 @@ def speed(
         read = bench.read(tokens[:size])
         read.batch_repeat_interleave(batch)
         after = torch.tensor([tokens[size : size + more]] * batch, device=bench.model.device)
-        found: dict[str, dict[str, Any]] = {}
+        caches: dict[str, Any] = {"dense, dynamic": copy.deepcopy(read)}
         if not any(read.is_sliding):  # whose prompt is gone
-            static = StaticCache(config=bench.model.config, max_cache_len=size + more)
+            static = caches["dense, static"] = StaticCache(
+                config=bench.model.config, max_cache_len=size + more
+            )
             for number, layer in enumerate(read.layers):
                 static.update(layer.keys, layer.values, number)
-            found["dense, static"] = _timed(bench, after, static, False)
-            del static
-        found["dense, dynamic"] = _timed(bench, after, copy.deepcopy(read), False)
         start = time.perf_counter()
         indexed = bench.indexed(read, batch)
-        made = {"indexing_s": time.perf_counter() - start}
+        made = time.perf_counter() - start
         del read
         for name, params in bench.methods.items():
             if isinstance(params, PeerMethod):
                 raise typer.BadParameter(f"{name} is simulated, which says nothing about speed")
-            cache = copy.deepcopy(indexed)
-            cache.params = params
-            found[name] = {**_timed(bench, after, cache, True), **made, "memory": asdict(cache.memory())}
+            caches[name] = copy.deepcopy(indexed)
+            caches[name].params = params
+        found = _timed(bench, after, caches)
+        for name in bench.methods:
+            found[name] |= {"indexing_s": made, "memory": asdict(caches[name].memory())}
         results.append({"length": size, "found": found})
-        base = found["dense, dynamic"]["ms"]
-        rows = [[name, x["ms"], x["tokens_per_s"], base / x["ms"]] for name, x in found.items()]
-        _table(f"{size} tokens, batch {batch}", ["", "ms a token", "tokens/s", "x dense, dynamic"], rows)
+        rows = [
+            [name, x["ms"], x["fastest_ms"], x["tokens_per_s"], x["times_faster"]["dense, dynamic"]]
+            for name, x in found.items()
+        ]
+        columns = ["", "ms a token", "fastest", "tokens/s", "x dense, dynamic"]
+        _table(f"{size} tokens, batch {batch}", columns, rows)
     bench.write("speed", steps=steps, batch=batch, lengths=results)
 
 
-def _timed(bench: Bench, tokens: torch.Tensor, cache: Any, sparse: bool) -> dict[str, Any]:
-    """Feed (batch, steps) tokens one by one; the median time of a step."""
-    spent = []
+def _timed(bench: Bench, tokens: torch.Tensor, caches: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Feed (batch, steps) tokens one by one to all caches in turn; the median time of a step of each.
+
+    In turn, so that what else the machine does weighs on all alike; ratios are medians over the steps.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in caches}
     for place in range(tokens.shape[1]):
-        start = time.perf_counter()
-        bench.step(tokens[:, place : place + 1], cache, sparse).argmax(dim=-1).cpu()  # waits for a GPU
-        spent.append(1000 * (time.perf_counter() - start))
-    middle = statistics.median(spent[WARM_UP:])
-    return {"ms": middle, "fastest_ms": min(spent[WARM_UP:]), "tokens_per_s": 1000 * len(tokens) / middle}
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            step = bench.step(tokens[:, place : place + 1], cache, name in bench.methods)
+            step.argmax(dim=-1).cpu()  # waits for a GPU
+            spent[name].append(1000 * (time.perf_counter() - start))
+    found: dict[str, dict[str, Any]] = {}
+    for name, times in spent.items():
+        middle = statistics.median(times[WARM_UP:])
+        pairs = {base: zip(spent[base][WARM_UP:], times[WARM_UP:], strict=True) for base in spent}
+        found[name] = {
+            "ms": middle,
+            "fastest_ms": min(times[WARM_UP:]),
+            "tokens_per_s": 1000 * len(tokens) / middle,
+            "times_faster": {
+                base: statistics.median(x / y for x, y in pairs[base])
+                for base in spent
+                if base not in bench.methods
+            },
+        }
+    return found
 
 
 if __name__ == "__main__":

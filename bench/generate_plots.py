@@ -12,6 +12,7 @@ of what several have found about the same thing, the first counts.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ LABELS = {
     "quest=uncounted": ("Quest, pages of 16, bounds not counted", "C9", "D"),
     "saap=": ("SAAP (paper), classifier counted", "C2", "^"),
     "saap=uncounted": ("SAAP (paper), 1024 lists, classifier not counted", "C8", ">"),
+    "exact=": ("dense attention in float32", "k", "+"),
     "window=": ("sinks and window alone", "0.5", "x"),
 }
 
@@ -77,45 +79,56 @@ def write(out: Path, name: str, content: dict[str, Any]) -> None:
 
 @app.command()
 def perplexity(parts: Parts, out: Out = RESULTS) -> None:
-    """Draw by how much perplexity grows, against the bytes that are read."""
+    """Draw how far the predictions are from those of dense attention, against the bytes that are read."""
     content = joined(parts, "texts", ("text",))
     texts = content["texts"]
-    lines: dict[str, dict[float, list[float]]] = {}
+    points: dict[str, dict[float, list[dict[str, float]]]] = {}
     for text in texts:
         for name, one in text["found"].items():
             if name != DENSE:
                 kind, budget = family(name, content["methods"])
-                lines.setdefault(kind, {}).setdefault(budget, []).append(one["above_dense"])
-    content["mean_above_dense"] = {
-        kind: {str(budget): statistics.mean(values) for budget, values in sorted(points.items())}
-        for kind, points in lines.items()
+                points.setdefault(kind, {}).setdefault(budget, []).append(one)
+    measures = ("kl", "above_dense")
+    content["means"] = {
+        kind: {
+            str(budget): {name: statistics.mean(one[name] for one in ones) for name in measures}
+            for budget, ones in sorted(budgets.items())
+        }
+        for kind, budgets in points.items()
     }
     write(out, "generate-perplexity", content)
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for kind in LABELS:
-        if kind not in lines:
-            continue
+    floor = points.pop("exact=", {})
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for kind in (kind for kind in LABELS if kind in points):
         label, colour, marker = LABELS[kind]
-        budgets = sorted(lines[kind])
-        means = [100 * statistics.mean(lines[kind][budget]) for budget in budgets]
-        axes.plot([100 * b for b in budgets], means, color=colour, marker=marker, label=label)
-        for budget in budgets:
-            spread = [100 * value for value in lines[kind][budget]]
-            axes.scatter([100 * budget] * len(spread), spread, color=colour, s=8, alpha=0.6)
+        for axis, name, factor in zip(axes, measures, (1, 100), strict=True):
+            lists = {b: [factor * one[name] for one in ones] for b, ones in sorted(points[kind].items())}
+            means = [statistics.mean(values) for values in lists.values()]
+            axis.plot([100 * b for b in lists], means, color=colour, marker=marker, label=label)
+            for budget, values in lists.items():
+                axis.scatter([100 * budget] * len(values), values, color=colour, s=8, alpha=0.6)
+    for ones in floor.values():
+        mean = statistics.mean(one["kl"] for one in ones)
+        axes[0].axhline(mean, color="k", ls=":", label="dense attention, rounded otherwise")
     for number, (budget, limit) in enumerate(TARGETS.items()):
-        label = "_" if number else "target"
-        axes.plot([100 * budget * 0.93, 100 * budget * 1.07], [100 * limit] * 2, "k_-", lw=2, label=label)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_xscale("log")
-    axes.set_xticks([2, 5], ["2 %", "5 %"])
-    axes.minorticks_off()
-    axes.axhline(0, color="0.7", lw=0.8)
-    axes.set_xlabel("bytes of the long-range keys and values that a step reads")
-    axes.set_ylabel("perplexity above dense attention, %")
-    axes.set_title(
-        f"{content['runs'][0]['model']} at {content['runs'][0]['context']} tokens, {len(texts)} texts"
-    )
-    axes.legend(fontsize=8)
+        ends = [100 * budget * 0.93, 100 * budget * 1.07]
+        axes[1].plot(ends, [100 * limit] * 2, "k-", lw=2, label="_" if number else "target")
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("KL divergence from dense attention, nats a token")
+    axes[1].set_yscale("symlog", linthresh=1)
+    axes[1].axhline(0, color="0.7", lw=0.8)
+    axes[1].set_ylabel("perplexity above that of dense attention, %")
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xticks([2, 5], ["2 %", "5 %"])
+        axis.set_xlim(1.7, 5.9)
+        axis.minorticks_off()
+        axis.set_xlabel("bytes of the long-range keys and values that a step may read")
+    run = content["runs"][0]
+    figure.suptitle(f"{run['model']} at {run['context']} tokens, {len(texts)} texts (dots) and their mean")
+    handles = [axis.get_legend_handles_labels() for axis in axes]
+    named = {label: handle for pair in handles for handle, label in zip(*pair, strict=True)}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(out / "generate-perplexity.png", dpi=150)
 
 
@@ -126,18 +139,9 @@ def retrieval(parts: Parts, out: Out = RESULTS) -> None:
     questions = content["questions"]
     groups = sorted({(row["task"], row["length"]) for row in questions})
     names = [DENSE, *content["methods"]]
-    right = {
-        name: [
-            statistics.mean(
-                row["found"][name]["right"] for row in questions if (row["task"], row["length"]) == group
-            )
-            for group in groups
-        ]
-        for name in names
-        if all(name in row["found"] for row in questions)
-    }
+    right = {name: [_right(questions, group, name) for group in groups] for name in names}
     content["right"] = [
-        {"task": task, "length": length, **{name: shares[at] for name, shares in right.items()}}
+        {"task": task, "length": length, **{name: counts[at] for name, counts in right.items()}}
         for at, (task, length) in enumerate(groups)
     ]
     write(out, "generate-retrieval", content)
@@ -148,17 +152,30 @@ def retrieval(parts: Parts, out: Out = RESULTS) -> None:
         kind, budget = family(name, content["methods"])
         return f"{LABELS[kind][0]}, {100 * budget:g} %"
 
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(right) + 1.8), layout="constrained")
-    table = list(right.values())
-    axes.imshow(table, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.7)
-    for y, shares in enumerate(table):
-        for x, share in enumerate(shares):
-            axes.text(x, y, f"{100 * share:.0f} %", ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(len(groups)), [f"{task}\n{length // 1000}k" for task, length in groups])
+    size = (1.3 * len(groups) + 4, 0.42 * len(right) + 1.4)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    table = [[r["log_probability"] if r["asked"] else math.nan for r in row] for row in right.values()]
+    image = axes.imshow(table, cmap="RdYlGn", vmin=-25, vmax=0, aspect="auto", alpha=0.7)
+    for y, row in enumerate(right.values()):
+        for x, one in enumerate(row):
+            said = f"{one['right']}/{one['asked']}   {one['log_probability']:.1f}" if one["asked"] else ""
+            axes.text(x, y, said, ha="center", va="center", fontsize=9)
+    axes.set_xticks(range(len(groups)), [f"{task}\n{length // 1000}k tokens" for task, length in groups])
     axes.set_yticks(range(len(right)), [title(name) for name in right])
-    count = sum((row["task"], row["length"]) == groups[0] for row in questions)
-    axes.set_title(f"Answers that are right, of {count} each")
+    axes.set_title("Right answers, and the mean log-probability of the right one", fontsize=10)
+    figure.colorbar(image, label="log-probability")
     figure.savefig(out / "generate-retrieval.png", dpi=150)
+
+
+def _right(questions: list[dict[str, Any]], group: tuple[str, int], name: str) -> dict[str, Any]:
+    """Count the answers of a method that are right, of those that were asked."""
+    said = [
+        row["found"][name]
+        for row in questions
+        if (row["task"], row["length"]) == group and name in row["found"]
+    ]
+    likely = statistics.mean(one["log_probability"] for one in said) if said else 0.0
+    return {"right": sum(one["right"] for one in said), "asked": len(said), "log_probability": likely}
 
 
 if __name__ == "__main__":
