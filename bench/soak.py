@@ -30,6 +30,7 @@ from rich.table import Table
 
 from saapindex.attention import AttendParameters, AttentionIndex, LayerCodebook, fit_layer
 from saapindex.lists.paged import PagePool
+from saapindex.progress import track
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, GROUP, D, NLIST = 2, 2, 16, 8
@@ -203,7 +204,7 @@ def main(
     soak = Soak(fit_layer(keys[0], queries, NLIST, words=2), backend, seed)
     times = np.empty(steps, np.float32)
     memory = [0, 0]
-    for i in range(steps):
+    for i in track(range(steps), "decoding"):
         times[i] = soak.step()
         if i % every == every - 1 or i == steps - 1:
             soak.check()

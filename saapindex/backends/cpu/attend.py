@@ -183,7 +183,11 @@ def kind_of(pages: Pages) -> int:
 def _estimate_rest(logits, rest, estimates, labels, bounds, means, mean_scales, out, lse):  # type: ignore[no-untyped-def]
     streams, t, g, _ = logits.shape
     d = means.shape[2]
-    outs, sums, peaks = (np.empty((2, g, d), np.float32), np.empty((2, g), np.float32), np.empty((2, g), np.float32))  # fmt: skip
+    outs, sums, peaks = (
+        np.empty((2, g, d), np.float32),
+        np.empty((2, g), np.float32),
+        np.empty((2, g), np.float32),
+    )
     for s in range(streams):
         for i in range(t):
             bound = bounds[s, i]

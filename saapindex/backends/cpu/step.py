@@ -1,7 +1,7 @@
 """A step of attention in numba: stages of small tasks, which the threads take one after the other.
 
-The tasks of a stage are independent, and what a stage writes, the next one reads. Nothing of the length of the
-context is held but the estimates of the keys that are visited.
+The tasks of a stage are independent, and what a stage writes, the next one reads. Nothing of the length of
+the context is held but the estimates of the keys that are visited.
 
 All that the stages read and write is described by one record of addresses and sizes, as a kernel of a GPU has
 its arguments. So a task is called through its address with three numbers, and compiled once: handed on as
@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, get_num_threads, njit, prange, types
+from numba import carray, cfunc, get_num_threads, njit, types
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats, Ints
@@ -24,7 +24,6 @@ from saapindex.backends.cpu.attend import (
     attend_chunk,
     bounded_sum,
     kind_of,
-    largest,
     merge_parts,
     rest_of_lists,
 )
@@ -39,8 +38,18 @@ from saapindex.backends.cpu.codes import (
     visited_pages,
 )
 from saapindex.backends.cpu.heap import worse
-from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, pool, rank, visit, worst_kept
-from saapindex.backends.cpu.vector import call_at, integer_at, next_task, padded, plain, pointer
+from saapindex.backends.cpu.helpers import call_helpers
+from saapindex.backends.cpu.select import BINS, POLICIES, UNION, cut, largest, pool, rank, visit, worst_kept
+from saapindex.backends.cpu.vector import (
+    atomic_add,
+    atomic_read,
+    atomic_write,
+    call_at,
+    integer_at,
+    padded,
+    plain,
+    pointer,
+)
 from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling
 
 SCANNED = 32
@@ -48,9 +57,13 @@ SCANNED = 32
 ROUND_BYTES = 1 << 26
 """What the working memory of the queries that are attended to in one go may take."""
 SERIAL = 4096
-"""Below this many keys to read in all, starting threads costs more than they save."""
+"""Below this many keys to read in all, helpers are not called."""
 
-PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(6)
+STAGES = 6
+PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)
+TICKET, DONE = 0, 8  # far enough apart for a cache line each
+PATIENCE, FOREVER = 20_000, 1 << 62
+"""Looks at the ticket before a helper without tasks goes (some tens of microseconds), or who calls."""
 
 _NUMBERS = (
     # Sizes, as `AttentionOps` and `paged` name them; `rows` queries in a row, in `width` padded dimensions.
@@ -61,8 +74,8 @@ _NUMBERS = (
     "pages slots kept near_parts kept_parts scan_parts parts "
 )
 _READ = (
-    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads sizes starts "
-    "table addresses inverse steps widths base spread distortion scan left "
+    "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads sizes "
+    "starts table addresses inverse steps widths base spread distortion scan left "
 )
 _WRITTEN = (
     "logits norms centers bytes factors taken page_counts page_numbers labels counts estimates scores "
@@ -222,8 +235,8 @@ def _attend(step, r, part, rows):  # type: ignore[no-untyped-def]
         peaks[part] = -np.inf
         return
     attend_chunk(
-        _query(step, r), rows, _pool(step), step.span, step.shift, step.kind, step.d, step.scale, step.softcap,
-        outs[part], sums[part], peaks[part],
+        _query(step, r), rows, _pool(step), step.span, step.shift, step.kind, step.d, step.scale,
+        step.softcap, outs[part], sums[part], peaks[part],
     )  # fmt: skip
 
 
@@ -415,24 +428,59 @@ def _do(address: int, stage: int, task: int) -> None:
 
 
 @functools.cache
-def _task() -> int:
+def task_address() -> int:
     """Address of `_do`, compiled when it is first needed."""
     return int(cfunc(types.void(types.int64, types.int64, types.int64), cache=True)(_do).address)
 
 
 @njit(cache=True, nogil=True)
-def _run_tasks(do, step, stage, count, counter):  # type: ignore[no-untyped-def]
-    """Take tasks until there are none."""
-    task = next_task(counter)
-    while task < count:
-        call_at(do, step, stage, task)
-        task = next_task(counter)
+def take_part(do, step, counts, state, patience):  # type: ignore[no-untyped-def]
+    """Take tasks, stage after stage, until there are none.
+
+    ``state[TICKET]`` holds the stage in its upper and the next task in its lower half; ``state[DONE]`` counts
+    tasks of the stage that are done, and who does the last opens the next stage. Nobody waits for a thread
+    that is not in the middle of a task. A thread without a task looks `patience` times whether the next stage
+    has come, and then goes; the one that needs the result has no end of it.
+    """
+    while True:
+        ticket = atomic_add(state, TICKET, 1)
+        stage, task = ticket >> 32, ticket & 0xFFFFFFFF
+        if stage >= STAGES:
+            return
+        if task < counts[stage]:
+            call_at(do, step, stage, task)
+            if atomic_add(state, DONE, 1) + 1 == counts[stage]:
+                atomic_write(state, DONE, 0)
+                atomic_write(state, TICKET, stage_from(counts, stage + 1) << 32)
+            continue
+        left = patience
+        while atomic_read(state, TICKET) >> 32 == stage:
+            left -= 1
+            if left == 0:
+                return
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _run_together(do, step, stage, count, counter, threads):  # type: ignore[no-untyped-def]
-    for _ in prange(threads):
-        _run_tasks(do, step, stage, count, counter)
+@njit(cache=True, nogil=True)
+def stage_from(counts, stage):  # type: ignore[no-untyped-def]
+    """Return the next stage that has tasks."""
+    while stage < STAGES and counts[stage] == 0:
+        stage += 1
+    return stage
+
+
+@njit(cache=True, nogil=True)
+def _first_ticket(counts):  # type: ignore[no-untyped-def]
+    state = np.zeros(2 * DONE, np.int64)
+    state[TICKET] = stage_from(counts, 0) << 32
+    return state
+
+
+def run_stages(step: NDArray[Any], counts: Ints, threads: int) -> None:
+    """Do all tasks, `counts` of each stage, of the step of a record."""
+    state, do, address = _first_ticket(counts), task_address(), step.ctypes.data
+    if threads > 1:
+        call_helpers(threads - 1, take_part, do, address, counts, state, PATIENCE)
+    take_part(do, address, counts, state, FOREVER)
 
 
 @njit(cache=True, nogil=True)
@@ -485,11 +533,14 @@ def _room(size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _run(  # type: ignore[no-untyped-def]
-    do, most_threads, steps, queries, positions, near_table, sinks, first, recent, anchors, anchor_scales,
+def set_up(  # type: ignore[no-untyped-def]
+    steps, queries, positions, near_table, sinks, first, recent, anchors, anchor_scales,
     means, mean_scales, spreads, sizes, starts, table, addresses, inverse, quanta, widths, base, spread,
     distortion, scan, left, out, lse,
 ):  # fmt: skip
+    """Complete the record; return the tasks of each stage, the working memory, and whether it is so little
+    that waking helpers costs more than they save.
+    """
     step = steps[0]
     step.rows, step.g, step.width = queries.shape
     step.nlist, step.near_pages, step.chunks = sizes.shape[1], near_table.shape[1], addresses.shape[1]
@@ -510,24 +561,12 @@ def _run(  # type: ignore[no-untyped-def]
     _count_parts(step, scan, left, sizes, sinks, recent)
     memory = np.empty(_lay_out(step, 0) + 64, np.uint8)
     _lay_out(step, _room(memory.ctypes.data))
-    counter, rows = np.empty(1, np.int64), step.rows
-    few = rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
-    for stage in range(PLAN, MERGE + 1):
-        count = rows
-        if stage == PLAN:
-            count = rows * (step.near_parts + 1)
-        elif stage == SCAN:
-            count = rows * step.scan_parts
-        elif stage == FETCH:
-            count = rows * step.kept_parts
-        elif stage == REST:
-            count = rows * (step.scan_parts + 1) if step.remainder else 0
-        counter[0] = 0
-        if few or most_threads == 1 or count < 2:
-            _run_tasks(do, steps.ctypes.data, stage, count, counter)
-        else:
-            _run_together(do, steps.ctypes.data, stage, count, counter, most_threads)
-    return memory.shape[0]  # it lives up to here
+    counts, rows = np.empty(STAGES, np.int64), step.rows
+    counts[PLAN], counts[SCAN] = rows * (step.near_parts + 1), rows * step.scan_parts
+    counts[CHOOSE], counts[FETCH] = rows, rows * step.kept_parts
+    counts[REST], counts[MERGE] = rows * (step.scan_parts + 1) if step.remainder else 0, rows
+    little = rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
+    return counts, memory, little
 
 
 def attend_lists(
@@ -600,10 +639,8 @@ def _in_rounds(
         part = slice(start, start + once)
         found = (out, lse) if once >= t else (np.empty_like(out[:, part]), np.empty_like(lse[:, part]))
         tokens = found[1].shape[1]
-        _run(
-            _task(),
-            get_num_threads(),
-            step,
+        # The record knows only where these lie: they must live until the stages are done.
+        arrays = (
             np.ascontiguousarray(x[:, part]).reshape(streams * tokens, g, -1),
             np.ascontiguousarray(last[:, part]).reshape(streams * tokens),
             near.pages,
@@ -624,6 +661,9 @@ def _in_rounds(
             found[0].reshape(streams * tokens, g, d),
             found[1].reshape(streams * tokens, g),
         )
+        counts, memory, little = set_up(step, *arrays)
+        run_stages(step, counts, 1 if little else get_num_threads())
+        del arrays, memory
         if once < t:
             out[:, part], lse[:, part] = found
     return out, lse

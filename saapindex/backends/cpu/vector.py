@@ -117,7 +117,8 @@ class _Emitter:
         low = [*range(quarter), *range(half, half + quarter)]
         low += [LANES + i for i in low]
         high = [i + quarter for i in low]
-        total = add(shuffle(*pairs, low), shuffle(*pairs, high))
+        first, second = pairs
+        total = add(shuffle(first, second, low), shuffle(first, second, high))
         step = quarter // 2
         while step:
             turned = [i // quarter * quarter + (i + step) % quarter for i in range(LANES)]
@@ -334,14 +335,42 @@ code_sums_portable: Callable[..., Any] = _make_code_sums(portable=True)
 
 
 @intrinsic
-def next_task(typingctx, counter):  # type: ignore[no-untyped-def]
-    """Return ``counter[0]``, int64, and count it up, safe among threads."""
+def atomic_add(typingctx, counters, i, value):  # type: ignore[no-untyped-def]
+    """Add to ``counters[i]``, int64, in one go that no thread sees half of; return what it was."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, _long(1), "monotonic")
+        place = _element(context, builder, signature, args)
+        return builder.atomic_rmw("add", place, args[2], "seq_cst")
 
-    return types.int64(counter), codegen
+    return types.int64(counters, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_read(typingctx, counters, i):  # type: ignore[no-untyped-def]
+    """Return ``counters[i]``, int64, as other threads have left it."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(_element(context, builder, signature, args), "seq_cst", 8, typ=_I64)
+
+    return types.int64(counters, types.int64), codegen
+
+
+@intrinsic
+def atomic_write(typingctx, counters, i, value):  # type: ignore[no-untyped-def]
+    """Set ``counters[i]``, int64, for other threads to see, and all that was written before with it."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store_atomic(args[2], _element(context, builder, signature, args), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64, types.int64), codegen
+
+
+def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Pointer to an element of an array of int64."""
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    address = builder.add(builder.ptrtoint(array.data, _I64), builder.mul(args[1], _long(8)))
+    return builder.inttoptr(address, _I64.as_pointer())
 
 
 @intrinsic
