@@ -15,6 +15,7 @@ from saapindex.learn.peers.mass import list_mass
 from saapindex.learn.peers.select import affordable, fill_lists, list_ranks, pooled
 from saapindex.learn.peers.views import unrotate
 from saapindex.params import check_integer
+from saapindex.rope import Rope
 
 __all__ = ["SAAP"]
 
@@ -209,11 +210,16 @@ class SAAP(Peer):
         self._ranks, self._sizes = list_ranks(self._labels, self.nlist)
 
     @torch.no_grad()
+    def predict(self, queries: Queries, rope: Rope | None) -> torch.Tensor:
+        """Return the log of the attention mass that each partition is predicted to hold, (g, m, nlist)."""
+        features = unrotate(queries.x, queries.positions, rope)
+        return torch.log_softmax(self._model(features / self._spread), -1)
+
+    @torch.no_grad()
     def read(self, queries: Queries, budget: float) -> Read:
         """Read the MLP and the partitions of the largest predicted mass."""
         context = self.context
-        features = unrotate(queries.x, queries.positions, context.rope)
-        predicted = pooled(torch.log_softmax(self._model(features / self._spread), -1))
+        predicted = pooled(self.predict(queries, context.rope))
         predicted = predicted.masked_fill(self._sizes == 0, -torch.inf)
         fixed = self.router_bytes if self.count_router else 0.0
         count = affordable(budget - fixed, context.row)
