@@ -7,29 +7,33 @@ Options of all commands stand first::
     python bench/generate.py --at "nprobe=32,remainder=false" MODEL codebook.safetensors retrieval a.txt
     python bench/generate.py MODEL codebook.safetensors speed a.txt --length 32000
 
-What a step may read (``--at``) is a budget in bytes, or fields of `AttendParameters`. A small run:
-``--context 1024 --window 127 --dense-below 0``, and ``perplexity --steps 16``. Each command writes
-``bench/results/generate-<command>.json``.
+What a step may read (``--at``) is a budget in bytes, or fields of `AttendParameters`, or a published method
+that is simulated, see ``bench/peers.py``: ``quest=0.05,page=64`` or ``saap=0.05,file=saap.safetensors``. A
+small run: ``--context 1024 --window 127 --dense-below 0``, and ``perplexity --steps 16``. Each command writes
+``bench/results/generate-<command>.json``; ``bench/generate_plots.py`` joins and draws them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import transformers
 import typer
-from retrieval import TASKS
+from peers import Make, PeerCache, PeerMethod, peer_attention
+from retrieval import TASKS, Question
 from rich.console import Console
 from rich.table import Table
 from transformers import StaticCache
@@ -38,6 +42,7 @@ import saapindex
 from saapindex.adapters.transformers import SaapCache, sparse_attention
 from saapindex.attention import AttendParameters
 from saapindex.codebook import Codebook
+from saapindex.learn.layers import Layer, inspect_layers
 from saapindex.learn.models import load_model
 from saapindex.learn.texts import cut_sequences, read_text, text_name
 
@@ -45,6 +50,8 @@ app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 console = Console()
 RESULTS = Path(__file__).parent / "results"
 DENSE = "dense"
+SINKS, FLUSH = 1, 256
+"""What `SaapCache` keeps by default, and so do the published methods."""
 WARM_UP = 3
 """Steps before those that are timed."""
 
@@ -60,7 +67,7 @@ class Bench:
     tokenizer: Any
     codebook: Codebook
     settings: dict[str, Any]
-    methods: dict[str, AttendParameters]
+    methods: dict[str, AttendParameters | PeerMethod]
     context: int
     rope_scaling: str
     prefill_chunk: int
@@ -87,7 +94,8 @@ class Bench:
 
     def step(self, tokens: torch.Tensor, cache: Any, sparse: bool) -> torch.Tensor:
         """Return the logits of (batch, t) tokens."""
-        with sparse_attention(self.model) if sparse else contextlib.nullcontext():
+        switch = peer_attention if isinstance(cache, PeerCache) else sparse_attention
+        with switch(self.model) if sparse else contextlib.nullcontext():
             logits: torch.Tensor = self.model(tokens, past_key_values=cache).logits
         return logits
 
@@ -98,16 +106,37 @@ class Bench:
         made.crop(-1)
         return made
 
-    def caches(self, cache: SaapCache) -> dict[str, SaapCache]:
-        """Return a copy of a cache for dense attention, and one for each method; these share an index."""
-        made, caches = self.indexed(cache), {DENSE: copy.deepcopy(cache)}
-        for name, params in self.methods.items():
-            caches[name] = copy.deepcopy(made)
-            caches[name].params = params
+    @cached_property
+    def layers(self) -> Mapping[int, Layer]:
+        """What the attention of each layer is like."""
+        return inspect_layers(self.model, self.context).usable
+
+    @cached_property
+    def makers(self) -> dict[str, Make]:
+        """What makes each published method."""
+        peers = {name: method for name, method in self.methods.items() if isinstance(method, PeerMethod)}
+        return {name: method.maker(self.codebook, self.model.device) for name, method in peers.items()}
+
+    def caches(self, read: SaapCache) -> dict[str, Any]:
+        """Return a copy of a cache for dense attention, and one for each method."""
+        caches: dict[str, Any] = {DENSE: copy.deepcopy(read)}
+        made: SaapCache | None = None
+        built: dict[Any, PeerCache] = {}
+        for name, method in self.methods.items():
+            if isinstance(method, PeerMethod):
+                kind = method.name, json.dumps(method.settings)
+                if kind not in built:  # once for all budgets
+                    keeping = {"window": self.settings["window"], "sinks": SINKS, "flush": FLUSH}
+                    built[kind] = PeerCache(read, self.layers, make=self.makers[name], **keeping)
+                caches[name] = built[kind].at(method.budget)
+            else:
+                made = made or self.indexed(read)  # which all budgets share
+                caches[name] = copy.deepcopy(made)
+                caches[name].params = method
         return caches
 
     def follow(
-        self, tokens: list[int], caches: dict[str, SaapCache], chunk: int
+        self, tokens: list[int], caches: dict[str, Any], chunk: int
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Feed tokens, `chunk` at a time, to all caches; yield log-probabilities, (t, vocabulary)."""
         for part in self.parts(tokens, chunk):
@@ -137,8 +166,10 @@ class Bench:
         console.print(f"wrote {path}")
 
 
-def parse_params(text: str) -> AttendParameters:
-    """Read ``0.05`` or ``nprobe=32,policy=max,remainder=false``."""
+def parse_method(text: str) -> AttendParameters | PeerMethod:
+    """Read ``0.05``, ``nprobe=32,policy=max,remainder=false`` or ``quest=0.05,page=64``."""
+    if peer := PeerMethod.parse(text):
+        return peer
     if "=" not in text:
         return AttendParameters(budget=float(text))
     values: dict[str, Any] = {}
@@ -169,7 +200,7 @@ def common(
 ) -> None:
     """Load what all commands need."""
     torch.set_grad_enabled(False)
-    methods = {text: parse_params(text) for text in at or ("0.02", "0.05")}
+    methods = {text: parse_method(text) for text in at or ("0.02", "0.05")}
     loaded = load_model(model, context=context, rope_scaling=rope_scaling, device=device, dtype=dtype)
     ctx.obj = Bench(
         loaded.model,
@@ -206,29 +237,36 @@ def perplexity(
         begun = bench.context - steps - 1
         caches = bench.caches(bench.read(tokens[:begun]))
         prefilled = time.perf_counter() - start
-        sums = {name: {"nll": 0.0, "kl": 0.0, "same": 0.0} for name in caches}
+        sums: dict[str, dict[str, list[torch.Tensor]]] = {
+            name: {"nll": [], "kl": [], "same": []} for name in caches
+        }
         place = begun
         for said in bench.follow(tokens[begun:-1], caches, chunk):
             dense = said[DENSE]
             after = torch.tensor(tokens[place + 1 : place + 1 + len(dense)], device=dense.device)
             place += len(dense)
             for name, logs in said.items():
-                sums[name]["nll"] -= logs.gather(1, after[:, None]).sum().item()
-                sums[name]["kl"] += (dense.exp() * (dense - logs)).sum().item()
-                sums[name]["same"] += (dense.argmax(1) == logs.argmax(1)).sum().item()
-        found = {
-            name: {
-                "perplexity": math.exp(total["nll"] / steps),
-                "above_dense": math.exp((total["nll"] - sums[DENSE]["nll"]) / steps) - 1,
-                "kl": total["kl"] / steps,
-                "same_token": total["same"] / steps,
+                sums[name]["nll"].append(-logs.gather(1, after[:, None])[:, 0])
+                sums[name]["kl"].append((dense.exp() * (dense - logs)).sum(dim=1))
+                sums[name]["same"].append((dense.argmax(1) == logs.argmax(1)).float())
+        found = {}
+        for name, lists in sums.items():
+            nll, kl, same = (torch.cat(lists[part]).double() for part in ("nll", "kl", "same"))
+            more = nll - torch.cat(sums[DENSE]["nll"]).double()
+            found[name] = {
+                "perplexity": nll.mean().exp().item(),
+                "above_dense": more.mean().exp().item() - 1,
+                "standard_error": (more.std() / math.sqrt(steps)).item(),
+                "kl": kl.mean().item(),
+                "same_token": same.mean().item(),
             }
-            for name, total in sums.items()
-        }
+            if isinstance(caches[name], PeerCache):
+                found[name]["bytes"] = caches[name].share_read
         seconds = time.perf_counter() - start
         results.append({"text": text_name(path), "prefill_s": prefilled, "seconds": seconds, "found": found})
-        rows = [[name, *values.values()] for name, values in found.items()]
-        _table(text_name(path), ["", "perplexity", "above dense", "KL", "same token"], rows)
+        columns = ["perplexity", "above dense", "standard error", "KL", "same token"]
+        rows = [[name, *list(values.values())[: len(columns)]] for name, values in found.items()]
+        _table(text_name(path), ["", *columns], rows)
     bench.write("perplexity", steps=steps, chunk=chunk, texts=results)
 
 
@@ -252,25 +290,35 @@ def retrieval(
     for name, size in ((name, size) for name in task or TASKS for size in lengths):
         reach = max(0.0, 1 - (bench.settings["window"] + 64) / size)
         scores: dict[str, list[tuple[bool, float]]] = {}
-        for place, seed in ((place, seed) for place in range(depths) for seed in range(samples)):
-            depth = reach * place / max(depths - 1, 1)
-            asked = TASKS[name](bench.tokenizer, haystack, size, depth, seed)
-            caches = bench.caches(bench.read(asked.context))
-            said = list(bench.follow([*asked.question, *asked.answer[:-1]], caches, chunk))
-            answer, found = torch.tensor(asked.answer, device=bench.model.device), {}
-            for method in caches:
-                logs = torch.cat([part[method] for part in said])[-len(answer) :]
-                right = torch.equal(logs.argmax(dim=1), answer)
-                likely = logs.gather(1, answer[:, None]).sum().item()
-                found[method] = {"right": right, "log_probability": likely}
-                scores.setdefault(method, []).append((right, likely))
-            results.append({"task": name, "length": size, "depth": depth, "seed": seed, "found": found})
+        for seed in range(samples):
+            places = [reach * place / max(depths - 1, 1) for place in range(depths)]
+            asked = [(depth, TASKS[name](bench.tokenizer, haystack, size, depth, seed)) for depth in places]
+            for context, group in itertools.groupby(asked, lambda pair: pair[1].context):
+                read = bench.caches(bench.read(context))
+                for depth, question in group:
+                    found = _answer(bench, question, copy.deepcopy(read), chunk)
+                    results.append(
+                        {"task": name, "length": size, "depth": depth, "seed": seed, "found": found}
+                    )
+                    for method, one in found.items():
+                        scores.setdefault(method, []).append((one["right"], one["log_probability"]))
         rows: list[list[Any]] = [
             [method, f"{sum(r for r, _ in pairs)}/{len(pairs)}", statistics.mean(x for _, x in pairs)]
             for method, pairs in scores.items()
         ]
         _table(f"{name}, {size} tokens", ["", "right", "mean log-probability"], rows)
     bench.write("retrieval", chunk=chunk, questions=results)
+
+
+def _answer(bench: Bench, asked: Question, caches: dict[str, Any], chunk: int) -> dict[str, dict[str, Any]]:
+    """Ask a question of each cache, and hear how likely the right answer is."""
+    said = list(bench.follow([*asked.question, *asked.answer[:-1]], caches, chunk))
+    answer, found = torch.tensor(asked.answer, device=bench.model.device), {}
+    for method in caches:
+        logs = torch.cat([part[method] for part in said])[-len(answer) :]
+        likely = logs.gather(1, answer[:, None]).sum().item()
+        found[method] = {"right": torch.equal(logs.argmax(dim=1), answer), "log_probability": likely}
+    return found
 
 
 @app.command()
@@ -284,7 +332,7 @@ def speed(
     """Time decoding, a token at a time.
 
     Dense attention is timed with `DynamicCache`, which transformers uses by default and which copies all it
-    holds in every step, and with `StaticCache`, which does not.
+    holds in every step, and with `StaticCache`, which does not. Steps alternate.
     """
     bench: Bench = ctx.obj
     lengths, more, results = length or [8192, 16384, 32000], steps + WARM_UP, []
@@ -293,38 +341,62 @@ def speed(
         read = bench.read(tokens[:size])
         read.batch_repeat_interleave(batch)
         after = torch.tensor([tokens[size : size + more]] * batch, device=bench.model.device)
-        found: dict[str, dict[str, Any]] = {}
+        caches: dict[str, Any] = {"dense, dynamic": copy.deepcopy(read)}
         if not any(read.is_sliding):  # whose prompt is gone
-            static = StaticCache(config=bench.model.config, max_cache_len=size + more)
+            static = caches["dense, static"] = StaticCache(
+                config=bench.model.config, max_cache_len=size + more
+            )
             for number, layer in enumerate(read.layers):
                 static.update(layer.keys, layer.values, number)
-            found["dense, static"] = _timed(bench, after, static, False)
-            del static
-        found["dense, dynamic"] = _timed(bench, after, copy.deepcopy(read), False)
         start = time.perf_counter()
         indexed = bench.indexed(read, batch)
-        made = {"indexing_s": time.perf_counter() - start}
+        made = time.perf_counter() - start
         del read
         for name, params in bench.methods.items():
-            cache = copy.deepcopy(indexed)
-            cache.params = params
-            found[name] = {**_timed(bench, after, cache, True), **made, "memory": asdict(cache.memory())}
+            if isinstance(params, PeerMethod):
+                raise typer.BadParameter(f"{name} is simulated, which says nothing about speed")
+            caches[name] = copy.deepcopy(indexed)
+            caches[name].params = params
+        found = _timed(bench, after, caches)
+        for name in bench.methods:
+            found[name] |= {"indexing_s": made, "memory": asdict(caches[name].memory())}
         results.append({"length": size, "found": found})
-        base = found["dense, dynamic"]["ms"]
-        rows = [[name, x["ms"], x["tokens_per_s"], base / x["ms"]] for name, x in found.items()]
-        _table(f"{size} tokens, batch {batch}", ["", "ms a token", "tokens/s", "x dense, dynamic"], rows)
+        rows = [
+            [name, x["ms"], x["fastest_ms"], x["tokens_per_s"], x["times_faster"]["dense, dynamic"]]
+            for name, x in found.items()
+        ]
+        columns = ["", "ms a token", "fastest", "tokens/s", "x dense, dynamic"]
+        _table(f"{size} tokens, batch {batch}", columns, rows)
     bench.write("speed", steps=steps, batch=batch, lengths=results)
 
 
-def _timed(bench: Bench, tokens: torch.Tensor, cache: Any, sparse: bool) -> dict[str, Any]:
-    """Feed (batch, steps) tokens one by one; the median time of a step."""
-    spent = []
+def _timed(bench: Bench, tokens: torch.Tensor, caches: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Feed (batch, steps) tokens one by one to all caches in turn; the median time of a step of each.
+
+    In turn, so that what else the machine does weighs on all alike; ratios are medians over the steps.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in caches}
     for place in range(tokens.shape[1]):
-        start = time.perf_counter()
-        bench.step(tokens[:, place : place + 1], cache, sparse).argmax(dim=-1).cpu()  # waits for a GPU
-        spent.append(1000 * (time.perf_counter() - start))
-    middle = statistics.median(spent[WARM_UP:])
-    return {"ms": middle, "fastest_ms": min(spent[WARM_UP:]), "tokens_per_s": 1000 * len(tokens) / middle}
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            step = bench.step(tokens[:, place : place + 1], cache, name in bench.methods)
+            step.argmax(dim=-1).cpu()  # waits for a GPU
+            spent[name].append(1000 * (time.perf_counter() - start))
+    found: dict[str, dict[str, Any]] = {}
+    for name, times in spent.items():
+        middle = statistics.median(times[WARM_UP:])
+        pairs = {base: zip(spent[base][WARM_UP:], times[WARM_UP:], strict=True) for base in spent}
+        found[name] = {
+            "ms": middle,
+            "fastest_ms": min(times[WARM_UP:]),
+            "tokens_per_s": 1000 * len(tokens) / middle,
+            "times_faster": {
+                base: statistics.median(x / y for x, y in pairs[base])
+                for base in spent
+                if base not in bench.methods
+            },
+        }
+    return found
 
 
 if __name__ == "__main__":

@@ -49,8 +49,11 @@ def needle(tokenizer: Any, haystack: list[int], length: int, depth: float, seed:
 
 
 def key_value(tokenizer: Any, haystack: list[int], length: int, depth: float, seed: int) -> Question:
-    """Write `length` tokens of records, and ask for the one at `depth`; `haystack` is not used."""
-    draw = random.Random(f"key-value {length} {depth} {seed}")
+    """Write `length` tokens of records, the same for all depths, and ask for the one at `depth`.
+
+    `haystack` is not used.
+    """
+    draw = random.Random(f"key-value {length} {seed}")
     context = _plain(tokenizer, "These are the records.\n\n")
     numbers = draw.sample(range(10**4, 10**5), length // 8)
     records: list[tuple[int, str]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -15,6 +15,7 @@ from saapindex.learn.peers.mass import list_mass
 from saapindex.learn.peers.select import affordable, fill_lists, list_ranks, pooled
 from saapindex.learn.peers.views import unrotate
 from saapindex.params import check_integer
+from saapindex.rope import Rope
 
 __all__ = ["SAAP"]
 
@@ -134,11 +135,7 @@ class SAAP(Peer):
         self._spread = float(x.std()) or 1.0
         with torch.random.fork_rng(devices=()):  # the caller's random numbers go on as they would
             torch.manual_seed(self.seed)
-            model = torch.nn.Sequential(
-                torch.nn.Linear(x.shape[1], self.hidden),
-                torch.nn.ReLU(),
-                torch.nn.Linear(self.hidden, self.nlist),
-            ).to(x.device)
+            model = self._classifier(x.shape[1]).to(x.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -165,6 +162,44 @@ class SAAP(Peer):
         model.load_state_dict(weights)
         self._model = model
 
+    def _classifier(self, d: int) -> torch.nn.Sequential:
+        return torch.nn.Sequential(
+            torch.nn.Linear(d, self.hidden), torch.nn.ReLU(), torch.nn.Linear(self.hidden, self.nlist)
+        )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return what `fit` learnt, by name.
+
+        Raises
+        ------
+        NotTrainedError
+            Before `fit`.
+        """
+        if self._centroids is None:
+            raise NotTrainedError(f"{self.name} has no partition, call fit first")
+        spread = torch.tensor([self._spread])
+        return {"centroids": self._centroids, "spread": spread, **self._model.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> Self:
+        """Take what another of the same arguments learnt, in place of `fit`; return self.
+
+        Raises
+        ------
+        InvalidInputError
+            If a tensor is missing or does not fit.
+        """
+        weights = {name: tensor for name, tensor in state.items() if name not in ("centroids", "spread")}
+        try:
+            centroids, spread = state["centroids"], float(state["spread"])
+            model = self._classifier(centroids.shape[1])
+            model.load_state_dict(weights)
+        except (KeyError, RuntimeError) as error:
+            raise InvalidInputError(f"the state does not fit {self.nlist} lists: {error}") from error
+        if len(centroids) != self.nlist:
+            raise InvalidInputError(f"the state has {len(centroids)} centroids, expected {self.nlist}")
+        self._centroids, self._spread, self._model = centroids, spread, model.to(centroids.device)
+        return self
+
     def build(self, context: Context) -> None:
         """Assign the keys to partitions."""
         if self._centroids is None:
@@ -175,11 +210,16 @@ class SAAP(Peer):
         self._ranks, self._sizes = list_ranks(self._labels, self.nlist)
 
     @torch.no_grad()
+    def predict(self, queries: Queries, rope: Rope | None) -> torch.Tensor:
+        """Return the log of the attention mass that each partition is predicted to hold, (g, m, nlist)."""
+        features = unrotate(queries.x, queries.positions, rope)
+        return torch.log_softmax(self._model(features / self._spread), -1)
+
+    @torch.no_grad()
     def read(self, queries: Queries, budget: float) -> Read:
         """Read the MLP and the partitions of the largest predicted mass."""
         context = self.context
-        features = unrotate(queries.x, queries.positions, context.rope)
-        predicted = pooled(torch.log_softmax(self._model(features / self._spread), -1))
+        predicted = pooled(self.predict(queries, context.rope))
         predicted = predicted.masked_fill(self._sizes == 0, -torch.inf)
         fixed = self.router_bytes if self.count_router else 0.0
         count = affordable(budget - fixed, context.row)
