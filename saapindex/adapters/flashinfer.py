@@ -32,7 +32,7 @@ _WORKSPACE = 128 << 20
 class PagedDecode:
     """Attention of one token of each sequence to what was selected in a paged cache.
 
-    `plan` does the host's work, once a step for all layers that share a selection; `run` is the hot call.
+    `plan` does the host's work, once a step for each selection; `run` is the hot call.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class PagedDecode:
         room = 0 if most is None else most
         self._pages = self._wrapper(whole, whole * (-(-room // page_size) + 1), use_tensor_cores)
         self._singles = self._wrapper(streams, streams * room, use_tensor_cores)
-        self._parts: tuple[bool, bool] = (False, False)
+        self._parts = False, False
 
     def _wrapper(self, requests: int, room: int, use_tensor_cores: bool) -> Any:
         space = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=self.device)
@@ -105,14 +105,8 @@ class PagedDecode:
                 f"paged_kv_{name}_buffer": torch.zeros(size, dtype=torch.int32, device=self.device)
                 for name, size in sizes.items()
             }
-        return flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            space,
-            "NHD",
-            use_cuda_graph=self._graph,
-            use_tensor_cores=use_tensor_cores,
-            backend="fa2",
-            **buffers,
-        )
+        how = {"use_cuda_graph": self._graph, "use_tensor_cores": use_tensor_cores, "backend": "fa2"}
+        return flashinfer.BatchDecodeWithPagedKVCacheWrapper(space, "NHD", **how, **buffers)
 
     def plan(self, selection: Selection, tables: ArrayLike, *, order: ArrayLike | None = None) -> None:
         """Say what the next runs read.
@@ -142,20 +136,16 @@ class PagedDecode:
                 f"sequences and heads, expected ({', '.join(map(str, wanted))}, pages) for {(batch, heads)}"
             )
         count, size = table.shape[-1], self.page_size
-        chosen = chosen_columns(selection, count * size, self.device, order=order).reshape(
-            batch, heads, count, size
-        )
+        chosen = chosen_columns(selection, count * size, self.device, order=order)
+        chosen = chosen.reshape(batch, heads, count, size)
         whole = chosen.all(3)
         if self._shared:
             whole = whole.all(1, keepdim=True).expand_as(whole)
         single = chosen & ~whole[..., None]
         h, lane = torch.arange(heads, device=self.device)[:, None], torch.arange(size, device=self.device)
-        if self.layout == "lists":
-            pages = table
-        elif self._shared:
-            pages = table[:, None].expand(batch, heads, count)
-        else:
-            pages = table[:, None] * heads + h
+        pages = table if self.layout == "lists" else table[:, None].expand(batch, heads, count)
+        if self.layout == "HND":
+            pages = pages * heads + h
         rows = pages[..., None] * size + lane
         if self._shared:
             rows = rows * heads + h[..., None]
@@ -190,8 +180,7 @@ class PagedDecode:
 
         Returns
         -------
-        out : (batch, q_heads, d)
-        lse : float32, (batch, q_heads), log of the sum of ``exp(logit)``
+        out, lse : (batch, q_heads, d), and float32 (batch, q_heads): log of the sum of ``exp(logit)``
         """
         batch, q_heads, heads, d = self.shape
         grouped = q.reshape(batch * heads, q_heads // heads, d)
