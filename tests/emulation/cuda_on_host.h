@@ -1,0 +1,189 @@
+// Enough of CUDA for a host compiler: every thread of every block is a fiber, and all of them take turns.
+//
+// So kernels run whole, barriers of blocks and of the grid included, slowly and without a GPU. Shared memory begins
+// as NaN. What inline PTX does, emulation.py puts in its place.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+using std::max;
+using std::min;
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(x)
+#define __cvta_generic_to_shared(x) (x)
+
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct int2 { int x, y; };
+struct int4 { int x, y, z, w; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct Dimension { unsigned x, y, z; };
+struct Fiber {
+    ucontext_t context;
+    bool done;
+    Dimension thread, block;
+};
+struct Block {
+    std::vector<char> shared;
+    unsigned waiting = 0, turn = 0;
+};
+struct Warp {
+    uint64_t slots[32];
+    uint32_t a[32][4], b[32][2];
+    unsigned waiting = 0, turn = 0;
+};
+
+static std::vector<Fiber> fibers;
+static std::vector<Block> blocks;
+static std::vector<Warp> warps;
+static Fiber* current;
+static ucontext_t scheduler;
+static unsigned threads_of_block;
+static std::function<void()> body;
+
+#define threadIdx (current->thread)
+#define blockIdx (current->block)
+
+inline void let_others_run() { swapcontext(&current->context, &scheduler); }
+
+template <typename Group>
+inline void meet(Group& group, unsigned members) {
+    const unsigned turn = group.turn;
+    if (++group.waiting == members) {
+        group.waiting = 0;
+        ++group.turn;
+    } else {
+        while (group.turn == turn) let_others_run();
+    }
+}
+inline Block& this_block() { return blocks[blockIdx.x]; }
+inline Warp& this_warp() { return warps[blockIdx.x * (threads_of_block / 32) + threadIdx.x / 32]; }
+inline int this_lane() { return threadIdx.x % 32; }
+inline unsigned char* shared_memory() { return (unsigned char*)this_block().shared.data(); }
+
+inline void __syncthreads() { meet(this_block(), threads_of_block); }
+inline void __syncwarp(unsigned = ~0u) { meet(this_warp(), 32); }
+inline void __threadfence() {}
+
+template <typename T>
+inline T from_lane(T x, int lane) {
+    Warp& warp = this_warp();
+    memcpy(&warp.slots[this_lane()], &x, sizeof x);
+    __syncwarp();
+    T y;
+    memcpy(&y, &warp.slots[lane], sizeof y);
+    __syncwarp();
+    return y;
+}
+template <typename T>
+inline T __shfl_xor_sync(unsigned, T x, int mask) { return from_lane(x, this_lane() ^ mask); }
+template <typename T>
+inline T __shfl_sync(unsigned, T x, int lane, int width = 32) {
+    return from_lane(x, this_lane() / width * width + lane % width);
+}
+template <typename T>
+inline T __shfl_up_sync(unsigned, T x, int by) { return from_lane(x, max(this_lane() - by, 0)); }
+inline bool __any_sync(unsigned, int x) {
+    bool any = false;
+    Warp& warp = this_warp();
+    warp.slots[this_lane()] = x != 0;
+    __syncwarp();
+    for (int lane = 0; lane < 32; ++lane) any |= warp.slots[lane] != 0;
+    __syncwarp();
+    return any;
+}
+
+template <typename T>
+inline T __ldcg(const T* p) { return *p; }
+template <typename T, typename U>
+inline T atomicAdd(T* p, U x) { T old = *p; *p += (T)x; return old; }
+template <typename T, typename U>
+inline T atomicMax(T* p, U x) { T old = *p; *p = max(*p, (T)x); return old; }
+template <typename T, typename U>
+inline T atomicOr(T* p, U x) { T old = *p; *p |= (T)x; return old; }
+
+template <typename To, typename From>
+inline To same_bits(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
+inline float __int_as_float(int x) { return same_bits<float>(x); }
+inline int __float_as_int(float x) { return same_bits<int>(x); }
+inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
+inline float __logf(float x) { return logf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+
+// mma.sync.m16n8k32 of unsigned with signed bytes, fragments laid out as PTX says.
+inline void multiply_fragments(int* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    Warp& warp = this_warp();
+    const int lane = this_lane();
+    memcpy(warp.a[lane], a, sizeof warp.a[lane]);
+    warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; ++k) {
+            const int quad = k % 16 / 4, shift = 8 * (k % 4);
+            const uint32_t x = warp.a[row % 8 * 4 + quad][(k >= 16 ? 2 : 0) + (row >= 8)];
+            const uint32_t y = warp.b[column * 4 + quad][k >= 16];
+            c[i] += (int)(uint8_t)(x >> shift) * (int)(int8_t)(y >> shift);
+        }
+    }
+    __syncwarp();
+}
+
+static void run_fiber() {
+    body();
+    current->done = true;
+    while (true) let_others_run();
+}
+
+// Run `kernel` for a grid; 0 when it ends, 1 when no end is in sight.
+static int run_grid(unsigned grid, unsigned threads, size_t shared, std::function<void()> kernel) {
+    constexpr size_t STACK = 48 << 10;
+    body = kernel;
+    threads_of_block = threads;
+    std::vector<char> stacks((size_t)grid * threads * STACK);
+    fibers.assign((size_t)grid * threads, Fiber());
+    blocks.assign(grid, Block());
+    warps.assign((size_t)grid * (threads / 32), Warp());
+    for (Block& block : blocks) block.shared.assign(shared, (char)0xff);
+    for (size_t i = 0; i < fibers.size(); ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.done = false;
+        fiber.thread = {(unsigned)(i % threads), 0, 0};
+        fiber.block = {(unsigned)(i / threads), 0, 0};
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = stacks.data() + i * STACK;
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = &scheduler;
+        makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (long round = 0; round < 500000; ++round) {
+        bool any = false;
+        for (Fiber& fiber : fibers) {
+            if (fiber.done) continue;
+            any = true;
+            current = &fiber;
+            swapcontext(&scheduler, &fiber.context);
+        }
+        if (!any) return 0;
+    }
+    return 1;
+}

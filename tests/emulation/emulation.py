@@ -1,0 +1,53 @@
+"""Run CUDA kernels on the host, compiled by g++ on `cuda_on_host.h`: those whose argument is one struct."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from saapindex.backends.cuda.module import source
+
+HEADER = Path(__file__).parent / "cuda_on_host.h"
+# What stands in the place of inline PTX, and of shared memory of a length known at the launch.
+REPLACED = {
+    r'asm volatile\("ld.acquire.*?\);': "let_others_run(); x = *(volatile const u32*)p;",
+    r'float y;\s*asm\("cvt.f32.f16.*?return y;': "return (float)same_bits<_Float16>(x);",
+    r'u16 y;\s*asm\("cvt.rn.f16.*?return y;': "return same_bits<u16>((_Float16)x);",
+    r'float y;\s*asm\("ex2.approx.*?return y;': "return exp2f(x);",
+    r'asm volatile\("cp.async.cg.*?\);': "memcpy(to, from, 16);",
+    r'asm volatile\("cp.async.(?:commit|wait)_group.*?\);': ";",
+    r'asm\("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.*?\);': "multiply_fragments(c, a, b0, b1);",
+    r"extern __shared__ (?:__align__\(16\) )?u8 memory\[\];": "u8* memory = shared_memory();",
+}
+
+
+def build(folder, file, **macros):
+    """Compile the kernel called as its file; return a function (grid, threads, shared bytes, argument)."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ to compile kernels for the host with")
+    text = source(file)
+    for pattern, replacement in REPLACED.items():
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    assert "asm" not in re.sub(r"//.*", "", text)
+    launch = (
+        f'extern "C" int launch(unsigned grid, unsigned threads, size_t shared, const Step* p) '
+        f"{{ return run_grid(grid, threads, shared, [=]() {{ {file}(*p); }}); }}\n"
+    )
+    name = "-".join([file, *(f"{key}{value}" for key, value in macros.items())])
+    code, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    code.write_text(f'#include "{HEADER}"\n{text}\n{launch}')
+    defined = [f"-D{key}={value}" for key, value in macros.items()]
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o", library, code, *defined]
+    subprocess.run(command, check=True)
+    kernel = ctypes.CDLL(str(library)).launch
+
+    def run(grid, threads, shared, argument):
+        pointer = argument.ctypes.data_as(ctypes.c_void_p)
+        assert kernel(grid, threads, ctypes.c_size_t(shared), pointer) == 0, "the kernel does not end"
+
+    return run

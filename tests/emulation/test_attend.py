@@ -1,0 +1,133 @@
+"""The decode kernel, emulated on the host, is the definition: exactly the same keys, the same output."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saapindex.attention import AttendParameters, AttentionIndex, fit_layer
+from saapindex.attention.streams import to_streams
+from saapindex.backends.cuda import step as launched
+from saapindex.backends.paged import Scaling
+
+SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent / "emulation.py")
+emulation = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(emulation)
+
+ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
+WAYS = [
+    {"budget": 0.2},
+    {"budget": 0.1, "policy": "max"},
+    {"budget": 0.3, "policy": "union"},
+    {"budget": 0.2, "rank": "mass"},
+    {"budget": 0.2, "refine": False},
+    {"budget": 0.2, "remainder": False},
+    {"budget": 0.9},
+    {"budget": 0.01},
+    {"budget": 1.0},
+    {"nprobe": 3},
+    {"nprobe": 2, "remainder": False},
+    {"top_p": 0.6},
+]
+
+
+class Case:
+    """An index on the host, and the same keys as the kernel sees them."""
+
+    def __init__(self, d, group, heads, n, nlist, words, dtype, tokens, *, softcap=None, batch=1):
+        rng = np.random.default_rng(0)
+        centers = 1.5 * rng.standard_normal((heads, 12, d))
+        k = centers[np.arange(heads)[:, None], rng.integers(0, 12, (heads, n))]
+        k = np.broadcast_to(k + 0.5 * rng.standard_normal(k.shape), (batch, *k.shape)).astype(np.float32)
+        v = rng.standard_normal(k.shape).astype(np.float32)
+        self.q = 1.2 * rng.standard_normal((batch, heads * group, tokens, d)).astype(np.float32)
+        near = self.q[0].repeat(20, axis=1)
+        queries = near + 0.3 * rng.standard_normal(near.shape)
+        book = fit_layer(k[0], queries, nlist, words=words, softcap=softcap, backend="reference")
+        small = {"window": 63, "sinks": 3, "dense_below": 0, "flush": 32, "backend": "reference"}
+        self.index = AttentionIndex(book, batch=batch, dtype=dtype, **small)
+        self.index.add(k, v)
+        if batch > 1:
+            self.index.truncate(n // 2, sequence=1)
+        self.streams = to_streams(self.index._batch, fill=255)
+        self.code = launched.DeviceCode.of(book.code.view, book.code.coded, np)
+        self.scaling = Scaling(book.scale, softcap or 0.0)
+        self.macros = {"D": d, "G": group, "WORDS": words, "ELEMENT": ELEMENTS[dtype], "QUERY": 2}
+        self.macros |= {"CAPPED": 1} if softcap else {}
+
+    def compare(self, run, blocks, threads, ways):
+        """The kernel and the reference agree, twice in a row, in each of these ways."""
+        x, group = self.index._grouped(self.q)
+        tokens, lists = x.shape[1], self.index.codebook.nlist
+        space = launched.Workspace.empty(
+            self.streams, self.code, group, tokens, (blocks, threads), np, most_positions=1000
+        )
+        shared = launched.shared_bytes(x.shape[3], group, self.macros["WORDS"], lists, threads)
+        batch = self.index._batch
+        for way in ways:
+            params = AttendParameters(slopes=False, **way)
+            reading = batch.reading(params)
+            limits = launched.Limits(
+                params.budget or 0.0,
+                params.scan_share,
+                reading.nprobe,
+                reading.top_p,
+                reading.policy,
+                reading.by_mass,
+                reading.refine,
+                reading.remainder,
+            )
+            how = {"everything": params.budget == 1}
+            want, want_lse = self.index._attend(batch, x, self.index._last(None, tokens), params, True)
+            for _ in range(2):
+                out, lse = np.full_like(x, np.nan), np.full(x.shape[:3], np.nan, np.float32)
+                common = (x, self.streams, self.code, self.scaling, limits, space)
+                argument = launched.step(*common, out, lse, **how)
+                run(len(x) * tokens * blocks, threads, shared, argument)
+                np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5, err_msg=str(way))
+                np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-4, err_msg=str(way))
+                assert not space.counters.any()
+                assert not space.histogram.any()
+            if tokens == 1:
+                argument = launched.step(*common, x, x, **how, deciding=True)
+                run(len(x) * blocks, threads, shared, argument)
+                ids = np.asarray(self.index.select(self.q[:, :, 0], params=params).ids).reshape(len(x), -1)
+                for bits, expected in zip(space.bits, ids, strict=True):
+                    chosen = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
+                    np.testing.assert_array_equal(chosen, expected[expected >= 0], str(way))
+                space.bits[:] = 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["in_shared_memory", "in_memory"])
+def test_every_way(folder, monkeypatch, cached):
+    if not cached:
+        monkeypatch.setattr(launched, "_TABLE_MOST", 0)
+    case = Case(16, 2, 2, 900, 8, 1, "float32", 1)
+    run = emulation.build(folder, "attend", **case.macros, THREADS=128)
+    case.compare(run, 2, 128, WAYS if cached else WAYS[:5])
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "threads", "options"),
+    [
+        ((64, 3, 1, 900, 16, 3, "float16", 1), 3, 128, {}),
+        ((32, 1, 2, 700, 8, 2, "bfloat16", 2), 1, 128, {}),
+        ((80, 8, 1, 500, 8, 3, "bfloat16", 1), 2, 64, {}),
+        ((16, 4, 1, 700, 8, 2, "float32", 1), 2, 128, {"softcap": 5.0}),
+        ((16, 2, 2, 700, 8, 1, "float32", 1), 2, 128, {"batch": 2}),
+    ],
+    ids=["odd_group", "several_tokens", "eight_heads", "softcap", "lengths"],
+)
+def test_shapes_and_types(folder, shape, blocks, threads, options):
+    case = Case(*shape, **options)
+    run = emulation.build(folder, "attend", **case.macros, THREADS=threads)
+    ways = WAYS[:3] if case.macros["G"] > 1 else [WAYS[0], WAYS[1]]
+    case.compare(run, blocks, threads, [*ways, {"budget": 1.0}])
