@@ -7,6 +7,7 @@ keys stand in for queries where the metric is angular.
 from __future__ import annotations
 
 import numpy as np
+
 import saapindex as sx
 
 from ..base.module import BaseANN

@@ -7,6 +7,7 @@ queries where the metric is an inner product. Everything runs in one thread, as 
 from __future__ import annotations
 
 import numpy as np
+
 import saapindex as sx
 
 from ..base.module import BaseANN
