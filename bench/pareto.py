@@ -54,18 +54,23 @@ def least(
 
 
 def measure(
-    data: Dataset, methods: list[Method], threads: int, *, repeats: int, single: int, show: bool = True
+    data: Dataset, methods: list[Method], *, repeats: int, single: int, show: bool = True
 ) -> dict[str, Any]:
     """Build every method on `data`, find its operating points and time them in turn."""
     truths = {k: data.truth(k) for k in KS}
     points: list[Point] = []
+    short: list[dict[str, Any]] = []
     runs: dict[str, Any] = {}
     for method in track(methods, data.name, show=show):
         start = time.perf_counter()
-        built = method.make(data, threads)
+        built = method.make(data)
         seconds = time.perf_counter() - start
         for k, truth in truths.items():
-            for value, found in least(built, data.queries, truth, TARGETS).items():
+            reached = least(built, data.queries, truth, TARGETS)
+            if not reached:
+                found = recall(built.search(data.queries, k, built.ladder[-1]), truth)
+                short.append({"group": method.group, "setting": method.setting, "k": k, "most": float(found)})
+            for value, found in reached.items():
                 name = str(len(points))
                 points.append(
                     {
@@ -87,7 +92,14 @@ def measure(
         point["queries/s, batch"] = len(data.queries) / times[f"batch {number}"]
         point["queries/s, batch 1"] = min(single, len(data.queries)) / times[f"single {number}"]
     sizes = {"keys": len(data.keys), "training queries": len(data.train), "queries": len(data.queries)}
-    return {"name": data.name, "kind": data.kind, "d": data.keys.shape[1], **sizes, "points": points}
+    return {
+        "name": data.name,
+        "kind": data.kind,
+        "d": data.keys.shape[1],
+        **sizes,
+        "points": points,
+        "short of every target": short,
+    }
 
 
 def _search(built: Built, k: int, value: int, queries: Vectors) -> Any:
@@ -108,10 +120,11 @@ def served(result: dict[str, Any], group: str) -> float | None:
 
 def groups(results: list[dict[str, Any]]) -> list[str]:
     """Names of the groups, in order of appearance."""
-    return list(dict.fromkeys(point["group"] for result in results for point in result["points"]))
+    parts = ("points", "short of every target")
+    return list(dict.fromkeys(p["group"] for result in results for part in parts for p in result[part]))
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: list[Any]) -> float | None:
     """Geometric mean, None if one is missing."""
     known = [value for value in values if value is not None]
     return float(np.exp(np.mean(np.log(known)))) if known and len(known) == len(values) else None

@@ -94,7 +94,7 @@ def cross_modal(count: int, d: int, seed: int, *, shift: float, which: int) -> V
     """Draw `count` unit vectors of a made-up embedding of two modalities, (count, d).
 
     A vector is ``C[topic] + S z + gap``, normalised: `topic` is one of 1,000 that both modalities share, `z`
-    is Gaussian noise with a scale for each of `d` random directions (a power law), `gap` a mean of the modality.
+    is Gaussian noise with a scale for each of `d` random directions (a power law), `gap` a modality's mean.
     At ``shift=0`` the vectors are of the keys' modality; at 1 the scales are dealt to the directions in
     another order, the topics are blurred to two fifths and the mean is the other modality's, as text is to
     images; between, all three are interpolated.

@@ -6,6 +6,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ Ints = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 OPTIONAL = {"hnswlib": "hnswlib", "usearch": "usearch", "scann": "ScaNN"}
 """Packages of the extra ``bench``, and what their methods are called here."""
+
+_FAISS: Any = faiss  # for what its type stubs leave out
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Method:
 
     group: str
     setting: str
-    make: Callable[[Dataset, int], Built]
+    make: Callable[[Dataset], Built]
 
 
 def steps(last: int) -> list[int]:
@@ -51,7 +54,7 @@ def steps(last: int) -> list[int]:
     return sorted({*np.unique(np.geomspace(1, last, 8 * int(np.log2(last)) + 1).astype(int)).tolist(), last})
 
 
-def _saap(data: Dataset, storage: str, nlist: int, factor: int | None) -> Built:
+def _saap(data: Dataset, *, storage: str, nlist: int, factor: int | None = None) -> Built:
     index = sx.index_factory(
         data.keys.shape[1], f"SAAP{nlist},{storage}", params=sx.IndexParameters(augment=0)
     )
@@ -72,17 +75,21 @@ def _saap(data: Dataset, storage: str, nlist: int, factor: int | None) -> Built:
 
 
 def make_ivf(
-    data: Dataset, description: str, nlist: int, factor: int | None, *, l2_lists: bool = False
+    data: Dataset, *, storage: str, nlist: int, factor: int | None = None, plain: bool = False
 ) -> Built:
+    """Build a Faiss inverted file, refined by the keys where `factor` is given.
+
+    Faiss partitions by spherical k-means for inner products; `plain` k-means is the other usual choice.
+    """
     d, ip = data.keys.shape[1], faiss.METRIC_INNER_PRODUCT
-    index = faiss.index_factory(d, f"IVF{nlist},{description}", ip)
-    if l2_lists:  # Faiss partitions by inner product for this metric; plain k-means is the other usual choice
+    index: Any = faiss.index_factory(d, f"IVF{nlist},{storage}", ip)
+    if plain:
         index.cp.spherical = False
     index.train(data.keys)
     index.add(data.keys)
     params: Any = faiss.SearchParametersIVF()
     outer = index if factor is None else faiss.IndexRefineFlat(index, faiss.swig_ptr(data.keys))
-    refining: Any = None if factor is None else faiss.IndexRefineSearchParameters(k_factor=factor)
+    refining: Any = None if factor is None else _refine_parameters(factor)
     if refining is not None:
         refining.base_index_params = params
 
@@ -100,11 +107,16 @@ def make_ivf(
     return Built(search, steps(nlist), nbytes, read)
 
 
-def _hnsw(data: Dataset, m: int) -> Built:
-    index = faiss.IndexHNSWFlat(data.keys.shape[1], m, faiss.METRIC_INNER_PRODUCT)
+def _fast_scan(data: Dataset, *, nlist: int, factor: int) -> Built:
+    storage = f"PQ{data.keys.shape[1] // 2}x4fs"
+    return make_ivf(data, storage=storage, nlist=nlist, factor=factor)
+
+
+def _hnsw(data: Dataset, *, m: int) -> Built:
+    index: Any = faiss.IndexHNSWFlat(data.keys.shape[1], m, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = 200
     index.add(data.keys)
-    params = faiss.SearchParametersHNSW()
+    params: Any = _FAISS.SearchParametersHNSW()
 
     def search(queries: Vectors, k: int, ef: int) -> Ints:
         params.efSearch = ef
@@ -112,14 +124,18 @@ def _hnsw(data: Dataset, m: int) -> Built:
         return ids
 
     def read(queries: Vectors, k: int, ef: int) -> float:
-        faiss.cvar.hnsw_stats.reset()
+        _FAISS.cvar.hnsw_stats.reset()
         search(queries, k, ef)
-        return float(faiss.cvar.hnsw_stats.ndis / len(queries))
+        return float(_FAISS.cvar.hnsw_stats.ndis / len(queries))
 
     return Built(search, steps(4096)[24:], len(faiss.serialize_index(index)), read)
 
 
-def _hnswlib(data: Dataset, m: int, threads: int) -> Built:
+def _refine_parameters(factor: int) -> Any:
+    return _FAISS.IndexRefineSearchParameters(k_factor=factor)
+
+
+def _hnswlib(data: Dataset, *, m: int, threads: int) -> Built:
     hnswlib: Any = importlib.import_module("hnswlib")
     index = hnswlib.Index(space="ip", dim=data.keys.shape[1])
     index.init_index(max_elements=len(data.keys), ef_construction=200, M=m, random_seed=0)
@@ -133,7 +149,7 @@ def _hnswlib(data: Dataset, m: int, threads: int) -> Built:
     return Built(search, steps(4096)[24:], index.index_file_size(), lambda queries, k, ef: None)
 
 
-def _usearch(data: Dataset, m: int, threads: int) -> Built:
+def _usearch(data: Dataset, *, m: int, threads: int) -> Built:
     usearch: Any = importlib.import_module("usearch.index")
     index = usearch.Index(
         ndim=data.keys.shape[1], metric="ip", dtype="f32", connectivity=m, expansion_add=200
@@ -153,7 +169,7 @@ def _usearch(data: Dataset, m: int, threads: int) -> Built:
     return Built(search, steps(4096)[24:], int(index.serialized_length), read)
 
 
-def _scann(data: Dataset, nlist: int, factor: int, threads: int) -> Built:
+def _scann(data: Dataset, *, nlist: int, factor: int, threads: int) -> Built:
     scann: Any = importlib.import_module("scann")
     n = len(data.keys)
     index = (
@@ -192,42 +208,35 @@ def installed() -> dict[str, str | None]:
     return found
 
 
-def methods(nlists: tuple[int, ...], threads: int) -> Iterator[Method]:
-    """Yield every method that is installed, at each number of lists where it has lists."""
+def methods(nlists: tuple[int, ...], degrees: tuple[int, ...], threads: int) -> Iterator[Method]:
+    """Yield every method that is installed, at each number of lists or degree of a graph."""
     for nlist in nlists:
         for storage in ("Flat", "SQfp16"):
-            setting = f"SAAP{nlist},{storage}"
-            yield Method("saapindex", setting, lambda x, _, s=storage, n=nlist: _saap(x, s, n, None))
-        for l2 in (False, True):
-            setting = f"IVF{nlist},Flat, {'plain' if l2 else 'spherical'} k-means"
-            yield Method(
-                "Faiss IVFFlat", setting, lambda x, _, n=nlist, e=l2: make_ivf(x, "Flat", n, None, l2_lists=e)
-            )
+            make = partial(_saap, storage=storage, nlist=nlist)
+            yield Method("saapindex", f"SAAP{nlist},{storage}", make)
+        for plain in (False, True):
+            name = f"IVF{nlist},Flat, {'plain' if plain else 'spherical'} k-means"
+            yield Method("Faiss IVFFlat", name, partial(make_ivf, storage="Flat", nlist=nlist, plain=plain))
     for nlist in nlists[:2]:
         for bits, factor in ((1, 8), (2, 4)):
-            storage = f"Bits{bits},RFlat"
-            yield Method(
-                "saapindex, codes",
-                f"SAAP{nlist},{storage}, k_factor {factor}",
-                lambda x, _, s=storage, n=nlist, f=factor: _saap(x, s, n, f),
-            )
+            coded = partial(_saap, storage=f"Bits{bits},RFlat", nlist=nlist, factor=factor)
+            yield Method("saapindex, codes", f"SAAP{nlist},Bits{bits},RFlat, k_factor {factor}", coded)
         for factor in (4, 16):
             yield Method(
                 "Faiss IVFPQ fast-scan",
                 f"IVF{nlist},PQ(d/2)x4fs,RFlat, k_factor {factor}",
-                lambda x, _, n=nlist, f=factor: make_ivf(x, f"PQ{x.keys.shape[1] // 2}x4fs", n, f),
+                partial(_fast_scan, nlist=nlist, factor=factor),
             )
     found = installed()
     if found["scann"]:
         for factor in (4, 16):
-            yield Method(
-                "ScaNN",
-                f"{nlists[0]} leaves, reorder {factor}",
-                lambda x, t, f=factor: _scann(x, nlists[0], f, t),
-            )
-    for m in (16, 32):
-        yield Method("Faiss HNSW", f"M {m}, efConstruction 200", lambda x, _, m=m: _hnsw(x, m))
+            leaves = partial(_scann, nlist=nlists[0], factor=factor, threads=threads)
+            yield Method("ScaNN", f"{nlists[0]} leaves, reorder {factor}", leaves)
+    for m in degrees:
+        yield Method("Faiss HNSW", f"M {m}, efConstruction 200", partial(_hnsw, m=m))
         if found["hnswlib"]:
-            yield Method("hnswlib", f"M {m}, ef_construction 200", lambda x, t, m=m: _hnswlib(x, m, t))
+            graph = partial(_hnswlib, m=m, threads=threads)
+            yield Method("hnswlib", f"M {m}, ef_construction 200", graph)
     if found["usearch"]:
-        yield Method("usearch", "connectivity 16, expansion_add 200", lambda x, t: _usearch(x, 16, t))
+        graph = partial(_usearch, m=16, threads=threads)
+        yield Method("usearch", "connectivity 16, expansion_add 200", graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,6 @@ from reporting import RESULTS, console, machine, save, use_threads
 from rich.table import Table
 
 app = typer.Typer()
-CUT = {"attention, one context", "attention, contexts together"}
 Traces = Annotated[Path, typer.Option(help="Where saapindex capture wrote train/ and test/.")]
 
 
@@ -28,6 +28,8 @@ def pareto(
     keys: Annotated[int, typer.Option(help="Of the made-up data sets.")] = 200_000,
     queries: Annotated[int, typer.Option(help="Asked of each data set, at most.")] = 1000,
     repeats: Annotated[int, typer.Option(help="Timings of each point; the median counts.")] = 5,
+    single: Annotated[int, typer.Option(help="Queries that are timed one by one.")] = 100,
+    degrees: Annotated[list[int], typer.Option(help="M of the graphs.")] = [16, 32],  # noqa: B006
     lists: Annotated[list[int], typer.Option(help="Numbers of lists.")] = [256, 512, 1024],  # noqa: B006
 ) -> None:
     """Recall against speed, keys read, build time and memory, beside Faiss, HNSW and others."""
@@ -35,17 +37,18 @@ def pareto(
     found = pareto_methods.installed()
     for name in bench.missing(found):
         console.print(f"{name} is not installed: pip install 'saapindex[bench]' compares it too")
-    chosen = list(pareto_methods.methods(tuple(lists), threads))
+    chosen = list(pareto_methods.methods(tuple(lists), tuple(degrees), threads))
     warm = sources.in_distribution(4096, 2048, 64, 64)
-    bench.measure(warm, list(pareto_methods.methods((16, 32), threads)), threads, repeats=1, single=2)
+    bench.measure(warm, list(pareto_methods.methods((16, 32), (8,), threads)), repeats=1, single=2)
     results = []
     for data in _datasets(traces, tuple(heads), tuple(together), keys, queries):
-        results.append(bench.measure(data, chosen, threads, repeats=repeats, single=100))
+        results.append(bench.measure(data, chosen, repeats=repeats, single=single))
         summary = bench.summary(results)
         save(
             "pareto",
             {
                 "machine": {**machine(threads), **found},
+                "command": " ".join(["python", *sys.argv]),
                 "missing": bench.missing(found),
                 "summary": summary,
                 "data sets": results,
@@ -61,9 +64,9 @@ def _datasets(
     traces: Path, heads: tuple[int, ...], together: tuple[int, ...], keys: int, queries: int
 ) -> Any:
     yield from sources.attention(traces, heads, queries, together=False)
-    yield from sources.attention(traces, together, queries, together=True)
     yield sources.text_to_image_like(keys, 20_000, queries)
     yield sources.in_distribution(keys, 20_000, queries)
+    yield from sources.attention(traces, together, queries, together=True)
 
 
 def _table(kind: str, part: dict[str, Any]) -> Table:

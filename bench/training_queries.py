@@ -56,9 +56,8 @@ def _row(data: Dataset, train: Vectors | None, truth: NDArray[np.int64], base: f
 
 def _base(data: Dataset, truth: NDArray[np.int64]) -> float:
     """Keys that the better of Faiss's partitions reads."""
-    return min(
-        _keys_read(make_ivf(data, "Flat", NLIST, None, l2_lists=l2), data, truth) for l2 in (False, True)
-    )
+    peers = [make_ivf(data, storage="Flat", nlist=NLIST, plain=plain) for plain in (False, True)]
+    return min(_keys_read(peer, data, truth) for peer in peers)
 
 
 def measure(traces: Path, keys: int) -> dict[str, Any]:
@@ -81,14 +80,13 @@ def measure(traces: Path, keys: int) -> dict[str, Any]:
                 row = _row(data, train, truth, base)
                 shift.append({"data": data.name, "training queries": f"shift {place} of 1", **row})
         else:
-            other = np.ascontiguousarray(np.roll(data.train, data.train.shape[1] // 2, axis=1))
             for name, train in (
                 ("another text", data.train),
                 ("another head", _other_head(traces, data)),
-                ("dimensions exchanged", other),
                 ("the keys themselves", data.keys),
             ):
-                shift.append({"data": data.name, "training queries": name, **_row(data, train, truth, base)})
+                row = _row(data, train, truth, base)
+                shift.append({"data": data.name, "training queries": name, **row})
     return {"lists": NLIST, "recall@10": TARGET, "number": number, "shift": shift}
 
 
