@@ -54,6 +54,10 @@ def steps(last: int) -> list[int]:
     return sorted({*np.unique(np.geomspace(1, last, 8 * int(np.log2(last)) + 1).astype(int)).tolist(), last})
 
 
+BEAMS = [ef for ef in steps(1024) if ef >= 8]
+"""Sizes of the beam that graphs are searched with."""
+
+
 def _saap(data: Dataset, *, storage: str, nlist: int, factor: int | None = None) -> Built:
     index = sx.index_factory(
         data.keys.shape[1], f"SAAP{nlist},{storage}", params=sx.IndexParameters(augment=0)
@@ -128,7 +132,7 @@ def _hnsw(data: Dataset, *, m: int) -> Built:
         search(queries, k, ef)
         return float(_FAISS.cvar.hnsw_stats.ndis / len(queries))
 
-    return Built(search, steps(4096)[24:], len(faiss.serialize_index(index)), read)
+    return Built(search, BEAMS, len(faiss.serialize_index(index)), read)
 
 
 def _refine_parameters(factor: int) -> Any:
@@ -146,7 +150,7 @@ def _hnswlib(data: Dataset, *, m: int, threads: int) -> Built:
         index.set_ef(max(ef, k))
         return np.asarray(index.knn_query(queries, k)[0], np.int64)
 
-    return Built(search, steps(4096)[24:], index.index_file_size(), lambda queries, k, ef: None)
+    return Built(search, BEAMS, index.index_file_size(), lambda queries, k, ef: None)
 
 
 def _usearch(data: Dataset, *, m: int, threads: int) -> Built:
@@ -166,7 +170,7 @@ def _usearch(data: Dataset, *, m: int, threads: int) -> Built:
     def read(queries: Vectors, k: int, ef: int) -> float:
         return float(matches(queries, k, ef).computed_distances / len(queries))
 
-    return Built(search, steps(4096)[24:], int(index.serialized_length), read)
+    return Built(search, BEAMS, int(index.serialized_length), read)
 
 
 def _scann(data: Dataset, *, nlist: int, factor: int, threads: int) -> Built:
