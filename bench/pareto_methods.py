@@ -79,7 +79,13 @@ def _saap(data: Dataset, *, storage: str, nlist: int, factor: int | None = None)
 
 
 def make_ivf(
-    data: Dataset, *, storage: str, nlist: int, factor: int | None = None, plain: bool = False
+    data: Dataset,
+    *,
+    storage: str,
+    nlist: int,
+    factor: int | None = None,
+    plain: bool = False,
+    seed: int = 1234,
 ) -> Built:
     """Build a Faiss inverted file, refined by the keys where `factor` is given.
 
@@ -87,6 +93,7 @@ def make_ivf(
     """
     d, ip = data.keys.shape[1], faiss.METRIC_INNER_PRODUCT
     index: Any = faiss.index_factory(d, f"IVF{nlist},{storage}", ip)
+    index.cp.seed = seed
     if plain:
         index.cp.spherical = False
     index.train(data.keys)
