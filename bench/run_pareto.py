@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,11 +64,16 @@ def pareto(
 
 def _datasets(
     traces: Path, heads: tuple[int, ...], together: tuple[int, ...], keys: int, queries: int
-) -> Any:
-    yield from sources.attention(traces, heads, queries, together=False)
-    yield sources.text_to_image_like(keys, 20_000, queries)
-    yield sources.in_distribution(keys, 20_000, queries)
-    yield from sources.attention(traces, together, queries, together=True)
+) -> Iterator[sources.Dataset]:
+    """Yield one data set of each kind in turn, so that a run that is cut short has some of each."""
+    kinds = (
+        sources.attention(traces, heads, queries, together=False),
+        iter([sources.text_to_image_like(keys, 20_000, queries)]),
+        iter([sources.in_distribution(keys, 20_000, queries)]),
+        sources.attention(traces, together, queries, together=True),
+    )
+    for turn in itertools.zip_longest(*kinds):
+        yield from (data for data in turn if data is not None)
 
 
 def _table(kind: str, part: dict[str, Any]) -> Table:
