@@ -58,7 +58,8 @@ BEAMS = [ef for ef in steps(1024) if ef >= 8]
 """Sizes of the beam that graphs are searched with."""
 
 
-def _saap(data: Dataset, *, storage: str, nlist: int, factor: int | None = None) -> Built:
+def make_saap(data: Dataset, *, storage: str, nlist: int, factor: int | None = None) -> Built:
+    """Build an index of ours, trained on the keys and the training queries."""
     index = sx.index_factory(
         data.keys.shape[1], f"SAAP{nlist},{storage}", params=sx.IndexParameters(augment=0)
     )
@@ -223,14 +224,14 @@ def methods(nlists: tuple[int, ...], degrees: tuple[int, ...], threads: int) -> 
     """Yield every method that is installed, at each number of lists or degree of a graph."""
     for nlist in nlists:
         for storage in ("Flat", "SQfp16"):
-            make = partial(_saap, storage=storage, nlist=nlist)
+            make = partial(make_saap, storage=storage, nlist=nlist)
             yield Method("saapindex", f"SAAP{nlist},{storage}", make)
         for plain in (False, True):
             name = f"IVF{nlist},Flat, {'plain' if plain else 'spherical'} k-means"
             yield Method("Faiss IVFFlat", name, partial(make_ivf, storage="Flat", nlist=nlist, plain=plain))
     for nlist in nlists[:2]:
         for bits, factor in ((1, 8), (2, 4)):
-            coded = partial(_saap, storage=f"Bits{bits},RFlat", nlist=nlist, factor=factor)
+            coded = partial(make_saap, storage=f"Bits{bits},RFlat", nlist=nlist, factor=factor)
             yield Method("saapindex, codes", f"SAAP{nlist},Bits{bits},RFlat, k_factor {factor}", coded)
         for factor in (4, 16):
             yield Method(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import keys_read as reading
 import pareto as bench
 import pareto_data as sources
 import pareto_methods
@@ -112,3 +113,25 @@ def training_queries(traces: Traces = Path("traces"), threads: int = 2, keys: in
             table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()))
         console.print(table)
     shifted.draw(result, RESULTS / "training-queries.png")
+
+
+@app.command()
+def keys_read(
+    traces: Traces = Path("traces"),
+    threads: int = 2,
+    heads: Annotated[list[int], typer.Option(help="KV heads of each layer.")] = [0, 1, 2],  # noqa: B006
+    keys: int = 50_000,
+    queries: int = 500,
+    lists: Annotated[list[int], typer.Option(help="Numbers of lists.")] = [256, 1024],  # noqa: B006
+) -> None:
+    """Keys that saapindex and Faiss IVFFlat must read for a recall: the speed-up without a clock."""
+    use_threads(threads)
+    rows = []
+    for data in _datasets(traces, tuple(heads), tuple(heads), keys, queries):
+        rows += reading.measure(data, tuple(lists))
+        save("keys-read", {"machine": machine(threads), "summary": reading.summary(rows), "rows": rows})
+    means = reading.summary(rows)
+    table = Table(*means[0], title="Keys read a query, geometric means")
+    for row in means:
+        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))
+    console.print(table)
