@@ -5,56 +5,29 @@
     python bench/run.py same-lists --traces traces   # traces from: python bench/capture.py search ...
     python bench/run.py search --traces traces
     python bench/run.py stages --traces traces
+    python bench/run.py pareto --traces pareto-traces   # captured by saapindex capture: see docs/search.md
+    python bench/run.py training-queries --traces pareto-traces
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import faiss
-import numba
 import numpy as np
+import run_pareto
 import search as search_bench
 import typer
-from rich.console import Console
+from reporting import RESULTS, console, machine, save, use_threads
 from rich.table import Table
 
-import saapindex
 from saapindex.learn import read_trace
 
-RESULTS = Path(__file__).parent / "results"
 Traces = Annotated[Path, typer.Option(help="Where bench/capture.py search wrote.")]
 Threads = Annotated[int, typer.Option(help="For every method.")]
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
-console = Console()
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures were taken on."""
-    model = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
-        platform.processor(),
-    )
-    packages = ("numpy", "numba", "faiss-cpu", "safetensors")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "saapindex": saapindex.__version__,
-        **{package: version(package) for package in packages},
-    }
-
-
-def _cpuinfo() -> Sequence[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+app.add_typer(run_pareto.app)
 
 
 def _heads(traces: Path) -> list[search_bench.Head]:
@@ -64,15 +37,10 @@ def _heads(traces: Path) -> list[search_bench.Head]:
     return heads
 
 
-def _use_threads(threads: int) -> None:
-    faiss.omp_set_num_threads(threads)
-    numba.set_num_threads(threads)
-
-
 @app.command()
 def same_lists(traces: Traces = Path("traces"), threads: Threads = 2) -> None:
     """Search and build with the very lists of a Faiss IVFFlat: only the code differs."""
-    _use_threads(threads)
+    use_threads(threads)
     demo = search_bench.make_head(
         "shipped trace",
         read_trace(search_bench.DATA / "test.safetensors"),
@@ -84,7 +52,7 @@ def same_lists(traces: Traces = Path("traces"), threads: Threads = 2) -> None:
         search_bench.same_lists(demo, 256, (4, 16, 64)),
         search_bench.same_lists(heads[len(heads) // 2], 1024, (8, 32, 128)),
     ]
-    _save("same-lists", {"machine": machine(threads), "cases": cases})
+    save("same-lists", {"machine": machine(threads), "cases": cases})
     for case in cases:
         _print_same(case)
 
@@ -92,10 +60,10 @@ def same_lists(traces: Traces = Path("traces"), threads: Threads = 2) -> None:
 @app.command()
 def search(traces: Traces = Path("traces"), threads: Threads = 2) -> None:
     """Queries per second beside the real Faiss at equal recall, on many attention heads."""
-    _use_threads(threads)
+    use_threads(threads)
     equal = [search_bench.equal_recall(head) for head in _heads(traces)]
     summary = search_bench.summary(equal)
-    _save("search", {"machine": machine(threads), "equal recall": equal, "summary": summary})
+    save("search", {"machine": machine(threads), "equal recall": equal, "summary": summary})
     console.print(_equal_table(equal))
     console.print_json(json.dumps(summary))
     _draw(equal, RESULTS / "search.png")
@@ -106,7 +74,7 @@ def stages(traces: Traces = Path("traces")) -> None:
     """Where the time of a search goes: routing and scanning on one core."""
     heads = _heads(traces)
     cases = [search_bench.stages(heads[len(heads) // 2], 512, 28, dtype) for dtype in ("float32", "float16")]
-    _save("stages", {"machine": machine(1), "cases": cases})
+    save("stages", {"machine": machine(1), "cases": cases})
     table = Table(title=f"{cases[0]['head']}, 512 lists, 28 visited: microseconds of one core a query")
     for name in ("keys", "keys read", "route", "scan", "search", "scan, GB/s"):
         table.add_column(name, justify="right")
@@ -114,11 +82,6 @@ def stages(traces: Traces = Path("traces")) -> None:
         times = [f"{case['microseconds'][name]:.1f}" for name in ("route", "scan", "search")]
         table.add_row(case["dtype"], f"{case['keys']:.0f}", *times, f"{case['scan GB/s']:.1f}")
     console.print(table)
-
-
-def _save(name: str, result: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _print_same(case: dict[str, Any]) -> None:
