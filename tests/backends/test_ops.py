@@ -85,10 +85,14 @@ def of_attention(made, t=2, g=3):
     some = np.where(labels >= 0, lists.all_rows(lists.sizes[:, None] + 0 * taken)[:, :, :40], -1)
     rest = queries, logits, taken, estimates, some, labels, bounds, lists, pages, code, scaling
     reading = Reading(long // 2, long * 20, 9, 128)
+    choice = queries, lists, pages, code, scaling, reading
+    chosen = get_ops("reference").choose_rows(*choice)
     return {
         "attend_all": (queries, positions, made.near, lists, pages, scaling),
+        "attend_chosen": (queries, rows, pages, chosen, lists, pages, code, scaling, reading),
         "attend_lists": (queries, positions, made.near, lists, pages, code, scaling, reading),
         "attend_rows": (queries, rows, pages, scaling),
+        "choose_rows": choice,
         "encode": (floats(made.heads, 30, d), code),
         "estimate_rest": rest,
         "merge": (floats(3, 5, d), floats(3, 5)),
