@@ -320,6 +320,16 @@ class AttendParameters:
         if not _is_share(self.scan_share) or self.scan_share == 1:
             raise InvalidInputError(f"scan_share is {self.scan_share!r}, expected a share in (0, 1)")
 
+    @property
+    def ranks_by_mass(self) -> bool:
+        """Whether lists are visited by predicted mass, and not by mass per key."""
+        return (self.rank or ("mass" if self.budget is None else "key")) == "mass"
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether codes are read to choose the keys that are fetched."""
+        return self.refine and self.budget is not None
+
     def replace(self, **changes: Any) -> AttendParameters:
         """Return a copy with some fields changed; a new limit takes the place of the old one.
 

@@ -17,6 +17,7 @@ from saapindex.attention.streams import as_host
 from saapindex.attention.tensors import element_type
 from saapindex.backends.base import Floats, Ints, Ops
 from saapindex.backends.cuda.attend import Limits, Workspace, attend_streams, launch_shape, select_streams
+from saapindex.backends.cuda.launch import multiprocessors
 from saapindex.backends.paged import PagedLists, Scaling, widened
 from saapindex.devices import device_of
 from saapindex.errors import InvalidInputError
@@ -98,15 +99,14 @@ def _kind(q: ArrayLike) -> str:
 
 
 def _limits(wanted: AttendParameters) -> Limits:
-    counted = wanted.budget is not None
     return Limits(
         budget=wanted.budget or 0.0,
         share=wanted.scan_share,
         nprobe=wanted.nprobe or 0,
         top_p=wanted.top_p or 0.0,
         policy=wanted.policy,
-        by_mass=(wanted.rank or ("key" if counted else "mass")) == "mass",
-        refine=wanted.refine and counted,
+        by_mass=wanted.ranks_by_mass,
+        refine=wanted.reads_codes,
         remainder=wanted.remainder,
     )
 
@@ -116,8 +116,7 @@ def _space(batch: DeviceBatch, group: int, tokens: int, device: int, positions: 
     key = group, tokens, -(-positions // 4096)
     if key not in batch.spaces:
         xp, streams = batch.keeping.xp, batch.streams
-        processors = xp.cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
-        shape = launch_shape(streams.pages.shape[0] * tokens, processors, group)
+        shape = launch_shape(streams.pages.shape[0] * tokens, multiprocessors(device), group)
         with allocating(f"what attention of {tokens} tokens works in"):
             batch.spaces[key] = Workspace.empty(
                 streams, batch.keeping.book.code, group, tokens, shape, xp, most_positions=key[2] * 4096

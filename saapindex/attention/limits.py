@@ -48,7 +48,6 @@ def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: in
     fixed = nlist * (2 * d + LIST_EXTRA) + matrices * MATRIX_ELEMENT * d * coded
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
     scan = params.scan_share * left / code.nbytes_per_key if params.refine else left / row
-    counted = params.budget is not None
     return Reading(
         scan.astype(np.int64),
         left.astype(np.int64),
@@ -57,7 +56,7 @@ def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: in
         nprobe=params.nprobe or 0,
         top_p=params.top_p or 0.0,
         policy=params.policy,
-        by_mass=(params.rank or ("key" if counted else "mass")) == "mass",
-        refine=params.refine and counted,
+        by_mass=params.ranks_by_mass,
+        refine=params.reads_codes,
         remainder=params.remainder,
     )

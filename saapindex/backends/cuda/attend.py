@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.backends.cuda.module import ELEMENTS, kernel
+from saapindex.backends.cuda.launch import element
+from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.step import DeviceCode, Limits, Workspace, launch_shape, shared_bytes, step
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
@@ -15,15 +15,6 @@ from saapindex.backends.paged import Scaling
 __all__ = ["DeviceCode", "Limits", "Workspace", "attend_streams", "launch_shape", "select_streams"]
 
 Array = Any  # cupy.ndarray
-
-
-def _element(array: Array) -> int:
-    names = {
-        np.dtype(np.float16): "float16",
-        np.dtype(np.uint16): "bfloat16",
-        np.dtype(np.float32): "float32",
-    }
-    return ELEMENTS[names[array.dtype]]
 
 
 def attend_streams(
@@ -119,8 +110,8 @@ def _launch(
         D=d,
         G=group,
         WORDS=words,
-        ELEMENT=_element(streams.keys),
-        QUERY=_element(queries),
+        ELEMENT=element(streams.keys),
+        QUERY=element(queries),
         THREADS=space.threads,
         **({"CAPPED": 1} if scaling.softcap else {}),
         **macros,
