@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from saapindex.backends.base import LANES
-from saapindex.backends.cpu.block import first_bit
+from saapindex.backends.cpu.block import WIDE, first_bit, pack_lanes
 
 LOWEST = np.float32(np.finfo(np.float32).min)
 """What every score that counts reaches, and minus infinity does not."""
@@ -99,7 +99,7 @@ def keep_best(scores, ids, count, k, spare):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def take(lanes, scores, ids, row, kept, names, count):  # type: ignore[no-untyped-def]
+def take_one_by_one(lanes, scores, ids, row, kept, names, count):  # type: ignore[no-untyped-def]
     """Put down the scores and ids of `lanes`, given as bits; return how many there are then."""
     while lanes:
         lane = first_bit(lanes)
@@ -107,6 +107,9 @@ def take(lanes, scores, ids, row, kept, names, count):  # type: ignore[no-untype
         count += 1
         lanes &= lanes - 1
     return count
+
+
+take = pack_lanes if WIDE else take_one_by_one
 
 
 @njit(cache=True, nogil=True)

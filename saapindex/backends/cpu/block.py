@@ -24,8 +24,9 @@ from saapindex.backends.base import LANES
 
 # Independent sums of a query, to hide the latency of a multiply-add.
 _SUMS = 4
-_WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-TILE = 4 if _WIDE else 2
+WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+"""Whether the machine has AVX-512."""
+TILE = 4 if WIDE else 2
 """Queries of a tile: as many as have their sums in registers. Four times 16 lanes fill an int64 of bits."""
 
 
@@ -185,6 +186,51 @@ def reaching(typingctx, scores, start, threshold):  # type: ignore[no-untyped-de
         return builder.zext(builder.bitcast(reached, ir.IntType(LANES)), ir.IntType(64))
 
     return types.int64(scores, types.int64, types.float32), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def pack_lanes(typingctx, lanes, scores, ids, row, kept, names, count):  # type: ignore[no-untyped-def]
+    """Copy the lanes that are set in `lanes` from scores and ``ids[row:]`` to place `count`; return what follows.
+
+    Needs AVX-512, whose registers close the gaps without a branch. Up to `LANES` places from `count` on are
+    written, whatever is in `lanes`.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        i64 = ir.IntType(64)
+
+        def pack(source: int, start: Any, target: int, place: Any, element: Any, width: int, first: int) -> Any:
+            n, code = (16, "f32") if element == ir.FloatType() else (8, "i64")
+            kind = ir.VectorType(element, n)
+            bits = builder.trunc(builder.lshr(args[0], ir.Constant(i64, first)), ir.IntType(n))
+            from_, to = (
+                builder.inttoptr(
+                    builder.add(
+                        builder.ptrtoint(
+                            context.make_array(signature.args[a])(context, builder, args[a]).data, i64
+                        ),
+                        builder.mul(at, ir.Constant(i64, width)),
+                    ),
+                    kind.as_pointer(),
+                )
+                for a, at in ((source, start), (target, place))
+            )
+            mask = ir.VectorType(ir.IntType(1), n)
+            function = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(kind, [kind, kind, mask]),
+                f"llvm.x86.avx512.mask.compress.v{n}{code}",
+            )
+            loaded = builder.load(from_, align=width, typ=kind)
+            packed = builder.call(function, [loaded, loaded, builder.bitcast(bits, mask)])
+            builder.store(packed, to, align=width)
+            return builder.add(place, builder.zext(builder.ctpop(bits), i64))
+
+        pack(1, ir.Constant(i64, 0), 4, args[6], ir.FloatType(), 4, 0)
+        half = pack(2, args[3], 5, args[6], i64, 8, 0)
+        return pack(2, builder.add(args[3], ir.Constant(i64, 8)), 5, half, i64, 8, 8)
+
+    return types.int64(types.int64, scores, ids, types.int64, kept, names, types.int64), codegen
 
 
 @intrinsic  # type: ignore[misc]
