@@ -251,7 +251,7 @@ def methods(nlists: tuple[int, ...], degrees: tuple[int, ...], threads: int) -> 
         quantised = partial(make_ivf, storage=storage, nlist=middle)
         yield Method("Faiss IVF, quantised", f"IVF{middle},{storage}", quantised)
     found = installed()
-    for m in degrees:
+    for m in (m for m in degrees if m):
         yield Method("Faiss HNSW", f"M {m}, efConstruction {BUILD}", partial(_hnsw, m=m))
         if found["hnswlib"]:
             graph = partial(_hnswlib, m=m, threads=threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ def pareto(
     degrees: Annotated[list[int], typer.Option(help="M of the graphs.")] = [16, 32],  # noqa: B006
     lists: Annotated[list[int], typer.Option(help="Numbers of lists, below 100,000 keys.")] = [256, 512, 1024],  # noqa: B006
     many_lists: Annotated[list[int], typer.Option(help="The same, from 100,000 keys.")] = [512, 1024, 2048],  # noqa: B006
-    many_degrees: Annotated[list[int], typer.Option(help="The same, from 100,000 keys.")] = [16],  # noqa: B006
+    many_degrees: Annotated[list[int], typer.Option(help="The same, from 100,000 keys; 0 for none.")] = [16],  # noqa: B006
     jobs: Annotated[int, typer.Option(help="Data sets at once, on processors of their own.")] = 1,
     limit: Annotated[float, typer.Option(help="Seconds after which what is not measured is left out.")] = 1e9,
     only: Annotated[int, typer.Option(hidden=True)] = -1,
@@ -88,15 +87,11 @@ def pareto(
 def _datasets(
     traces: Path, heads: tuple[int, ...], together: tuple[int, ...], keys: int, queries: int
 ) -> Iterator[Callable[[], sources.Dataset]]:
-    """Yield what makes one data set of each kind in turn, so that a run that is cut short has some of each."""
-    kinds = (
-        sources.attention(traces, together, queries, together=True),
-        iter([partial(sources.text_to_image_like, keys, 20_000, queries)]),
-        iter([partial(sources.in_distribution, keys, 20_000, queries)]),
-        sources.attention(traces, heads, queries, together=False),
-    )
-    for turn in itertools.zip_longest(*kinds):
-        yield from (data for data in turn if data is not None)
+    """Yield what makes each data set, the largest ones first, so that none is waited for in the end."""
+    yield from sources.attention(traces, together, queries, together=True)
+    yield partial(sources.text_to_image_like, keys, 20_000, queries)
+    yield partial(sources.in_distribution, keys, 20_000, queries)
+    yield from sources.attention(traces, heads, queries, together=False)
 
 
 def _table(kind: str, part: dict[str, Any]) -> Table:
