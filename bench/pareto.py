@@ -149,7 +149,7 @@ def _mean(values: list[Any]) -> float | None:
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Geometric means of the best point of each group, over the data sets of a kind where it reaches the target."""
+    """Geometric means of the best point of each group, over the data sets of a kind where it has one."""
     out: dict[str, Any] = {}
     for kind in dict.fromkeys(result["kind"] for result in results):
         alike = [result for result in results if result["kind"] == kind]

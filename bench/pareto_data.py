@@ -66,7 +66,7 @@ def _cut(trace: Trace, head: int) -> tuple[Vectors, Vectors]:
 def attention(
     traces: Path, heads: tuple[int, ...], queries: int, *, together: bool
 ) -> Iterator[Callable[[], Dataset]]:
-    """Yield what makes one data set a head of every captured layer: of one context, or of all of them together.
+    """Yield what makes a data set of each head of every captured layer: of one context, or of all together.
 
     `traces` is what ``saapindex capture`` wrote: ``traces/{train,test}/TEXT-N/layer-LL.safetensors``.
     """

@@ -63,7 +63,7 @@ BEAMS = [ef for ef in steps(1024) if ef >= 8]
 def make_saap(
     data: Dataset, *, storage: str, nlist: int, factor: int | None = None, aware: bool = True
 ) -> Built:
-    """Build an index of ours, trained on the keys and the training queries; Faiss's partition unless `aware`."""
+    """Build an index of ours, trained on keys and training queries; with Faiss's partition unless `aware`."""
     d = data.keys.shape[1]
     if aware:
         index = sx.index_factory(d, f"SAAP{nlist},{storage}", params=sx.IndexParameters(augment=0))
@@ -229,7 +229,7 @@ def installed() -> dict[str, str | None]:
 def methods(nlists: tuple[int, ...], degrees: tuple[int, ...], threads: int) -> Iterator[Method]:
     """Yield every method that is installed, at each number of lists or degree of a graph.
 
-    What is slower at equal recall in nearly all cases (codes, the slower storages) is tried at one number of lists.
+    What is slower at equal recall nearly always (codes, the slower storages) is tried at one number of lists.
     """
     for nlist in nlists:
         for plain in (False, True):

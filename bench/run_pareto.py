@@ -33,9 +33,9 @@ def pareto(
     queries: Annotated[int, typer.Option(help="Asked of each data set, at most.")] = 1000,
     repeats: Annotated[int, typer.Option(help="Timings of each point; the median counts.")] = 5,
     single: Annotated[int, typer.Option(help="Queries that are timed one by one.")] = 100,
-    targets: Annotated[list[float], typer.Option(help="Recalls to be reached.")] = list(bench.TARGETS),  # noqa: B006, B008
+    targets: Annotated[list[float], typer.Option(help="Recalls to be reached.")] = list(bench.TARGETS),  # noqa: B006
     degrees: Annotated[list[int], typer.Option(help="M of the graphs.")] = [16, 32],  # noqa: B006
-    lists: Annotated[list[int], typer.Option(help="Numbers of lists, below 100,000 keys.")] = [256, 512, 1024],  # noqa: B006
+    lists: Annotated[list[int], typer.Option(help="Lists, below 100,000 keys.")] = [256, 512, 1024],  # noqa: B006
     many_lists: Annotated[list[int], typer.Option(help="The same, from 100,000 keys.")] = [512, 1024, 2048],  # noqa: B006
     many_degrees: Annotated[list[int], typer.Option(help="The same, from 100,000 keys; 0 for none.")] = [16],  # noqa: B006
     jobs: Annotated[int, typer.Option(help="Data sets at once, on processors of their own.")] = 1,

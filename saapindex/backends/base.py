@@ -251,9 +251,8 @@ class Ops(AttentionOps):
     def prepare(self, table: Floats, bias: Floats, lists: Lists, l2: bool) -> QuickSearch | None:
         """Return `search` for a few queries at a time, which are their own features; None if there is none.
 
-        What it returns takes queries (q, d), float32 and C-contiguous, `p` and `k`, and does as `search` would; it
-        answers None, having done nothing, if queries are not finite. It holds on to the arrays, which must not
-        be replaced while it is used.
+        What it returns takes queries (q, d), float32 and C-contiguous, `p` and `k`, and answers as `search`;
+        it answers None, having done nothing, if queries are not finite. It holds on to the arrays.
         """
         return None
 

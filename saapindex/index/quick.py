@@ -1,7 +1,7 @@
 """The short way through `search`: a few queries in host memory, by `nprobe` alone, nothing to convert.
 
-A search of one query takes a few microseconds, less than all the questions that the general way asks first. What
-can be asked once for a state of the index is asked here, when the first such search comes.
+A search of one query takes a few microseconds, less than all the questions that the general way asks first.
+What can be asked once for a state of the index is asked here, when the first such search comes.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def to_float(value, spare):  # type: ignore[no-untyped-def]
 def kth_largest(scores, k, spare):  # type: ignore[no-untyped-def]
     """Return what `ordered` maps the `k`-th largest of `scores` to, or less, but no more than `k` reach it.
 
-    None may be NaN. By bisection of the bits, so without a branch to be foreseen wrongly; `spare` is int32, of
-    as many elements at least, and holds what `ordered` maps all of them to.
+    None may be NaN. By bisection of the bits, so without a branch to be foreseen wrongly; `spare`, int32
+    of as many elements at least, holds what `ordered` maps all of them to.
     """
     n = scores.shape[0]
     bits = scores.view(np.int32)

@@ -190,7 +190,7 @@ def reaching(typingctx, scores, start, threshold):  # type: ignore[no-untyped-de
 
 @intrinsic  # type: ignore[misc]
 def pack_lanes(typingctx, lanes, scores, ids, row, kept, names, count):  # type: ignore[no-untyped-def]
-    """Copy the lanes that are set in `lanes` from scores and ``ids[row:]`` to place `count`; return what follows.
+    """Copy the lanes that are set from scores and ``ids[row:]`` to place `count`; return what comes after.
 
     Needs AVX-512, whose registers close the gaps without a branch. Up to `LANES` places from `count` on are
     written, whatever is in `lanes`.
@@ -199,22 +199,18 @@ def pack_lanes(typingctx, lanes, scores, ids, row, kept, names, count):  # type:
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         i64 = ir.IntType(64)
 
-        def pack(source: int, start: Any, target: int, place: Any, element: Any, width: int, first: int) -> Any:
+        def at(array: int, place: Any, kind: Any, width: int) -> Any:
+            data = context.make_array(signature.args[array])(context, builder, args[array]).data
+            start = builder.add(builder.ptrtoint(data, i64), builder.mul(place, ir.Constant(i64, width)))
+            return builder.inttoptr(start, kind.as_pointer())
+
+        def pack(
+            source: int, start: Any, target: int, place: Any, element: Any, width: int, first: int
+        ) -> Any:
             n, code = (16, "f32") if element == ir.FloatType() else (8, "i64")
             kind = ir.VectorType(element, n)
             bits = builder.trunc(builder.lshr(args[0], ir.Constant(i64, first)), ir.IntType(n))
-            from_, to = (
-                builder.inttoptr(
-                    builder.add(
-                        builder.ptrtoint(
-                            context.make_array(signature.args[a])(context, builder, args[a]).data, i64
-                        ),
-                        builder.mul(at, ir.Constant(i64, width)),
-                    ),
-                    kind.as_pointer(),
-                )
-                for a, at in ((source, start), (target, place))
-            )
+            from_, to = at(source, start, kind, width), at(target, place, kind, width)
             mask = ir.VectorType(ir.IntType(1), n)
             function = cgutils.get_or_insert_function(
                 builder.module,
@@ -235,7 +231,7 @@ def pack_lanes(typingctx, lanes, scores, ids, row, kept, names, count):  # type:
 
 @intrinsic  # type: ignore[misc]
 def raise_peaks(typingctx, scores, start, peaks, at):  # type: ignore[no-untyped-def]
-    """Raise ``peaks[at : at + LANES]`` to ``scores[start : start + LANES]`` where these are larger, float32."""
+    """Raise ``peaks[at : at + LANES]`` to ``scores[start : start + LANES]`` where these are larger."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         _, new = _lanes_at(context, builder, signature.args[0], args[0], args[1])

@@ -1,7 +1,7 @@
 """The scan of many queries, list by list: keys are read once for a tile of queries, not once a query.
 
-A query's best list goes first, in a pass of its own, so that most keys of its other lists fall below what it has
-found already.
+A query's best list goes first, in a pass of its own, so that most keys of its other lists fall below what it
+has found already.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def _by_list(probes, first, last, starts, members):  # type: ignore[no-untyped-d
 
 @njit(cache=True, nogil=True)
 def _scan_tile(  # type: ignore[no-untyped-def]
-    queries, tile, many, vectors, ids, start, size, k, kept, names, counts, worst, thresholds, scores, spare, l2
+    queries, tile, many, vectors, ids, start, size, k, kept, names, counts, worst, thresholds, scores,
+    spare, l2,
 ):  # fmt: skip
     """Scan one list for the queries ``tile[:many]``."""
     for t in range(TILE):

@@ -32,7 +32,7 @@ def _bound(total, p, peaks, spare):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _top(total, lists, best, in_order, kept, names, peaks, spare):  # type: ignore[no-untyped-def]
-    """Choose the best of `total`, whose length is a multiple of `LANES`; if not in order, the best one first."""
+    """Choose the best of `total`, of whole blocks; if not in order, then with the best one first."""
     p, count = lists.shape[0], 0
     bound = _bound(total, p, peaks, spare)
     for start in range(0, total.shape[0], LANES):
@@ -78,7 +78,8 @@ def route_some(features, table, bias, lists, best, in_order):  # type: ignore[no
             total = scores[t]
             for j in range(width):
                 total[j] += padded[j]
-            _top(total, lists[first + t], best[first + t] if in_order else kept, in_order, kept, names, peaks, spare)
+            into = best[first + t] if in_order else kept
+            _top(total, lists[first + t], into, in_order, kept, names, peaks, spare)
 
 
 @njit(cache=True, nogil=True, parallel=True)

@@ -22,15 +22,17 @@ EVERY_LANE = np.zeros(0, np.uint16)
 
 
 @njit(cache=True, nogil=True)
-def _scan_query(query, vectors, ids, offsets, sizes, probes, limit, kept, names, spare, scores, best, found, l2):  # type: ignore[no-untyped-def]
+def _scan_query(  # type: ignore[no-untyped-def]
+    query, vectors, ids, offsets, sizes, probes, limit, kept, names, spare, scores, best, found, l2
+):
     """Visit the lists of one query, and sort what is best into `best` and `found`."""
     k, count, worst = best.shape[0], 0, LOWEST
     for list_ in probes:
         if list_ < 0:
             continue
-        take_ = min(sizes[list_], limit)
-        limit -= take_
-        end = offsets[list_] + take_
+        read = min(sizes[list_], limit)
+        limit -= read
+        end = offsets[list_] + read
         for start in range(offsets[list_], end, LANES):
             if l2:
                 lanes = block_distances(query, vectors, start // LANES, worst, scores)

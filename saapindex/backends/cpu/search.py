@@ -93,7 +93,7 @@ def _finite(bits):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _search_at(queries, record, p, best, found):  # type: ignore[no-untyped-def]
-    """Search by a record that `prepare` made; tell whether all queries are finite, without which nothing is."""
+    """Search by a record that `prepare` made, if all queries are finite; tell whether they are."""
     if not _finite(queries.reshape(-1).view(np.int32)):
         return False
     nlist, d, blocks, lists = record[7], queries.shape[1], record[9], record[10]
