@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def run(commands: Sequence[Sequence[str]], files: Sequence[Path], jobs: int, lim
     cores = sorted(os.sched_getaffinity(0))
     width = max(1, len(cores) // jobs)
     free = [cores[i * width : (i + 1) * width] for i in range(min(jobs, len(cores)))]
-    left, running, end = list(range(len(commands))), {}, time.monotonic() + limit
+    left, end = list(range(len(commands))), time.monotonic() + limit
+    running: dict[subprocess.Popen[bytes], list[int]] = {}
     for file in files:
         file.unlink(missing_ok=True)
     while (left or running) and time.monotonic() < end:
@@ -31,7 +33,7 @@ def run(commands: Sequence[Sequence[str]], files: Sequence[Path], jobs: int, lim
             number, own = left.pop(0), free.pop(0)
             child = subprocess.Popen(
                 [sys.executable, *commands[number], "--limit", str(end - time.monotonic())],
-                preexec_fn=lambda own=own: os.sched_setaffinity(0, own),
+                preexec_fn=partial(os.sched_setaffinity, 0, own),
             )
             running[child] = own
         for child in [child for child in running if child.poll() is not None]:

@@ -50,10 +50,11 @@ def pareto(
     if only >= 0:
         use_threads(threads)
         data = makers[only]()
-        sizes = (lists, degrees) if len(data.keys) < 100_000 else (many_lists, many_degrees)
+        small = len(data.keys) < 100_000
+        nlists, ms = tuple(lists if small else many_lists), tuple(degrees if small else many_degrees)
         result = bench.measure(
             data,
-            list(pareto_methods.methods(*map(tuple, sizes), threads)),
+            list(pareto_methods.methods(nlists, ms, threads)),
             repeats=repeats,
             single=single,
             targets=tuple(sorted(targets)),

@@ -136,12 +136,12 @@ def sort_best(scores, ids, count, best, found):  # type: ignore[no-untyped-def]
     else:
         best[:count] = -np.inf
         for i in range(count):
-            score, place = scores[i], np.int32(0)
+            score, above = scores[i], np.int32(0)
             for j in range(count):
-                place = np.int32(place + np.int32(scores[j] > score))
-            while best[place] == score:  # taken by its equal
-                place = np.int32(place + 1)
-            best[place], found[place] = score, ids[i]
+                above = np.int32(above + np.int32(scores[j] > score))
+            while best[above] == score:  # taken by its equal
+                above = np.int32(above + 1)
+            best[above], found[above] = score, ids[i]
     for place in range(1, count):  # equal scores, by id
         hole, id = place, found[place]
         while hole > 0 and best[hole - 1] == best[place] and found[hole - 1] > id:

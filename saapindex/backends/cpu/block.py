@@ -154,7 +154,7 @@ class _Emitter:
         return bits
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def first_bit(typingctx, bits):  # type: ignore[no-untyped-def]
     """Return the number of the lowest bit of an int64 that is set; there must be one."""
 
@@ -173,7 +173,7 @@ def _lanes_at(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> 
     return pointer, builder.load(pointer, align=4, typ=lanes)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def reaching(typingctx, scores, start, threshold):  # type: ignore[no-untyped-def]
     """Tell as bits which of ``scores[start : start + LANES]``, float32, are at least `threshold`."""
 
@@ -188,7 +188,7 @@ def reaching(typingctx, scores, start, threshold):  # type: ignore[no-untyped-de
     return types.int64(scores, types.int64, types.float32), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def pack_lanes(typingctx, lanes, scores, ids, row, kept, names, count):  # type: ignore[no-untyped-def]
     """Copy the lanes that are set from scores and ``ids[row:]`` to place `count`; return what comes after.
 
@@ -229,7 +229,7 @@ def pack_lanes(typingctx, lanes, scores, ids, row, kept, names, count):  # type:
     return types.int64(types.int64, scores, ids, types.int64, kept, names, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def raise_peaks(typingctx, scores, start, peaks, at):  # type: ignore[no-untyped-def]
     """Raise ``peaks[at : at + LANES]`` to ``scores[start : start + LANES]`` where these are larger."""
 
