@@ -56,7 +56,7 @@ struct Step {
     const int* positions;  // (B, t), or none: the newest tokens
     void* out;
     float* lse;
-    u32* bits;  // (units, width): the positions that are chosen, instead of attending
+    u32* bits;  // (units, width): the positions that are chosen, then the lists visited, instead of attending
     float *dots, *rotated, *estimates, *masses;
     int2* visited;
     u16* bins;
@@ -196,6 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         STAMP(3);
         select_lists(p, s, part, table);
         STAMP(4);
+        if (deciding && block == 0) note_lists(p, part, taken);
         wait(counters + BARRIER, met);
         find_reference(p, s, counters);
         find_deferred_lists(p, s, part, table);

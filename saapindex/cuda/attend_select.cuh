@@ -305,6 +305,13 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     }
 }
 
+// Set the bits of the lists that are visited: the last words of the row.
+__device__ __noinline__ void note_lists(const Step& p, const Part& part, const int* taken) {
+    u32* words = p.bits + ((i64)part.unit + 1) * p.width - (p.lists + 31) / 32;
+    for (int list = threadIdx.x; list < p.lists; list += THREADS)
+        if (taken[list] > 0) atomicOr(words + (list >> 5), 1u << (list & 31));
+}
+
 // The weight of the keys of a list that were not visited, for each head.
 __device__ __forceinline__ Group rest_of_list(const Step& p, const Shared& s, const Part& part, int list, int taken) {
     const int size = p.sizes[(i64)part.stream * p.lists + list], rest = size - taken;
