@@ -63,7 +63,7 @@ def select_on_device(
     )
     if given is None:
         given = [as_host(array) for array in arrays]
-    return Selection(*given[:3], batch.keeping.sinks, *given[3:])
+    return Selection(sinks=batch.keeping.sinks, **dict(zip(_FIELDS, given, strict=True)))
 
 
 def _bits(batch: DeviceBatch) -> Bits:

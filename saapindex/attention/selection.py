@@ -20,8 +20,9 @@ __all__ = ["Selection"]
 class Selection:
     """Keys that each KV head should attend to, besides the sinks and the window.
 
-    Ids are positions in the sequence. Every array is in the framework of the queries, and where they are. From
-    an index on a device rows are wider than what is selected; other forms are made on the host, when asked for.
+    Ids are positions in the sequence. Every array is in the framework of the queries, and where they are.
+    From an index on a device rows are wider than what is selected, and other forms are made on the host when
+    they are asked for.
 
     Attributes
     ----------

@@ -64,9 +64,7 @@ class Case:
         """The kernel and the reference agree, twice in a row, in each of these ways."""
         x, group = self.index._grouped(self.q)
         tokens, lists = x.shape[1], self.index.codebook.nlist
-        space = launched.Workspace.empty(
-            self.streams, self.code, group, tokens, (blocks, threads), np
-        )
+        space = launched.Workspace.empty(self.streams, self.code, group, tokens, (blocks, threads), np)
         shared = launched.shared_bytes(x.shape[3], group, self.macros["WORDS"], lists, threads)
         batch = self.index._batch
         for way in ways:
@@ -160,7 +158,7 @@ def test_shapes_and_types(folder, shape, blocks, threads, options):
 @pytest.mark.parametrize("most", [0, 100, 5000])
 @pytest.mark.parametrize("everything", [False, True])
 def test_rows_of_any_bits(folder, most, everything):
-    """Rows of several parts, too long for the rows they are written to, and lists beyond a turn of a block."""
+    """Rows of several parts, more bits than there is room for, lists beyond a turn of a block."""
     rng = np.random.default_rng(most)
     streams, pages, lists = 4, 4000, 133
     shown = SimpleNamespace(

@@ -84,7 +84,7 @@ def most_chosen(streams: Streams, limits: Limits, *, everything: bool) -> int:
     >>> most_chosen(streams, Limits(budget=0.0, nprobe=4), everything=False)
     1600
     """
-    room = LANES * streams.pages.shape[1]
+    room: int = LANES * streams.pages.shape[1]
     return room if everything or not limits.budget else min(room, int(limits.budget * room))
 
 
