@@ -15,6 +15,7 @@ adapter that is not installed or does not run is listed with the reason. Writes
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import time
@@ -277,6 +278,9 @@ def main(
     wanted = contexts or ("32768,131072,32768+20000+8192+3000" if gpu else "4096")
     results: dict[str, Any] = {}
     machine = {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
+    for name in ("flashinfer", "cupy"):
+        if importlib.util.find_spec(name) is not None:
+            machine[name] = importlib.import_module(name).__version__
     settings = {"kv_heads": shape[0], "group": shape[1], "d": shape[2], "window": 2047, "sinks": 1}
     found = {"machine": machine, "settings": settings, "results": results}
     for text in wanted.split(","):
