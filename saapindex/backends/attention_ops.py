@@ -290,20 +290,13 @@ class AttentionOps(ABC):
         ids = near.all_ids(positions)
         if reading is None:
             rows = lists.all_rows(np.repeat(lists.sizes[:, None], positions.shape[1], axis=1))
-            stands = self._ids(rows, pages)
+            stands = _ids(rows, pages)
             ids = np.concatenate([ids, np.where(stands <= positions[..., None], stands, -1)], axis=-1)
             out, lse, _ = self.attend_rows(queries, slots.rows(ids), slots.pages, scaling)
             return out, lse
         chosen = self.choose_rows(queries, lists, pages, code, scaling, reading)
-        exact = slots.rows(np.concatenate([ids, self._ids(chosen.rows, pages)], axis=-1))
+        exact = slots.rows(np.concatenate([ids, _ids(chosen.rows, pages)], axis=-1))
         return self.attend_chosen(queries, exact, slots.pages, chosen, lists, pages, code, scaling, reading)
-
-    @staticmethod
-    def _ids(rows: Ints, pages: Pages) -> Ints:
-        """Return the positions of the keys at `rows`; -1 stays."""
-        ids = np.full(rows.shape, -1, np.int64)
-        ids[rows >= 0] = pages.take("ids", rows[rows >= 0])
-        return ids
 
     def choose_rows(
         self,
@@ -320,7 +313,7 @@ class AttentionOps(ABC):
         if reading.refine:
             estimates, rows, labels = self.scan_codes(queries, taken, lists, pages, code, scaling)
             limits = reading.keep(taken.sum(axis=-1))
-            kept = self.select_keys(estimates, norms, self._ids(rows, pages), limits, reading.policy)
+            kept = self.select_keys(estimates, norms, _ids(rows, pages), limits, reading.policy)
             fetched = np.where(kept, rows, -1)
             estimates = np.where(kept[:, :, None], -np.inf, estimates).astype(queries.dtype)
         else:
@@ -365,3 +358,10 @@ class AttentionOps(ABC):
             scaling,
         )
         return self.merge(np.stack([out, other]), np.stack([lse, other_lse]))
+
+
+def _ids(rows: Ints, pages: Pages) -> Ints:
+    """Return the positions of the keys at `rows`; -1 stays."""
+    ids = np.full(rows.shape, -1, np.int64)
+    ids[rows >= 0] = pages.take("ids", rows[rows >= 0])
+    return ids
