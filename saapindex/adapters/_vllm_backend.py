@@ -154,9 +154,9 @@ class SaapImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         if number not in self.codebook.layers or self.sliding_window > 0:
             return None
         if self.index is None:
+            if self.settings.backend == "cpu":
+                share_cores()
             cache = PagedCache(*parts(kv_cache))
             book = layer_of(self.codebook, number, self.context, self.settings.nlist)
             self.index = SlotIndex(book, cache, scale=self.scale, **self.settings.index())
-            if self.settings.backend == "cpu":
-                share_cores()
         return self.index

@@ -6,28 +6,29 @@ import os
 
 import torch
 
-from saapindex.backends.cpu.helpers import start_helpers
-from saapindex.backends.cpu.threads import most_threads, set_threads
-
 __all__ = ["share_cores"]
 
 
 def share_cores() -> int:
     """Let kernels that this thread starts run on all cores of torch's threads; return how many may.
 
-    A new thread is bound as the one that starts it is, which here would be to a single core.
+    A new thread is bound as the one that starts it is, which here would be to a single core; and numba, which
+    must not have been imported before, would count one. (It cannot be imported before vLLM's worker is made:
+    that looks through all modules, and stumbles over one of numba's.)
     """
-    count = max(1, min(torch.get_num_threads(), most_threads()))
-    set_threads(count)
-    if not hasattr(os, "sched_setaffinity"):
-        start_helpers(count - 1)
-        return count
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, _cores() | own)
+    bound = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    if bound is not None:
+        os.sched_setaffinity(0, _cores() | bound)
     try:
+        from saapindex.backends.cpu.helpers import start_helpers
+        from saapindex.backends.cpu.threads import most_threads, set_threads
+
+        count = max(1, min(torch.get_num_threads(), most_threads()))
+        set_threads(count)
         start_helpers(count - 1)
     finally:
-        os.sched_setaffinity(0, own)
+        if bound is not None:
+            os.sched_setaffinity(0, bound)
     return count
 
 

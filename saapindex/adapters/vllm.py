@@ -29,7 +29,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from saapindex.backends import get_ops
 from saapindex.codebook import Codebook
 from saapindex.errors import InvalidInputError, MissingDependencyError
 
@@ -121,7 +120,5 @@ def register() -> None:
             f"vLLM runs on {current_platform.device_name}, expected its CPU platform: indices live "
             "in main memory"
         )
-    if settings.backend == "cpu":
-        get_ops("cpu")  # counts the cores now: later, vLLM binds this thread to one of them
     Codebook.load(settings.codebook)  # so that a wrong path is told now, and not by a worker later
     register_backend(AttentionBackendEnum.CPU_ATTN, "saapindex.adapters._vllm_backend.SaapBackend")

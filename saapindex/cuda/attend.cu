@@ -196,7 +196,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         STAMP(3);
         select_lists(p, s, part, table);
         STAMP(4);
-        if (deciding && block == 0) note_lists(p, part, taken);
         wait(counters + BARRIER, met);
         find_reference(p, s, counters);
         find_deferred_lists(p, s, part, table);
@@ -230,6 +229,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     }
     STAMP(9);
     if (!deciding) reduce_block(p, s, part, mine, (float*)behind);
+    else if (sparse && block == 0)  // the last words of a row of bits are for lists
+        note_lists(p.bits + ((i64)unit + 1) * p.width - (p.lists + 31) / 32, taken, p.lists);
     STAMP(10);
     __syncthreads();
     if (thread == 0) {

@@ -305,10 +305,9 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     }
 }
 
-// Set the bits of the lists that are visited: the last words of the row.
-__device__ __noinline__ void note_lists(const Step& p, const Part& part, const int* taken) {
-    u32* words = p.bits + ((i64)part.unit + 1) * p.width - (p.lists + 31) / 32;
-    for (int list = threadIdx.x; list < p.lists; list += THREADS)
+// Set the bits of the lists that are visited.
+__device__ __noinline__ void note_lists(u32* words, const int* taken, int lists) {
+    for (int list = threadIdx.x; list < lists; list += THREADS)
         if (taken[list] > 0) atomicOr(words + (list >> 5), 1u << (list & 31));
 }
 
