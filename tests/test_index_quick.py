@@ -56,6 +56,7 @@ def test_follows_what_the_index_becomes():
     index.nprobe = 3
     assert_same(one_by_one(index, queries), index.search(queries, 7))
     index.reset()
+    assert index._short is None  # and so nothing holds on to the keys
     assert (one_by_one(index, queries)[1] == -1).all()
 
 
