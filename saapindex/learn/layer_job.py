@@ -66,6 +66,8 @@ class LayerJob:
         Tensors that further stages add to the codebook, each with the heads first.
     tried_views
         Recall of each view that was tried, (heads,).
+    view_errors
+        Where views are judged by it, error of the output in each, (held-out sequences, heads).
     lists
         For each number of lists, the report of every head.
     notes
@@ -88,6 +90,7 @@ class LayerJob:
     routers: dict[int, ListRouters] = field(default_factory=dict)
     extra: dict[str, NDArray[Any]] = field(default_factory=dict)
     tried_views: dict[str, list[float]] = field(default_factory=dict)
+    view_errors: dict[str, torch.Tensor] = field(default_factory=dict)
     lists: dict[int, list[ListsReport]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -151,6 +154,7 @@ class LayerJob:
     def results(self) -> list[tuple[CodebookLayer, TrainingReport]]:
         """Return each layer with its report."""
         per = len(self.head_numbers)
+        held_out = [context.name for context in self.held_out]
         parts = []
         for at, layer in enumerate(self.layers):
             own = slice(at * per, (at + 1) * per)
@@ -163,11 +167,14 @@ class LayerJob:
                         _named(self.views[head]),
                         {name: recall[head] for name, recall in self.tried_views.items()},
                         {nlist: reports[head] for nlist, reports in self.lists.items()},
+                        {
+                            name: dict(zip(held_out, errors[:, head].tolist(), strict=True))
+                            for name, errors in self.view_errors.items()
+                        },
                     )
                 )
             seconds = {name: spent / len(self.layers) for name, spent in self.seconds.items()}
             notes = {str(layer): dict(self.notes)} if self.notes else {}
-            held_out = [context.name for context in self.held_out]
             report = TrainingReport(heads, held_out, self.settings.share, seconds, notes)
             parts.append((self._layer(layer, own), report))
         return parts

@@ -29,6 +29,11 @@ class TrainingSettings:
     view
         ``"auto"`` measures all on the held-out sequences and picks one for every head; otherwise
         ``"rotated"``, ``"unrotated"`` or ``"windowed"`` (at the first cut-off) for all.
+    judge
+        What picks the view. ``"recall"``: the attention mass that whole lists find at `share` of the keys,
+        mean over the held-out sequences. ``"error"``: the error of the output of the index at `share` of the
+        bytes, geometric mean over them, so that a kind of text in which a view fails counts even where most
+        are of another kind; slower, and for what `AttentionIndex` is to serve.
     cutoffs
         Wavelengths in tokens below which ``"windowed"`` un-rotates; ``"auto"`` tries each.
     metric
@@ -53,7 +58,8 @@ class TrainingSettings:
     fallback
         Rung that a head has unless a learned one beats it.
     min_gain
-        Recall that a learned router, or a view other than the first, must add to be kept.
+        Recall that a learned router, or a view other than the first, must add to be kept; of the error, the
+        share by which such a view must lower it.
     share
         Of the keys that may be read where recall is measured.
     shared_selection
@@ -87,6 +93,7 @@ class TrainingSettings:
 
     nlist: Sequence[int] = (64, 256, 1024)
     view: Literal["auto", "rotated", "unrotated", "windowed"] = "auto"
+    judge: Literal["recall", "error"] = "recall"
     cutoffs: Sequence[float] = (300.0, 1000.0, 3000.0)
     metric: Literal["queries", "unit-queries", "euclidean"] = "unit-queries"
     shrinkage: float = 1e-3
@@ -124,6 +131,7 @@ class TrainingSettings:
             check_integer("nlist", nlist, 1)
         object.__setattr__(self, "nlist", tuple(sorted({int(nlist) for nlist in lists})))
         check_choice("view", self.view, ("auto", "rotated", "unrotated", "windowed"))
+        check_choice("judge", self.judge, ("recall", "error"))
         check_choice("metric", self.metric, ("queries", "unit-queries", "euclidean"))
         check_choice("stored", self.stored, ("float16", "float32"))
         check_choice("fallback", self.fallback, _RUNGS)

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from saapindex.errors import InvalidInputError
 
-__all__ = ["cut_sequences", "query_positions", "read_text", "text_name", "tokens_hash"]
+__all__ = ["cut_sequences", "query_positions", "read_text", "text_name", "tokens_hash", "with_copies"]
 
 _SUFFIXES = {".txt", ".rst", ".md", ".py"}
 TAIL, TAIL_QUERIES = 2048, 512
 """At the end of a sequence, where evaluation asks: so many positions, and so many queries from them."""
+_PASSAGE = (32, 256)
+"""Least and most tokens of a repeated passage."""
 _LONGEST_TOKEN = 10
 """Characters to tokenize for each token wanted: twice what text usually needs."""
 
@@ -114,6 +116,38 @@ def cut_sequences(tokenizer: Any, text: str, context: int, count: int) -> list[l
         tokens = ids(text[:size], add_special_tokens=False)
     whole = min(count, len(tokens) // length)
     return [prefix + tokens[number * length : (number + 1) * length] for number in range(whole)]
+
+
+def with_copies(tokens: Sequence[int], *, seed: int = 0) -> list[int]:
+    """Return as many tokens, in whose second half passages of all that came before are repeated.
+
+    Running text seldom makes a model look something up far back. Where a passage is repeated, it does at
+    every token: so a codebook can be trained, and judged, on lookups too. Passages and the text between them
+    are 32 to 256 tokens long, half of each; passages begin anywhere.
+
+    Parameters
+    ----------
+    tokens
+        Of a text.
+    seed
+        Of what is repeated.
+
+    Examples
+    --------
+    >>> copied = with_copies(range(2000))
+    >>> len(copied), copied[:1000] == list(range(1000)), len(set(copied)) < 1800
+    (2000, True, True)
+    """
+    rng, given = np.random.default_rng(seed), list(tokens)
+    at = len(given) // 2
+    out = given[:at]
+    while len(out) < len(given):
+        fresh, copied = (int(size) for size in rng.integers(*_PASSAGE, size=2, endpoint=True))
+        out += given[at : at + fresh]
+        at += fresh
+        start = int(rng.integers(1, max(len(out) - copied, 1), endpoint=True))  # not the BOS token
+        out += out[start : start + copied]
+    return out[: len(given)]
 
 
 def tokens_hash(tokens: Sequence[int]) -> str:

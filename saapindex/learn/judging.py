@@ -1,0 +1,155 @@
+"""How far the output of the index is from dense attention on held-out sequences, for views to be judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from saapindex.codes import TransformCode
+from saapindex.errors import InvalidInputError
+from saapindex.learn.contexts import Context
+from saapindex.learn.evaluation.measures import measure
+from saapindex.learn.evaluation.snapshot import Snapshot
+from saapindex.learn.layer_job import LayerJob
+from saapindex.learn.peers import base
+from saapindex.learn.peers.ladder import Ladder, Learned
+from saapindex.learn.stage_codes import fit_layer_codes
+from saapindex.learn.texts import TAIL
+from saapindex.partition import View
+
+__all__ = ["Candidate", "chosen", "freeze", "index_errors"]
+
+# Query positions of a sequence that ask.
+_QUERIES = 64
+
+
+class Candidate(NamedTuple):
+    """Views for all heads, and what was trained in them.
+
+    Attributes
+    ----------
+    views
+        One for each head.
+    metric
+        float32, (heads, d, d), or None.
+    centroids
+        float32, (heads, nlist, d).
+    """
+
+    views: list[View]
+    metric: torch.Tensor | None
+    centroids: torch.Tensor
+
+
+def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
+    """Return the mean relative error of the output of each head on each held-out sequence.
+
+    The index is simulated by `Ladder` at a budget of ``settings.share`` of the bytes, with codes that are
+    fitted for the candidate; what is measured is what it returns, whether the right lists were visited or the
+    rest was estimated well.
+
+    Returns
+    -------
+    Tensor
+        float64, (held-out sequences, heads).
+
+    Raises
+    ------
+    InvalidInputError
+        If the logits of the layer are capped, which the simulation does not know.
+    """
+    if job.softcap is not None:
+        raise InvalidInputError(
+            f"layers {list(job.layers)}: logits are capped, which judge='error' cannot simulate: expected "
+            "judge='recall'"
+        )
+    nlist = candidate.centroids.shape[1]
+    trial = replace(
+        job,
+        settings=replace(job.settings, nlist=(nlist,)),
+        views=candidate.views,
+        metric=candidate.metric,
+        centroids={nlist: candidate.centroids},
+        extra={},
+    )
+    fit_layer_codes(trial)
+    prefix = f"codes.{nlist}."
+    tensors = {
+        name.removeprefix(prefix): x for name, x in trial.extra.items() if name.startswith(prefix)
+    }
+    code = TransformCode(**tensors)
+    found = torch.empty(len(job.held_out), job.heads, dtype=torch.float64)
+    for at, context in enumerate(job.held_out):
+        for head in range(job.heads):
+            metric = None if candidate.metric is None else candidate.metric[head]
+            learned = Learned(
+                candidate.views[head],
+                candidate.centroids[head],
+                metric,
+                job.settings.spherical,
+                code.head(head),
+            )
+            found[at, head] = _error(job, freeze(job, context, head), learned)
+    return found
+
+
+def _error(job: LayerJob, snapshot: Snapshot, learned: Learned) -> float:
+    peer = Ladder().learned(lambda n: learned)
+    peer.build(snapshot.context)
+    records = measure(peer, snapshot, [job.settings.share], modes=["group"])
+    return sum(record.error for record in records) / len(records)
+
+
+def freeze(job: LayerJob, context: Context, head: int) -> Snapshot:
+    """Return one head at the moment when the last queries of a context begin to ask.
+
+    Raises
+    ------
+    InvalidInputError
+        If the context has no values, or no key lies before the window of these queries.
+    """
+    if context.values is None:
+        raise InvalidInputError(f"{context.name}: the trace has no values, which judge='error' needs")
+    end = int(context.key_positions[-1])
+    late = (context.query_positions > end - TAIL).nonzero()[:, 0]
+    late = late if len(late) else torch.arange(len(context.query_positions))[-_QUERIES:]
+    late = late[torch.linspace(0, len(late) - 1, min(_QUERIES, len(late))).round().long()]
+    positions = context.query_positions[late]
+    far = context.key_positions < positions[0] - job.settings.window
+    if not far.any():
+        raise InvalidInputError(
+            f"{context.name}: no key lies more than {job.settings.window} positions before the last queries, "
+            "expected a longer trace"
+        )
+    keys, values = context.keys[head].float(), context.values[head].float()
+    rows = base.Context(
+        keys[far], values[far], context.key_positions[far], job.rope, job.scale, window=job.settings.window
+    )
+    parts = [(keys[~far], values[~far], context.key_positions[~far])]
+    if context.sinks is not None:
+        first = [part[head].float() for part in context.sinks]
+        parts.insert(0, (*first, torch.zeros(len(first[0]), dtype=torch.int64, device=keys.device)))
+    near = [torch.cat(part) for part in zip(*parts, strict=True)]
+    return Snapshot(rows, base.Queries(context.queries[head][:, late].float(), positions), *near, context.name)
+
+
+def chosen(errors: Sequence[torch.Tensor], min_gain: float) -> list[int]:
+    """Return the number of the candidate that each head takes.
+
+    Of each, (sequences, heads): the least geometric mean over the sequences, so that a sequence counts by how
+    many times larger its error is, wherever it is large. The first candidate is kept unless another's is less
+    by `min_gain` of it.
+
+    Examples
+    --------
+    >>> first, second = torch.tensor([[0.01], [0.4]]), torch.tensor([[0.02], [0.1]])
+    >>> chosen([first, second], 0.0)
+    [1]
+    """
+    means = torch.stack([error.clamp(min=1e-6).log().mean(dim=0) for error in errors])
+    means[0] -= min_gain
+    best: list[int] = means.argmin(dim=0).tolist()
+    return best
