@@ -1,4 +1,4 @@
-"""How far the output of the index is from dense attention on held-out sequences, for views to be judged by."""
+"""How far the output of the index is from dense attention on held-out sequences: what views are judged by."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
     )
     fit_layer_codes(trial)
     prefix = f"codes.{nlist}."
-    tensors = {
-        name.removeprefix(prefix): x for name, x in trial.extra.items() if name.startswith(prefix)
-    }
+    tensors = {name.removeprefix(prefix): x for name, x in trial.extra.items() if name.startswith(prefix)}
     code = TransformCode(**tensors)
     found = torch.empty(len(job.held_out), job.heads, dtype=torch.float64)
     for at, context in enumerate(job.held_out):
@@ -128,12 +126,13 @@ def freeze(job: LayerJob, context: Context, head: int) -> Snapshot:
     rows = base.Context(
         keys[far], values[far], context.key_positions[far], job.rope, job.scale, window=job.settings.window
     )
-    parts = [(keys[~far], values[~far], context.key_positions[~far])]
+    near = [keys[~far], values[~far], context.key_positions[~far]]
     if context.sinks is not None:
         first = [part[head].float() for part in context.sinks]
-        parts.insert(0, (*first, torch.zeros(len(first[0]), dtype=torch.int64, device=keys.device)))
-    near = [torch.cat(part) for part in zip(*parts, strict=True)]
-    return Snapshot(rows, base.Queries(context.queries[head][:, late].float(), positions), *near, context.name)
+        first.append(torch.zeros(len(first[0]), dtype=torch.int64, device=keys.device))
+        near = [torch.cat(pair) for pair in zip(first, near, strict=True)]
+    queries = base.Queries(context.queries[head][:, late].float(), positions)
+    return Snapshot(rows, queries, near[0], near[1], near[2], context.name)
 
 
 def chosen(errors: Sequence[torch.Tensor], min_gain: float) -> list[int]:
