@@ -1,7 +1,7 @@
 """Collect the texts that the benchmarks read: manuals from Debian, and Python's own sources.
 
 Debian's ``linux-doc-6.1`` and ``python3.11-doc`` hold the manuals, ``debian-reference-de``, ``-es`` and
-``-fr`` a book in other languages. No text is both trained and tested on, and none that is Italian or Chinese is
+``-fr`` a book in other languages. No text is both trained and tested on, and nothing Italian or Chinese is
 trained on::
 
     python bench/texts.py /usr/share/doc/linux-doc-6.1/Documentation \\

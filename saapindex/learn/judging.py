@@ -11,7 +11,7 @@ import torch
 from saapindex.codes import TransformCode
 from saapindex.errors import InvalidInputError
 from saapindex.learn.contexts import Context
-from saapindex.learn.evaluation.measures import measure
+from saapindex.learn.evaluation.measures import query_errors
 from saapindex.learn.evaluation.snapshot import Snapshot
 from saapindex.learn.layer_job import LayerJob
 from saapindex.learn.peers import base
@@ -23,7 +23,9 @@ from saapindex.partition import View
 __all__ = ["Candidate", "chosen", "freeze", "index_errors"]
 
 # Query positions of a sequence that ask.
-_QUERIES = 64
+_QUERIES = 128
+# A query looks something up where one key far back has this share of its attention.
+_LOOKUP = 0.2
 
 
 class Candidate(NamedTuple):
@@ -45,7 +47,7 @@ class Candidate(NamedTuple):
 
 
 def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
-    """Return the mean relative error of the output of each head on each held-out sequence.
+    """Return the mean relative error of the output of each head on each held-out sequence, and of lookups.
 
     The index is simulated by `Ladder` at a budget of ``settings.share`` of the bytes, with codes that are
     fitted for the candidate; what is measured is what it returns, whether the right lists were visited or the
@@ -54,7 +56,8 @@ def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
     Returns
     -------
     Tensor
-        float64, (held-out sequences, heads).
+        float64, (held-out sequences, 2, heads): of all queries, and of those that look something up: one key
+        in the lists has a fifth of their attention or more. NaN where there is no such query.
 
     Raises
     ------
@@ -79,7 +82,7 @@ def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
     prefix = f"codes.{nlist}."
     tensors = {name.removeprefix(prefix): x for name, x in trial.extra.items() if name.startswith(prefix)}
     code = TransformCode(**tensors)
-    found = torch.empty(len(job.held_out), job.heads, dtype=torch.float64)
+    found = torch.empty(len(job.held_out), 2, job.heads, dtype=torch.float64)
     for at, context in enumerate(job.held_out):
         for head in range(job.heads):
             metric = None if candidate.metric is None else candidate.metric[head]
@@ -90,15 +93,16 @@ def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
                 job.settings.spherical,
                 code.head(head),
             )
-            found[at, head] = _error(job, freeze(job, context, head), learned)
+            found[at, :, head] = _errors(job, freeze(job, context, head), learned)
     return found
 
 
-def _error(job: LayerJob, snapshot: Snapshot, learned: Learned) -> float:
+def _errors(job: LayerJob, snapshot: Snapshot, learned: Learned) -> torch.Tensor:
     peer = Ladder().learned(lambda n: learned)
     peer.build(snapshot.context)
-    records = measure(peer, snapshot, [job.settings.share], modes=["group"])
-    return sum(record.error for record in records) / len(records)
+    errors, peaks = query_errors(peer, snapshot, job.settings.share)
+    lookups = peaks >= _LOOKUP
+    return torch.stack([errors.mean(), errors[lookups].mean()]).double().cpu()
 
 
 def freeze(job: LayerJob, context: Context, head: int) -> Snapshot:
@@ -138,17 +142,24 @@ def freeze(job: LayerJob, context: Context, head: int) -> Snapshot:
 def chosen(errors: Sequence[torch.Tensor], min_gain: float) -> list[int]:
     """Return the number of the candidate that each head takes.
 
-    Of each, (sequences, heads): the least geometric mean over the sequences, so that a sequence counts by how
-    many times larger its error is, wherever it is large. The first candidate is kept unless another's is less
-    by `min_gain` of it.
+    That of the least geometric mean, over the sequences and then over all queries and lookups: so a kind of
+    query counts by how many times larger its error is, however rare it is. The first candidate is kept unless
+    another's is less by `min_gain` of it.
+
+    Parameters
+    ----------
+    errors
+        What `index_errors` returns for each candidate.
+    min_gain
+        A share.
 
     Examples
     --------
-    >>> first, second = torch.tensor([[0.01], [0.4]]), torch.tensor([[0.02], [0.1]])
-    >>> chosen([first, second], 0.0)
+    >>> rotated, unrotated = torch.tensor([[[0.01], [0.4]]]), torch.tensor([[[0.02], [0.1]]])
+    >>> chosen([rotated, unrotated], 0.0)
     [1]
     """
-    means = torch.stack([error.clamp(min=1e-6).log().mean(dim=0) for error in errors])
+    means = torch.stack([error.clamp(min=1e-6).log().nanmean(dim=0).nanmean(dim=0) for error in errors])
     means[0] -= min_gain
     best: list[int] = means.argmin(dim=0).tolist()
     return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class LayerJob:
     tried_views
         Recall of each view that was tried, (heads,).
     view_errors
-        Where views are judged by it, error of the output in each, (held-out sequences, heads).
+        Where views are judged by it, error of the output in each, (held-out sequences, 2, heads).
     lists
         For each number of lists, the report of every head.
     notes
@@ -168,7 +169,7 @@ class LayerJob:
                         {name: recall[head] for name, recall in self.tried_views.items()},
                         {nlist: reports[head] for nlist, reports in self.lists.items()},
                         {
-                            name: dict(zip(held_out, errors[:, head].tolist(), strict=True))
+                            name: _by_sequence(held_out, errors[..., head])
                             for name, errors in self.view_errors.items()
                         },
                     )
@@ -196,6 +197,16 @@ class LayerJob:
             heads=self.head_numbers,
             extra={name: np.ascontiguousarray(part[own]) for name, part in self.extra.items()},
         )
+
+
+def _by_sequence(names: Sequence[str], errors: torch.Tensor) -> dict[str, float]:
+    """Return the errors of one head as a report has them."""
+    named = {}
+    for name, (every, lookups) in zip(names, errors.tolist(), strict=True):
+        named[name] = every
+        if not math.isnan(lookups):
+            named[f"{name}, lookups"] = lookups
+    return named
 
 
 def _named(view: View) -> str:

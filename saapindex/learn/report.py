@@ -50,7 +50,8 @@ class HeadReport:
     lists
         For each number of lists.
     errors
-        Where views were judged by it: the error of the output in each view, by held-out sequence.
+        Where views were judged by it: the error of the output in each view, by held-out sequence; also of
+        lookups, where a sequence has some (``NAME, lookups``).
     """
 
     layer: int

@@ -32,8 +32,9 @@ class TrainingSettings:
     judge
         What picks the view. ``"recall"``: the attention mass that whole lists find at `share` of the keys,
         mean over the held-out sequences. ``"error"``: the error of the output of the index at `share` of the
-        bytes, geometric mean over them, so that a kind of text in which a view fails counts even where most
-        are of another kind; slower, and for what `AttentionIndex` is to serve.
+        bytes, of all queries and of those that look something up, a geometric mean; slower, and for what
+        `AttentionIndex` is to serve. Hold out sequences that make the model look things up, see
+        `saapindex.learn.texts.with_copies`.
     cutoffs
         Wavelengths in tokens below which ``"windowed"`` un-rotates; ``"auto"`` tries each.
     metric
