@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,11 +15,10 @@ from saapindex.learn.evaluation.snapshot import Snapshot
 from saapindex.learn.layer_job import LayerJob
 from saapindex.learn.peers import base
 from saapindex.learn.peers.ladder import Ladder, Learned
-from saapindex.learn.stage_codes import fit_layer_codes
 from saapindex.learn.texts import TAIL
 from saapindex.partition import View
 
-__all__ = ["Candidate", "chosen", "freeze", "index_errors"]
+__all__ = ["Candidate", "chosen", "freeze", "index_errors", "log_errors"]
 
 # Query positions of a sequence that ask.
 _QUERIES = 128
@@ -46,12 +44,20 @@ class Candidate(NamedTuple):
     centroids: torch.Tensor
 
 
-def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
+def index_errors(job: LayerJob, candidate: Candidate, code: TransformCode) -> torch.Tensor:
     """Return the mean relative error of the output of each head on each held-out sequence, and of lookups.
 
-    The index is simulated by `Ladder` at a budget of ``settings.share`` of the bytes, with codes that are
-    fitted for the candidate; what is measured is what it returns, whether the right lists were visited or the
-    rest was estimated well.
+    The index is simulated by `Ladder` at a budget of ``settings.share`` of the bytes; measured is what
+    it returns, whether the right lists were visited or the rest was estimated well.
+
+    Parameters
+    ----------
+    job
+        For the held-out sequences.
+    candidate
+        What the index would be made of.
+    code
+        Of all heads.
 
     Returns
     -------
@@ -69,19 +75,6 @@ def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
             f"layers {list(job.layers)}: logits are capped, which judge='error' cannot simulate: expected "
             "judge='recall'"
         )
-    nlist = candidate.centroids.shape[1]
-    trial = replace(
-        job,
-        settings=replace(job.settings, nlist=(nlist,)),
-        views=candidate.views,
-        metric=candidate.metric,
-        centroids={nlist: candidate.centroids},
-        extra={},
-    )
-    fit_layer_codes(trial)
-    prefix = f"codes.{nlist}."
-    tensors = {name.removeprefix(prefix): x for name, x in trial.extra.items() if name.startswith(prefix)}
-    code = TransformCode(**tensors)
     found = torch.empty(len(job.held_out), 2, job.heads, dtype=torch.float64)
     for at, context in enumerate(job.held_out):
         for head in range(job.heads):
@@ -98,7 +91,7 @@ def index_errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
 
 
 def _errors(job: LayerJob, snapshot: Snapshot, learned: Learned) -> torch.Tensor:
-    peer = Ladder().learned(lambda n: learned)
+    peer = Ladder(scan_share=job.settings.scan_share).learned(lambda n: learned)
     peer.build(snapshot.context)
     errors, peaks = query_errors(peer, snapshot, job.settings.share)
     lookups = peaks >= _LOOKUP
@@ -106,7 +99,7 @@ def _errors(job: LayerJob, snapshot: Snapshot, learned: Learned) -> torch.Tensor
 
 
 def freeze(job: LayerJob, context: Context, head: int) -> Snapshot:
-    """Return one head at the moment when the last queries of a context begin to ask.
+    """Return one head at the moment when the last queries of a context begin to ask, in its second half.
 
     Raises
     ------
@@ -116,8 +109,9 @@ def freeze(job: LayerJob, context: Context, head: int) -> Snapshot:
     if context.values is None:
         raise InvalidInputError(f"{context.name}: the trace has no values, which judge='error' needs")
     end = int(context.key_positions[-1])
-    late = (context.query_positions > end - TAIL).nonzero()[:, 0]
-    late = late if len(late) else torch.arange(len(context.query_positions))[-_QUERIES:]
+    late = (context.query_positions > end - min(TAIL, (end + 1) // 2)).nonzero()[:, 0]
+    if not len(late):
+        raise InvalidInputError(f"{context.name}: no query stands at the end, where views are judged")
     late = late[torch.linspace(0, len(late) - 1, min(_QUERIES, len(late))).round().long()]
     positions = context.query_positions[late]
     far = context.key_positions < positions[0] - job.settings.window
@@ -159,7 +153,18 @@ def chosen(errors: Sequence[torch.Tensor], min_gain: float) -> list[int]:
     >>> chosen([rotated, unrotated], 0.0)
     [1]
     """
-    means = torch.stack([error.clamp(min=1e-6).log().nanmean(dim=0).nanmean(dim=0) for error in errors])
+    means = log_errors(errors)
     means[0] -= min_gain
     best: list[int] = means.argmin(dim=0).tolist()
     return best
+
+
+def log_errors(errors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the logarithms of the geometric means that `chosen` compares, (candidates, heads).
+
+    Examples
+    --------
+    >>> log_errors([torch.tensor([[[1.0], [torch.nan]], [[1.0], [100.0]]])]).exp()
+    tensor([[10.]])
+    """
+    return torch.stack([error.clamp(min=1e-6).log().nanmean(dim=0).nanmean(dim=0) for error in errors])

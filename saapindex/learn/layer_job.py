@@ -65,6 +65,8 @@ class LayerJob:
         For each number of lists: float32, (heads, nlist, d), and the routers.
     extra
         Tensors that further stages add to the codebook, each with the heads first.
+    layer_extra
+        More tensors of each of `layers`, which may differ in shape.
     tried_views
         Recall of each view that was tried, (heads,).
     view_errors
@@ -90,6 +92,7 @@ class LayerJob:
     centroids: dict[int, torch.Tensor] = field(default_factory=dict)
     routers: dict[int, ListRouters] = field(default_factory=dict)
     extra: dict[str, NDArray[Any]] = field(default_factory=dict)
+    layer_extra: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     tried_views: dict[str, list[float]] = field(default_factory=dict)
     view_errors: dict[str, torch.Tensor] = field(default_factory=dict)
     lists: dict[int, list[ListsReport]] = field(default_factory=dict)
@@ -177,10 +180,12 @@ class LayerJob:
             seconds = {name: spent / len(self.layers) for name, spent in self.seconds.items()}
             notes = {str(layer): dict(self.notes)} if self.notes else {}
             report = TrainingReport(heads, held_out, self.settings.share, seconds, notes)
-            parts.append((self._layer(layer, own), report))
+            more = self.layer_extra[at] if self.layer_extra else {}
+            parts.append((self._layer(layer, own, more), report))
         return parts
 
-    def _layer(self, layer: int, own: slice) -> CodebookLayer:
+    def _layer(self, layer: int, own: slice, more: dict[str, NDArray[Any]]) -> CodebookLayer:
+        extra = {name: part[own] for name, part in self.extra.items()} | more
         views = self.views[own]
         rotated = any(view.keeps_rotation for view in views)
         return CodebookLayer(
@@ -195,7 +200,7 @@ class LayerJob:
             max_position=self.max_position if rotated else None,
             softcap=self.softcap,
             heads=self.head_numbers,
-            extra={name: np.ascontiguousarray(part[own]) for name, part in self.extra.items()},
+            extra={name: np.ascontiguousarray(part) for name, part in extra.items()},
         )
 
 

@@ -82,7 +82,11 @@ class TrainingSettings:
     stored
         ``"float16"`` or ``"float32"``: what centroids and routers are stored, and measured, as.
     words
-        Size of a key's code, in words of 32 bits.
+        Size of a key's code, in words of 32 bits; of several, each layer takes the best, if `judge` is
+        ``"error"``.
+    scan_share
+        Share of the budget that the index will spend on codes, where `judge` simulates it: as in
+        `saapindex.AttendParameters`.
     seed
         Of every random choice.
 
@@ -121,7 +125,8 @@ class TrainingSettings:
     window: int = 2047
     sinks: int = 1
     stored: Literal["float16", "float32"] = "float16"
-    words: int = 3
+    words: Sequence[int] = (3,)
+    scan_share: float = 0.4
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -146,9 +151,20 @@ class TrainingSettings:
             ("sinks", 0), ("seed", 0),
         ):  # fmt: skip
             check_integer(name, getattr(self, name), minimum)
-        check_integer("words", self.words, 1)
-        if self.words > 8:
-            raise InvalidInputError(f"words is {self.words}, expected at most 8")
+        sizes = self.words if isinstance(self.words, Sequence) else (self.words,)
+        if not sizes:
+            raise InvalidInputError("words is empty, expected at least one size of codes")
+        for words in sizes:
+            check_integer("words", words, 1)
+            if words > 8:
+                raise InvalidInputError(f"words is {words}, expected at most 8")
+        object.__setattr__(self, "words", tuple(sorted({int(words) for words in sizes})))
+        if len(self.words) > 1 and self.judge != "error":
+            raise InvalidInputError(
+                f"words is {self.words}, expected one size, or judge='error' to choose by"
+            )
+        if not (_above_zero(self.scan_share) and self.scan_share < 1):
+            raise InvalidInputError(f"scan_share is {self.scan_share!r}, expected a share in (0, 1)")
         if self.max_position is not None:
             check_integer("max_position", self.max_position, 1)
         cutoffs = tuple(self.cutoffs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from saapindex.errors import InvalidInputError
@@ -12,6 +14,7 @@ from saapindex.learn.kmeans import assign, assignment_form, kmeans, query_metric
 from saapindex.learn.layer_job import LayerJob
 from saapindex.learn.router_data import routing
 from saapindex.learn.scoring import mass_recall
+from saapindex.learn.stage_codes import codes_of
 from saapindex.partition import View
 
 __all__ = ["fit_partitions"]
@@ -41,7 +44,7 @@ def fit_partitions(job: LayerJob) -> None:
         for name, found in zip(names, recall, strict=True):
             job.tried_views[name] = found.tolist()
         if settings.judge == "error":
-            errors = [index_errors(job, candidate) for candidate in candidates]
+            errors = [_errors(job, candidate) for candidate in candidates]
             best = chosen(errors, settings.min_gain)
             job.view_errors.update(zip(names, errors, strict=True))
         else:
@@ -109,6 +112,14 @@ def _centroids(job: LayerJob, views: list[View], metric: torch.Tensor | None, nl
         seed=settings.seed,
     )
     return job.rounded(centroids)
+
+
+def _errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
+    """What `index_errors` says of the candidate with codes of its own, of the largest size that is tried."""
+    finest, words = job.settings.nlist[-1], max(job.settings.words)
+    centroids = {finest: candidate.centroids}
+    trial = replace(job, views=candidate.views, metric=candidate.metric, centroids=centroids)
+    return index_errors(job, candidate, codes_of(trial, [words], [finest])[words, finest])
 
 
 def _recalls(job: LayerJob, candidates: list[Candidate]) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ _SUFFIXES = {".txt", ".rst", ".md", ".py"}
 TAIL, TAIL_QUERIES = 2048, 512
 """At the end of a sequence, where evaluation asks: so many positions, and so many queries from them."""
 _PASSAGE, _ODD, _ODD_EVERY = (32, 256), (8, 32), 512
-"""Least and most tokens of what is repeated: of text, and of tokens in random order, one such string in so many
+"""Least and most tokens of what is repeated: of text, and of tokens in random order, one string in so many
 tokens.
 """
 _LONGEST_TOKEN = 10
