@@ -17,9 +17,11 @@
 #define THREADS 512
 #endif
 #define WARPS (THREADS / WARP)
-#define BINS 1024
-#define LOWEST (-40.f)          // log weights below share a bin
+#define BINS 2048
+#define LOWEST (-40.f)          // log weights of lists below share a bin
 #define PER_NAT (BINS / 44.f)   // bins of a nat
+#define LOWEST_BITS 0x23800000  // of 2^-56: weights of keys below share a bin
+#define BIN_SHIFT 18            // 32 bins of an octave
 #define ROUND 1024              // pages that a block looks at before it works on those it found
 #define QUEUE 4096              // keys that a block gathers before it attends to them
 #define CHUNK (4 * THREADS)     // places that a block looks at before it makes room in the queue
@@ -34,11 +36,9 @@
 #define POW2(x) ((x) <= 1 ? 1 : (x) <= 2 ? 2 : (x) <= 4 ? 4 : (x) <= 8 ? 8 : (x) <= 16 ? 16 : 32)
 #define TEAM POW2((VECTORS + PER_LANE - 1) / PER_LANE)  // lanes that share a row
 #define TEAMS (WARP / TEAM)
-#define HELD (PER_LANE * VECTOR)                        // elements of a row in a lane
 #define AHEAD 4                                         // rows that a team loads at once
-#define LOGITS (AHEAD * G)                              // ... and their logits,
-#define OWNED ((LOGITS + TEAM - 1) / TEAM)              // of which a lane owns so many
 #define FIELDS (8 * WORDS)                              // the most groups of four fields of a code
+#define QUERY_PARTS (QUERY == ELEMENT && ELEMENT != 2 ? 1 : 3)  // of a 16-bit type, see attend_rows.cuh
 
 struct Step {
     const int *lengths, *first;
@@ -51,7 +51,8 @@ struct Step {
     const i8* means;
     const float *mean_scales, *squares;
     const float *inverse, *steps, *base, *spread, *distortion;  // inverse: (H, R, D)
-    const int *widths, *coded;
+    const int *coded, *slots, *chunks;  // slots: (H, R), chunks: (H,), quads: (H, FIELDS)
+    const u32* quads;
     const void* queries;
     const int* positions;  // (B, t), or none: the newest tokens
     void* out;
@@ -87,34 +88,50 @@ enum { BARRIER, DONE, DEFERRED, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NE
 
 // What the threads of a block share. Arrays of a length known at run time lie behind it.
 struct Shared {
+    union {
+        int2 queue[ROUND];    // page in the pool, label
+        int rows[QUEUE];      // keys to attend to
+    };
+    union {
+        struct {
+            int labels[ROUND], places[ROUND];  // of pages that this block looks at
+        };
+        struct {
+            int own[OWN];     // candidates
+            float own_weights[OWN];
+        };
+    };
     int factors[FIELDS][G];   // four int8 of a rounded query each
-    u32 quads[FIELDS];        // where the fields for them lie
+    u32 quads[FIELDS];        // where the fields for them lie: offset of the word, shift, mask
     float query[G][D];
-    int2 queue[ROUND];        // page in the pool, label
+    u32 pairs[QUERY_PARTS][8][(D + 15) / 16 * 8 + 4];  // the same as matrices of a 16-bit type
+    float scaled[G][WARP * WORDS];
     int histogram[BINS];
-    int rows[QUEUE];          // keys to attend to
-    int own[OWN];             // candidates
-    float own_weights[OWN];
     float reduced[WARPS][2 * G];
     u32 peaks[G], largest[G];
-    float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G];
+    float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G], lift[G], query_scale[G];
     int offsets[G];           // sum of (2^b - 1) a8
     u32 slot;
-    int chunks, queued, gathered, resolved, owned, visited, boundary, reached, deferred, unit_deferred, last;
+    int chunks, singles, queued, gathered, resolved, owned, own_count, visited, boundary, reached;
+    int deferred, unit_deferred, last;
     i64 scan, left, limit;
 };
 
 #include "attend_common.cuh"
 #include "attend_select.cuh"
 #include "attend_rows.cuh"
+#include "attend_gather.cuh"
 #include "attend_scan.cuh"
+#include "attend_merge.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __grid_constant__ Step p) {
     extern __shared__ __align__(16) u8 memory[];
     Shared& s = *(Shared*)memory;
     int* taken = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16);
-    // Behind it: what is known of the lists, then codes, then what is to be merged.
-    int* behind = taken + (p.lists + 3) / 4 * 4;
+    float* stashed = (float*)(taken + (p.lists + 3) / 4 * 4);
+    // Behind it: what is known of the lists, then codes, then rows, then what is to be merged.
+    int* behind = (int*)(stashed + WARPS * STASH);
+    u8* tiles = (u8*)behind;
     Table table = {(float*)behind, taken, behind + p.lists, (float*)(behind + 2 * p.lists)};
 
     const int unit = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, thread = threadIdx.x;
@@ -141,20 +158,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     if (thread == 0) s.visited = s.deferred = s.gathered = s.resolved = 0;
     __syncthreads();
 
+    split_queries(s);
+    int start = part.begin(near), ranker = 0;
+    const bool early = sparse && nearby;  // the first near keys are on their way before anything else
+    if (sparse && p.refine) fetch_labels(p, s, part, 0);
+    if (early) {
+        start = gather_near(p, s, start, part.end(near), first, position);
+        const int own = thread / WARP * TILE;
+        if (own < s.gathered) fetch_tile(p, s, part, tiles + thread / WARP * TILE_BYTES, own);
+    }
+    commit_copies();
+
     Partial mine;
-    clear(mine);
     if (sparse) {
+        __syncthreads();
         route(p, s, part);
         arrive(counters + BARRIER);
         met += p.blocks;
     }
+    clear(mine);
     STAMP(1);
     const int rankers = p.policy == UNION ? G : 1;
+    const bool weighing = p.refine && p.remainder && !deciding;
     bool at_lists = false;
-    for (int start = part.begin(near), ranker = 0;;) {
+    for (bool fetched = early;; fetched = false) {
         bool done = true;
         if (!at_lists) {
-            if (nearby) {
+            if (fetched) {
+                done = start >= part.end(near);
+            } else if (nearby) {
                 start = gather_near(p, s, start, part.end(near), first, position);
                 done = start >= part.end(near);
             }
@@ -179,8 +211,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
                 }
             }
             resolve(p, s, part);
+            if (done && weighing) {  // the weights of what was not kept are known when all have come here
+                arrive(counters + BARRIER);
+                met += p.blocks;
+            }
         }
-        if (!deciding) attend_gathered(p, s, part, mine);
+        if (!deciding) attend_gathered(p, s, part, mine, tiles, fetched);
         if (!done) continue;
         if (at_lists || !in_lists) break;
         // The near keys are done: on to the lists.
@@ -189,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         STAMP(2);
         if (!sparse) continue;
         if (nearby) publish_peaks(mine, s.peaks, counters + NEAREST);
+        stash(mine, stashed);
         wait(counters + BARRIER, met);
         arrive(counters + BARRIER);  // near logits are known when all have come here
         met += p.blocks;
@@ -208,27 +245,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         wait(counters + BARRIER, met);
         STAMP(6);
         if (p.refine) find_boundary(p, s, part, 0, (int)min(s.limit / rankers, (i64)0x7fffffff));
+        take_up(mine, stashed);
     }
     STAMP(8);
-    if (sparse && p.remainder && !deciding) {
+    float *reduction = (float*)behind, *sums = reduction + WARPS * G * (D + 1), *totals = sums + SHARES * G * D;
+    const bool estimating = sparse && p.remainder && !deciding;
+    if (estimating) {
         if (thread == 0) s.unit_deferred = __ldcg(counters + DEFERRED);
         __syncthreads();
         if (s.unit_deferred) {
             publish_peaks(mine, s.largest, counters + LARGEST);
             arrive(counters + BARRIER);
             met += p.blocks;
-            if (s.deferred) {
-                wait(counters + BARRIER, met);
-                find_bounds(s, counters);
-                if (p.refine) attend_deferred_keys(p, s, part);
-            }
+            wait(counters + BARRIER, met);
+            find_bounds(s, counters);
+            if (s.deferred && p.refine) attend_deferred_keys(p, s, part);
+            arrive(counters + BARRIER);
+            met += p.blocks;
         }
-        __threadfence();
-        __syncthreads();
-        attend_means(p, s, part, mine, taken);
+        if (p.refine || s.unit_deferred) wait(counters + BARRIER, met);
+        add_means(p, s, part, taken, sums, totals);
     }
     STAMP(9);
-    if (!deciding) reduce_block(p, s, part, mine, (float*)behind);
+    if (!deciding) reduce_block(p, s, part, mine, reduction, sums, totals, estimating ? SHARES : 0);
     STAMP(10);
     __syncthreads();
     if (thread == 0) {
@@ -238,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     __syncthreads();
     if (s.last) {
         __threadfence();
-        if (!deciding) merge_blocks(p, s, part, (float*)behind);
+        if (!deciding) merge_blocks(p, s, part, reduction);
         // The next step finds everything as this one did.
 #pragma unroll 1
         for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;

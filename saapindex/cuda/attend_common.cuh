@@ -42,6 +42,9 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
 }
+__device__ __forceinline__ void copy_4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 template <int N>
 __device__ __forceinline__ void wait_copies() {
@@ -152,13 +155,18 @@ __device__ __forceinline__ float pooled(const float* weights, int policy, int ra
     return peak + __logf(sum);
 }
 
+// Bins of log weights, for lists.
 __device__ __forceinline__ int bin_of(float weight) {
     return min(BINS - 1, max(0, (int)((weight - LOWEST) * PER_NAT)));
 }
 
-// The part of a bin.
-__device__ __forceinline__ int fine_bin_of(float weight, int bin) {
-    return min(BINS - 1, max(0, (int)(((weight - LOWEST) * PER_NAT - (float)bin) * BINS)));
+// Bins of weights themselves, for keys: 32 of an octave, by their bits; and the parts of a bin.
+__device__ __forceinline__ int bin_of_weight(float weight) {
+    return min(BINS - 1, max(0, (__float_as_int(weight) - LOWEST_BITS) >> BIN_SHIFT));
+}
+__device__ __forceinline__ int fine_bin_of(float log_weight, int bin) {
+    const int fine = (__float_as_int(exponential(fminf(log_weight, 80.f))) - LOWEST_BITS) - (bin << BIN_SHIFT);
+    return min(BINS - 1, max(0, fine >> (BIN_SHIFT - 11)));
 }
 
 // Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh

@@ -7,16 +7,29 @@
 #define OWN_HOT (1 << 30)
 #define HOT 0x4000u  // an estimate may pass the bound: it does not count yet
 
-// Gather the visited ones of the pages `start : start + ROUND` of this block.
+// Begin to fetch labels and places of the pages `start : start + ROUND` of this block.
+__device__ __forceinline__ void fetch_labels(const Step& p, Shared& s, const Part& part, int start) {
+    const i64 row = (i64)part.stream * p.most_pages;
+    const int end = min(start + ROUND, part.page_count());
+#pragma unroll 1
+    for (int i = start + threadIdx.x; i < end; i += THREADS) {
+        const int page = part.page(i);
+        copy_4(s.labels + i - start, p.labels + row + page);
+        copy_4(s.places + i - start, p.pages + row + page);
+    }
+}
+
+// Gather the visited ones of these pages.
 __device__ void gather_pages(const Step& p, Shared& s, const Part& part, const int* taken, int start, int count) {
     if (threadIdx.x == 0) s.queued = 0;
+    if (start) fetch_labels(p, s, part, start), commit_copies();
+    wait_copies<0>();
     __syncthreads();
-    const i64 row = (i64)part.stream * p.most_pages;
     const int end = min(start + ROUND, count);
 #pragma unroll 1
     for (int i = start + threadIdx.x; i < end; i += THREADS) {
-        const int page = part.page(i), label = p.labels[row + page], place = p.pages[row + page];
-        if (taken[label >> 5]) s.queue[atomicAdd(&s.queued, 1)] = make_int2(place, label);
+        const int label = s.labels[i - start];
+        if (taken[label >> 5]) s.queue[atomicAdd(&s.queued, 1)] = make_int2(s.places[i - start], label);
     }
     __syncthreads();
 }
@@ -43,6 +56,37 @@ __device__ __forceinline__ void fetch_pages(const Step& p, const Shared& s, u8* 
     }
 }
 
+// The weight of a key by its estimate, relative to the norm; infinite `norm` for heads that are not there.
+__device__ __forceinline__ float weight_of(float estimate, float norm) {
+    return power_of_two(fminf(fmaf(estimate, LOG2E, -norm), 115.f));
+}
+
+// Add up products of codes and queries for two pages: words of one bit first, which give both halves of a product.
+__device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int row, int quarter, int column, int (*sums)[4]) {
+#pragma unroll 2
+    for (int c = 0; c < s.chunks; ++c) {
+        const u32 b0 = s.factors[8 * c + quarter][column], b1 = s.factors[8 * c + 4 + quarter][column];
+        const bool single = c < s.singles;
+        const u32 first = s.quads[8 * c + quarter], second = s.quads[8 * c + 4 + quarter];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const u8* page = pages + j * PAGE_BYTES + 4 * row;
+            const u32 low = *(const u32*)(page + (first & 0xffff)), high = *(const u32*)(page + (first & 0xffff) + 32);
+            const u32 mask = (first >> 24) * 0x01010101u, other_mask = (second >> 24) * 0x01010101u;
+            u32 other_low = low, other_high = high;
+            if (!single) {
+                other_low = *(const u32*)(page + (second & 0xffff));
+                other_high = *(const u32*)(page + (second & 0xffff) + 32);
+            }
+            const u32 a[4] = {
+                low >> (first >> 16 & 0xff) & mask, high >> (first >> 16 & 0xff) & mask,
+                other_low >> (second >> 16 & 0xff) & other_mask, other_high >> (second >> 16 & 0xff) & other_mask
+            };
+            multiply_bytes(sums[j], a, b0, b1);
+        }
+    }
+}
+
 // Estimate the logits of the keys of every visited page of this block, and count them by weight. `stage` is room
 // for DEPTH pairs of pages of each warp.
 __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part, const int* taken, u8* stage) {
@@ -51,6 +95,15 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
     const int rankers = p.policy == UNION ? G : 1, count = part.page_count();
     const int first = G <= 4 ? quarter % 2 * 2 : quarter * 2;  // the first of the two heads of this lane
     const int column = row % COLUMNS < G ? row % COLUMNS : 0;  // the head that it provides to products
+    float unit[2], offset[2], seconds[2], norm[2], lift[2], reference[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int g = min(first + i, G - 1);
+        const bool there = first + i < G;
+        unit[i] = s.unit[g], offset[i] = -0.5f * s.unit[g] * (float)s.offsets[g], seconds[i] = s.second[g];
+        norm[i] = there ? s.norm[g] * LOG2E : INFINITE, lift[i] = s.lift[g];
+        reference[i] = there ? s.reference[g] : INFINITE;
+    }
     bool deferred = false;
     stage += warp * DEPTH * 2 * PAGE_BYTES;
     for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
@@ -65,43 +118,20 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
 #pragma unroll 1
         for (int pair = warp, k = 0; 2 * pair < queued; pair += WARPS, k = (k + 1) % DEPTH) {
             u8* pages = stage + k * 2 * PAGE_BYTES;
-            float centers[TURNS][2];
-#pragma unroll
-            for (int turn = 0; turn < TURNS; ++turn) {
-                const int e = min(2 * pair + (G <= 4 ? quarter / 2 : turn), queued - 1);
-                const float* dots = p.dots + ((i64)part.unit * p.lists + (s.queue[e].y >> 5)) * G;
-#pragma unroll
-                for (int j = 0; j < 2; ++j) centers[turn][j] = first + j < G ? __ldcg(dots + first + j) : 0.f;
-            }
             wait_copies<DEPTH - 1>();
             __syncwarp();
             int sums[2][4] = {};
-#pragma unroll 1
-            for (int c = 0; c < s.chunks; ++c) {
-                u32 quads[2];
-#pragma unroll
-                for (int h = 0; h < 2; ++h) quads[h] = s.quads[8 * c + 4 * h + quarter];
-                const u32 b0 = s.factors[8 * c + quarter][column], b1 = s.factors[8 * c + 4 + quarter][column];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    u32 a[4];
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const u8* word = pages + j * PAGE_BYTES + (quads[h] & 0xffff) + 4 * row;
-                        const int shift = quads[h] >> 16 & 0xff;
-                        const u32 mask = (quads[h] >> 24) * 0x01010101u;
-                        a[2 * h] = *(const u32*)word >> shift & mask;
-                        a[2 * h + 1] = *(const u32*)(word + 32) >> shift & mask;
-                    }
-                    multiply_bytes(sums[j], a, b0, b1);
-                }
-            }
+            sum_fields(s, pages, row, quarter, column, sums);
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
                 const int j = G <= 4 ? quarter / 2 : turn, e = 2 * pair + j;
-                const int lanes = e < queued ? s.queue[e].y & 31 : 0;
+                const int2 page = s.queue[min(e, queued - 1)];
+                const int lanes = e < queued ? page.y & 31 : 0, list = page.y >> 5;
                 const i64 place = part.first_place + (i64)(before + e) * LANES;
-                float mass[2] = {0.f, 0.f};
+                const float* dots = p.dots + ((i64)part.unit * p.lists + list) * G;
+                float centers[2], mass[2] = {0.f, 0.f};
+#pragma unroll
+                for (int i = 0; i < 2; ++i) centers[i] = __ldcg(dots + min(first + i, G - 1));
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     const int key = row + 8 * r;
@@ -112,62 +142,52 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
                     bool hot = false;
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const int g = min(first + i, G - 1);
-                        const bool mine = there && first + i < G;
                         const int sum = G <= 4 && quarter >= 2 ? sums[1][2 * r + i] : sums[TURNS == 1 ? 0 : turn][2 * r + i];
-                        const float residual = s.unit[g] * f * (0.5f * (2 * sum - s.offsets[g]));
-                        const float second = fminf(s.second[g] * f * f, CORRECTION);
-                        estimates[i] = capped(centers[turn][i] + (residual + second), p.cap);
-                        hot |= mine && estimates[i] > s.reference[g];
-                        weights[i] = mine ? estimates[i] - s.norm[g] : -INFINITE;
+                        const float residual = f * fmaf(unit[i], (float)sum, offset[i]);
+                        const float second = fminf(seconds[i] * f * f, CORRECTION);
+                        estimates[i] = capped(centers[i] + (residual + second), p.cap);
+                        hot |= estimates[i] > reference[i];
+                        weights[i] = weight_of(estimates[i], norm[i]);
                     }
                     // What the lanes of a key know together.
                     hot = __shfl_xor_sync(FULL, (int)hot, 1) || hot;
                     if (G > 4) hot = __shfl_xor_sync(FULL, (int)hot, 2) || hot;
-                    float weight = fmaxf(weights[0], weights[1]);
-                    if (p.policy == SUM) {
-                        weight = fminf(weight, 80.f);
-                        weight = weight > -INFINITE ? exponential(fminf(weights[0], 80.f)) + exponential(fminf(weights[1], 80.f)) : 0.f;
-                        weight += __shfl_xor_sync(FULL, weight, 1);
-                        if (G > 4) weight += __shfl_xor_sync(FULL, weight, 2);
-                        weight = __logf(weight);
-                    } else {
-                        weight = fmaxf(weight, __shfl_xor_sync(FULL, weight, 1));
-                        if (G > 4) weight = fmaxf(weight, __shfl_xor_sync(FULL, weight, 2));
+                    if (there && !hot) mass[0] = fmaf(weights[0], lift[0], mass[0]), mass[1] = fmaf(weights[1], lift[1], mass[1]);
+                    deferred |= there && hot;
+                    float weight = p.policy == SUM ? weights[0] + weights[1] : fmaxf(weights[0], weights[1]);
+                    const float other = __shfl_xor_sync(FULL, weight, 1);
+                    weight = p.policy == SUM ? weight + other : fmaxf(weight, other);
+                    if (G > 4) {
+                        const float others = __shfl_xor_sync(FULL, weight, 2);
+                        weight = p.policy == SUM ? weight + others : fmaxf(weight, others);
                     }
-                    if (e < queued) {
+                    if (e >= queued) continue;
+                    float* at = p.estimates + (place + key) * G + first;
+                    if (G % 2 == 0 && first < G) *(float2*)at = make_float2(estimates[0], estimates[1]);
+                    if (G % 2 == 1 && first < G) at[0] = estimates[0];
+                    if (G % 2 == 1 && first + 1 < G) at[1] = estimates[1];
+                    if (rankers == 1) {
+                        const int bin = bin_of_weight(weight);
+                        if (first == 0) p.bins[place + key] = there ? bin | (hot ? HOT : 0) : NO_KEY;
+                        if (first == 0 && there) atomicAdd(s.histogram + bin, 1);
+                    } else {
 #pragma unroll
                         for (int i = 0; i < 2; ++i)
-                            if (first + i < G) p.estimates[(place + key) * G + first + i] = estimates[i];
-                        if (rankers == 1) {
-                            if (first == 0) {
-                                const int bin = bin_of(weight);
-                                p.bins[place + key] = there ? bin | (hot ? HOT : 0) : NO_KEY;
-                                if (there) atomicAdd(s.histogram + bin, 1);
-                            }
-                        } else {
-#pragma unroll
-                            for (int i = 0; i < 2; ++i)
-                                if (first + i < G)
-                                    p.bins[(place + key) * G + first + i] = there ? bin_of(weights[i]) | (hot ? HOT : 0) : NO_KEY;
-                            if (first == 0) p.kept[place + key] = 0;
-                        }
+                            if (first + i < G)
+                                p.bins[(place + key) * G + first + i] = there ? bin_of_weight(weights[i]) | (hot ? HOT : 0) : NO_KEY;
+                        if (first == 0) p.kept[place + key] = 0;
                     }
-                    deferred |= there && hot;
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        if (there && !hot && first + i < G) mass[i] += exponential(estimates[i] - s.basis[first + i]);
                 }
+                if (p.remainder && !p.bits) {
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
+                    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-                    for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
-                if (row == 0 && e < queued) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        if (first + i < G) p.masses[place / LANES * G + first + i] = mass[i];
-                    if (first == 0) p.visited[place / LANES] = s.queue[e];
+                        for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
+                        if (row == 0 && e < queued && first + i < G)
+                            atomicAdd(p.masses + ((i64)part.unit * p.lists + list) * G + first + i, mass[i]);
+                    }
                 }
+                if (row == 0 && first == 0 && e < queued) p.visited[place / LANES] = page;
             }
             __syncwarp();
             fetch_pages(p, s, pages, 2 * (pair + DEPTH * WARPS), queued);
@@ -234,7 +254,8 @@ __device__ void resolve(const Step& p, Shared& s, const Part& part) {
         const bool hot = s.rows[i] & OWN_HOT;
         const int at = s.rows[i] & ~OWN_HOT;
         const i64 place = part.first_place + at;
-        const int row = __ldcg(&p.visited[place / LANES].x) * LANES + at % LANES;
+        const int2 page = __ldcg(p.visited + place / LANES);
+        const int row = page.x * LANES + at % LANES;
         if (p.bits) {
             const int id = p.ids[row];
             atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
@@ -247,9 +268,10 @@ __device__ void resolve(const Step& p, Shared& s, const Part& part) {
             continue;
         }
         const Group estimates = load_group(p.estimates + place * G);
+        float* mass = p.masses + ((i64)part.unit * p.lists + (page.y >> 5)) * G;
 #pragma unroll
         for (int g = 0; g < G; ++g)
-            atomicAdd(p.masses + place / LANES * G + g, -exponential(estimates.x[g] - s.basis[g]));
+            atomicAdd(mass + g, -weight_of(estimates.x[g], s.norm[g] * LOG2E) * s.lift[g]);
     }
     __syncthreads();
     if (threadIdx.x == 0) s.resolved = s.gathered = p.bits ? 0 : count;
@@ -308,6 +330,7 @@ __device__ void publish_candidates(const Step& p, Shared& s, const Part& part, i
     float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
     int* fine = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker + 1) * BINS;
     const int owned = min(s.owned, OWN);
+    if (threadIdx.x == 0) s.own_count = owned;
     if (!owned) return;  // the same in all threads
     if (threadIdx.x == 0)
         s.slot = atomicAdd(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker, (u32)owned);
@@ -334,14 +357,26 @@ __device__ void publish_candidates(const Step& p, Shared& s, const Part& part, i
 __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 places = part.first_place;
-    const int boundary = s.boundary, owned = min(s.owned, OWN);
+    const int boundary = s.boundary;
     const int open = (int)min(s.limit / (p.policy == UNION ? G : 1), (i64)0x7fffffff) - s.reached;
     const u32 written = __ldcg(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker);
     const int count = (int)min(written, (u32)CANDIDATES);
     if (!count) return;  // the same in all threads
     const float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
     find_boundary(p, s, part, 2 * ranker + 1, open);
-    const int fine = s.boundary, left = open - s.reached;
+    const int fine = s.boundary, left = open - s.reached, owned = s.own_count;
+    // All that are in the bin of the cut, side by side where they fit.
+    float2* rivals = (float2*)s.histogram;
+#pragma unroll 1
+    for (int c = threadIdx.x; c < count; c += THREADS) {
+        const float2 other = __ldcg(candidates + c);
+        if (fine_bin_of(other.x, boundary) != fine) continue;
+        const int own = atomicAdd(&s.owned, 1);
+        if (own < BINS / 2) rivals[own] = other;
+    }
+    __syncthreads();
+    const bool fits = s.owned <= BINS / 2;
+    const int rival_count = fits ? s.owned : count;
 #pragma unroll 1
     for (int i = warp; i < owned; i += WARPS) {
         if (s.own[i] < 0) continue;
@@ -350,11 +385,11 @@ __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, in
         bool kept = bin > fine;
         if (bin == fine) {
             const int at = s.own[i] & ~OWN_HOT;
-            const int id = p.ids[p.visited[(places + at) / LANES].x * LANES + at % LANES];
+            const int id = p.ids[__ldcg(&p.visited[(places + at) / LANES].x) * LANES + at % LANES];
             int better = 0;
-#pragma unroll 2
-            for (int c = lane; c < count; c += WARP) {
-                const float2 other = __ldcg(candidates + c);
+#pragma unroll 1
+            for (int c = lane; c < rival_count; c += WARP) {
+                const float2 other = fits ? rivals[c] : __ldcg(candidates + c);
                 if (fine_bin_of(other.x, boundary) == fine)
                     better += other.x > weight || (other.x == weight && __float_as_int(other.y) < id);
             }
@@ -374,8 +409,9 @@ __device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part&
         const u32 bin = p.bins[place * rankers];
         if (bin == NO_KEY || !(bin & HOT)) continue;
         const Group estimates = load_group(p.estimates + place * G);
+        float* mass = p.masses + ((i64)part.unit * p.lists + (__ldcg(&p.visited[place / LANES].y) >> 5)) * G;
 #pragma unroll
         for (int g = 0; g < G; ++g)
-            atomicAdd(p.masses + place / LANES * G + g, exponential(fminf(estimates.x[g], s.bound[g]) - s.basis[g]));
+            atomicAdd(mass + g, exponential(fminf(estimates.x[g], s.bound[g]) - s.basis[g]));
     }
 }

@@ -68,21 +68,10 @@ __device__ void route(const Step& p, Shared& s, const Part& part) {
 
 // What every block needs of a query: its rounded form, second orders, and the limits of the step.
 __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists) {
-    const int coded = p.coded[part.head], padded = (p.coded_most + WARP - 1) / WARP * WARP;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, coded = p.coded[part.head];
     const i64 own = (i64)part.head * p.coded_most;
     for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0])[i] = 0;
-    if (threadIdx.x < FIELDS) {  // where the quads of fields lie: offset of the word, shift, mask
-        int left = threadIdx.x, quad = 0, total = 0;
-#pragma unroll 1
-        for (int w = 0; w < WORDS; ++w) {
-            const int bits = p.widths[part.head * WORDS + w], quads = 8 / bits;
-            if (left >= 0 && left < quads) quad = w * LANES * 4 | bits * left << 16 | ((1 << bits) - 1) << 24;
-            left -= quads;
-            total += quads;
-        }
-        s.quads[threadIdx.x] = quad;
-        if (threadIdx.x == 0) s.chunks = (total + 7) / 8;
-    }
+    if (threadIdx.x < FIELDS) s.quads[threadIdx.x] = p.quads[part.head * FIELDS + threadIdx.x];
     if (threadIdx.x < G) s.unit[threadIdx.x] = s.variance[threadIdx.x] = s.second[threadIdx.x] = 0.f;
     if (threadIdx.x < G) s.offsets[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
@@ -90,50 +79,42 @@ __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists
         const double left = fmax(p.budget * in_lists * p.row_bytes - fixed, 0.0);
         s.left = (i64)left;
         s.scan = (i64)(p.refine ? p.share * left / p.code_bytes : left / p.row_bytes);
+        s.chunks = p.chunks[part.head] & 0xffff;
+        s.singles = p.chunks[part.head] >> 16;
     }
     __syncthreads();
-    // A warp works on one head at a time, since `padded` is a multiple of its width.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < padded * G; i += THREADS) {
-        const int g = i / padded, r = i % padded;
+    for (int task = warp; task < WORDS * G; task += WARPS) {
+        const int g = task % G, r = task / G * WARP + lane;
         float u = 0.f, a = 0.f, variance = 0.f, second = 0.f;
         if (r < p.coded_most) {
             u = __ldcg(p.rotated + ((i64)part.unit * G + g) * p.coded_most + r);
             variance = u * u * p.spread[own + r];
             if (r < coded) {
                 second = u * u * p.distortion[own + r];
-                a = fabsf(u * p.steps[own + r] * p.scale);
+                a = u * p.steps[own + r] * p.scale;
             }
         }
-        a = warp_max(a);
+        s.scaled[g][r] = a;
+        a = warp_max(fabsf(a));
         variance = warp_sum(variance);
         second = warp_sum(second);
-        if (threadIdx.x % WARP == 0) {
+        if (lane == 0) {
             atomicMax((int*)&s.unit[g], __float_as_int(a));  // not negative
             atomicAdd(&s.variance[g], p.scale * p.scale / 2.f * variance);
             atomicAdd(&s.second[g], p.scale * p.scale / 2.f * second);
         }
     }
     __syncthreads();
-    // Field 4 k + c of a word with fields of b bits lies in byte c, bits b k and up.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < padded * G; i += THREADS) {
-        const int g = i / padded, r = i % padded;
-        if (r >= coded) continue;
-        int start = 0, group = 0, width = 0;
-#pragma unroll 1
-        for (int w = 0; w < WORDS; ++w) {
-            const int bits = p.widths[part.head * WORDS + w];
-            if (width == 0) {
-                if (r < start + 32 / bits) width = bits;
-                else start += 32 / bits, group += 8 / bits;
-            }
-        }
-        const float u = __ldcg(p.rotated + ((i64)part.unit * G + g) * p.coded_most + r);
+    for (int task = warp; task < WORDS * G; task += WARPS) {
+        const int g = task % G, r = task / G * WARP + lane;
+        const int slot = r < coded ? p.slots[own + r] : 0;  // four times the quad plus the byte, and the mask
         const float unit = fmaxf(s.unit[g], 1e-30f) / 127.f;
-        const int a = (int)rintf(u * p.steps[own + r] * p.scale / unit), local = r - start;
-        atomicOr(&s.factors[group + local / 4][g], (a & 255) << (8 * (local % 4)));
-        atomicAdd(&s.offsets[g], ((1 << width) - 1) * a);
+        const int a = r < coded ? (int)rintf(s.scaled[g][r] / unit) : 0;
+        if (r < coded) atomicOr(&s.factors[(slot & 0xffff) / 4][g], (a & 255) << (8 * (slot % 4)));
+        const int offset = warp_sum_int((slot >> 16) * a);
+        if (lane == 0) atomicAdd(&s.offsets[g], offset);
     }
     __syncthreads();
     if (threadIdx.x < G) s.unit[threadIdx.x] = fmaxf(s.unit[threadIdx.x], 1e-30f) / 127.f;
@@ -280,20 +261,24 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
                 taken[list] = sizes[list];
             } else if (bin == boundary) {
                 const int own = atomicAdd(&s.owned, 1);
-                if (own < OWN) s.own[own] = list;
+                if (own < OWN) {
+                    s.rows[own] = list;
+                    s.rows[OWN + own] = __float_as_int(ranks[list]);
+                    s.rows[2 * OWN + own] = list_weight(p, s, part, table, list, sizes[list], ranker, masses);
+                }
             }
         }
         __syncthreads();
         // In the bin of the cut, lists come one after another; of equal rank the lower first.
         const int owned = min(s.owned, OWN);
         for (int i = threadIdx.x; i < owned; i += THREADS) {
-            const int list = s.own[i], size = sizes[list];
+            const int list = s.rows[i], size = sizes[list];
+            const float rank = __int_as_float(s.rows[OWN + i]);
             int before = s.reached;
-#pragma unroll 1
+#pragma unroll 4
             for (int j = 0; j < owned; ++j) {
-                const int other = s.own[j];
-                if (ranks[other] > ranks[list] || (ranks[other] == ranks[list] && other < list))
-                    before += list_weight(p, s, part, table, other, sizes[other], ranker, masses);
+                const float other = __int_as_float(s.rows[OWN + j]);
+                before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
             }
             int visit = 0;
             if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;

@@ -148,6 +148,43 @@ inline void multiply_fragments(int* c, const uint32_t* a, uint32_t b0, uint32_t 
     __syncwarp();
 }
 
+inline uint32_t pair_of_bits(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
+
+// mma.sync.m16n8k16 of pairs of a 16-bit type, which `widen` turns into float.
+template <typename Widen>
+inline void multiply_pairs(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Widen widen) {
+    Warp& warp = this_warp();
+    const int lane = this_lane();
+    memcpy(warp.a[lane], a, sizeof warp.a[lane]);
+    warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const int from = k % 8 / 2, shift = 16 * (k % 2);
+            const uint32_t x = warp.a[row % 8 * 4 + from][(k >= 8 ? 2 : 0) + (row >= 8)];
+            const uint32_t y = warp.b[column * 4 + from][k >= 8];
+            c[i] += widen((uint16_t)(x >> shift)) * widen((uint16_t)(y >> shift));
+        }
+    }
+    __syncwarp();
+}
+
+// ldmatrix.m8n8.x4: eight lanes give the rows of each matrix.
+inline void load_fragments(uint32_t* x, const void* row, bool transposed) {
+    Warp& warp = this_warp();
+    const int lane = this_lane();
+    warp.slots[lane] = (uint64_t)row;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        const int at = lane / 4, pair = lane % 4 * 2;
+        const uint16_t* rows[2];
+        for (int j = 0; j < 2; ++j) rows[j] = (const uint16_t*)warp.slots[8 * i + (transposed ? pair + j : at)];
+        x[i] = transposed ? pair_of_bits(rows[0][at], rows[1][at]) : pair_of_bits(rows[0][pair], rows[0][pair + 1]);
+    }
+    __syncwarp();
+}
+
 static void run_fiber() {
     body();
     current->done = true;

@@ -65,7 +65,9 @@ class Case:
         space = launched.Workspace.empty(
             self.streams, self.code, group, tokens, (blocks, threads), np, most_positions=1000
         )
-        shared = launched.shared_bytes(x.shape[3], group, self.macros["WORDS"], lists, threads)
+        shared = launched.shared_bytes(
+            x.shape[3], group, self.macros["WORDS"], lists, threads, self.streams.keys.dtype.itemsize
+        )
         batch = self.index._batch
         for way in ways:
             params = AttendParameters(slopes=False, **way)
@@ -91,6 +93,7 @@ class Case:
                 np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-4, err_msg=str(way))
                 assert not space.counters.any()
                 assert not space.histogram.any()
+                assert not space.masses.any()
             if tokens == 1:
                 argument = launched.step(*common, x, x, **how, deciding=True)
                 run(len(x) * blocks, threads, shared, argument)

@@ -101,8 +101,8 @@ def _launch(
     macros: dict[str, int],
 ) -> None:
     units, (group, d) = queries.shape[0] * queries.shape[1], queries.shape[2:]
-    words, lists = code.widths.shape[1], streams.anchors.shape[1]
-    shared = shared_bytes(d, group, words, lists, space.threads)
+    words, lists = code.quads.shape[1] // 8, streams.anchors.shape[1]
+    shared = shared_bytes(d, group, words, lists, space.threads, streams.keys.dtype.itemsize)
     run = kernel(
         "attend",
         "attend",

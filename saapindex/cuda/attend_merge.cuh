@@ -1,0 +1,158 @@
+// Estimates of the rest, and the merging of what warps and blocks found.
+
+// Take the largest near logit as the reference: estimates up to it are below the bound. Without it none is known
+// to be, and weights are taken relative to the norm.
+__device__ __forceinline__ void find_reference(const Step& p, Shared& s, const u32* counters) {
+    if (threadIdx.x < G) {
+        const int g = threadIdx.x;
+        const float known = unordered(__ldcg(counters + NEAREST + g));
+        s.reference[g] = known;
+        s.basis[g] = known > -INFINITE ? known : s.norm[g];
+        s.bound[g] = INFINITE;
+        s.lift[g] = exponential(fminf(fmaxf(s.norm[g] - s.basis[g], -80.f), 80.f));
+    }
+    __syncthreads();
+}
+
+// Estimates count for no more than the largest exact logit.
+__device__ void find_bounds(Shared& s, const u32* counters) {
+    if (threadIdx.x < G) {
+        const u32 largest = max(__ldcg(counters + LARGEST + threadIdx.x), __ldcg(counters + NEAREST + threadIdx.x));
+        s.bound[threadIdx.x] = largest ? unordered(largest) : INFINITE;
+    }
+    __syncthreads();
+}
+
+// Add the mean values of this block's share of the lists, with the weight of their keys that were visited and not
+// kept, and of those that were not visited. Threads take four dimensions of a head each, and share the lists where
+// there are threads enough; their sums go to `sums`, (SHARES, G, D), and that of the weights to `totals`.
+#define FOURS (G * D / 4)
+#define SHARES (THREADS / FOURS > 1 ? THREADS / FOURS : 1)
+__device__ __forceinline__ void add_means(
+    const Step& p, Shared& s, const Part& part, const int* taken, float* sums, float* totals
+) {
+    float* weights = (float*)s.rows;
+    const int most = QUEUE / (G + 1), end = part.end(p.lists);
+    const i64 lists = (i64)part.stream * p.lists;
+    for (int i = threadIdx.x; i < SHARES * G * D; i += THREADS) sums[i] = 0.f;
+    if (threadIdx.x < G) totals[threadIdx.x] = 0.f;
+    for (int start = part.begin(p.lists); start < end; start += most) {
+        const int count = min(most, end - start);
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < count; i += THREADS) {
+            const int list = start + i;
+            float* mass = p.masses + ((i64)part.unit * p.lists + list) * G;
+            Group weight = rest_of_list(p, s, part, list, taken[list]);
+            if (p.refine) {
+                const Group more = load_group(mass), none = {};
+                store_group(mass, none.x);  // as the next step expects it
+#pragma unroll
+                for (int g = 0; g < G; ++g) weight.x[g] += more.x[g];
+            }
+            store_group(weights + i * G, weight.x);
+            weights[most * G + i] = p.mean_scales[lists + list];
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < SHARES * FOURS; i += THREADS) {
+            const int share = i / FOURS, g = i % FOURS / (D / 4), d = i % (D / 4) * 4;
+            float sum[4] = {};
+#pragma unroll 8
+            for (int l = share; l < count; l += SHARES) {
+                const u32 raw = *(const u32*)(p.means + (lists + start + l) * D + d);
+                const float weight = weights[l * G + g] * weights[most * G + l];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum[j] = fmaf(weight, (float)(i8)(raw >> 8 * j), sum[j]);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[(share * G + g) * D + d + j] += sum[j];
+        }
+#pragma unroll 1
+        for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
+            float sum = 0.f;
+            for (int l = threadIdx.x % WARP; l < count; l += WARP) sum += weights[l * G + g];
+            sum = warp_sum(sum);
+            if (threadIdx.x % WARP == 0) totals[g] += sum;
+        }
+    }
+    __syncthreads();
+}
+
+// Merge what the warps of a block found, with `shares` sums of means, and leave it where the last block of the unit
+// finds it.
+__device__ __forceinline__ void reduce_block(
+    const Step& p, Shared& s, const Part& part, Partial& mine, float* reduction, const float* sums, const float* totals, int shares
+) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4;
+    if (head < G && lane % 4 == 0) s.reduced[warp][head] = mine.reference;
+    __syncthreads();
+    float top = shares ? s.basis[min(head, G - 1)] : -INFINITE;
+    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][min(head, G - 1)]);
+    refer(mine, top > -INFINITE ? top : 0.f);
+    mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
+    mine.sum += __shfl_xor_sync(FULL, mine.sum, 2);
+    float* own = reduction + warp * G * (D + 1) + head * (D + 1);
+    if (head < G) {
+        if (warp == 0 && lane % 4 == 0) {
+            s.reference[head] = top;
+            s.lift[head] = shares ? exponential(s.basis[head] - top) : 0.f;
+        }
+        if (lane % 4 == 0) own[D] = mine.sum;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+            const int d = 8 * i + lane % 4 * 2;
+            if (d < D) own[d] = mine.out[i][0] + mine.out[i][2], own[d + 1] = mine.out[i][1] + mine.out[i][3];
+        }
+    }
+    __syncthreads();
+    float* left = p.partial + ((i64)part.unit * part.blocks + part.block) * G * (D + 2);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < G * (D + 1); i += THREADS) {
+        const int g = i / (D + 1), d = i % (D + 1);
+        float sum = 0.f, more = 0.f;
+#pragma unroll 8
+        for (int w = 0; w < WARPS; ++w) sum += reduction[w * G * (D + 1) + i];
+        if (shares) {
+            if (d == D) more = totals[g];
+            else
+                for (int share = 0; share < shares; ++share) more += sums[(share * G + g) * D + d];
+            sum = fmaf(more, s.lift[g], sum);
+        }
+        left[g * (D + 2) + d] = sum;
+    }
+    if (threadIdx.x < G) left[threadIdx.x * (D + 2) + D + 1] = s.reference[threadIdx.x];
+}
+// Merge what the blocks of a unit found, and write the result.
+__device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* weights) {
+    const float* parts = p.partial + (i64)part.unit * part.blocks * G * (D + 2);
+#pragma unroll 1
+    for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
+        const int lane = threadIdx.x % WARP;
+        float peak = -INFINITE, sum = 0.f;
+#pragma unroll 1
+        for (int b = lane; b < part.blocks; b += WARP) peak = fmaxf(peak, __ldcg(parts + (b * G + g) * (D + 2) + D + 1));
+        peak = warp_max(peak);
+#pragma unroll 1
+        for (int b = lane; b < part.blocks; b += WARP) {
+            const float* one = parts + (b * G + g) * (D + 2);
+            const float weight = peak > -INFINITE ? exponential(__ldcg(one + D + 1) - peak) : 0.f;
+            weights[b * G + g] = weight;
+            sum = fmaf(weight, __ldcg(one + D), sum);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) {
+            s.bound[g] = sum > 0.f ? 1.f / sum : 0.f;
+            p.lse[(i64)part.unit * G + g] = sum > 0.f ? peak + logf(sum) : -INFINITE;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < G * D; i += THREADS) {
+        const int g = i / D;
+        float out = 0.f;
+#pragma unroll 4
+        for (int b = 0; b < part.blocks; ++b)
+            out = fmaf(weights[b * G + g], __ldcg(parts + (b * G + g) * (D + 2) + i % D), out);
+        store_out(p.out, (i64)part.unit * G * D + i, out * s.bound[g]);
+    }
+}
