@@ -26,7 +26,8 @@ MACROS = {
         *({"ELEMENT": e} for e in ELEMENTS),
     ],
     "attend": [
-        *({"ELEMENT": e, "D": 128, "QUERY": e, "G": 4, "WORDS": 3} for e in ELEMENTS),
+        *({"ELEMENT": e, "D": 128, "QUERY": e, "G": 4, "WORDS": 3} for e in (0, 1)),
+        {"ELEMENT": 2, "D": 128, "QUERY": 2, "G": 4, "WORDS": 3, "THREADS": 256},
         *({"ELEMENT": 1, "D": d, "QUERY": 1, "G": 4, "WORDS": 3} for d in (64, 80, 96)),
         {"ELEMENT": 1, "D": 256, "QUERY": 1, "G": 4, "WORDS": 3, "THREADS": 256},
         *({"ELEMENT": 1, "D": 128, "QUERY": 2, "G": g, "WORDS": w} for g, w in ((1, 1), (3, 4))),
