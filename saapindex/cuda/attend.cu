@@ -62,7 +62,7 @@ struct Step {
     int2* visited;
     u16* bins;
     u8* kept;
-    int* histogram;
+    int *rows, *histogram;
     float2* candidates;
     u32* counters;
     float* partial;
@@ -74,9 +74,9 @@ struct Step {
 };
 
 enum { SUM, MAX, UNION };
-// Counters of a unit: barrier, blocks that are done, blocks that deferred something, candidates of each ranker,
+// Counters of a unit: barrier, blocks that are done, blocks that deferred something, rows to fetch, candidates of each ranker,
 // largest near logit of each head, largest exact one.
-enum { BARRIER, DONE, DEFERRED, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NEAREST + G, COUNTERS = LARGEST + G };
+enum { BARRIER, DONE, DEFERRED, ROWS, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NEAREST + G, COUNTERS = LARGEST + G };
 
 #define STAGES 12
 #ifdef STAMPS
@@ -112,14 +112,15 @@ struct Shared {
     float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G], lift[G], query_scale[G];
     int offsets[G];           // sum of (2^b - 1) a8
     u32 slot;
-    int chunks, singles, queued, gathered, resolved, owned, own_count, visited, boundary, reached;
+    int chunks, singles, queued, gathered, owned, own_count, visited, boundary, reached;
     int deferred, unit_deferred, last;
-    i64 scan, left, limit;
+    int scan, limit;          // keys that may be visited and fetched, by each ranker
+    double left;              // bytes
 };
 
 #include "attend_common.cuh"
-#include "attend_select.cuh"
 #include "attend_rows.cuh"
+#include "attend_select.cuh"
 #include "attend_gather.cuh"
 #include "attend_scan.cuh"
 #include "attend_merge.cuh"
@@ -137,33 +138,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const int unit = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, thread = threadIdx.x;
     const int stream = unit / p.tokens, sequence = stream / p.heads, head = stream % p.heads;
     STAMP(0);
-    const int length = p.lengths[sequence], first = p.first[sequence], pages = p.counts[stream];
+    const int length = p.lengths[sequence], first = p.first[sequence];
     const int token = unit % p.tokens;
     const int position = p.positions ? p.positions[sequence * p.tokens + token] : length - p.tokens + token;
-    const int in_lists = max(0, first - p.sinks);
+    const int in_lists = max(0, first - p.sinks), rankers = p.policy == UNION ? G : 1;
     const bool everything = p.everything || (in_lists > 0 && position < first - 1);
     const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr, nearby = p.near && !deciding;
     if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
-    const int most = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
-    const Part part = {unit, block, stream, head, p.blocks, pages, (i64)blockIdx.x * most};
+    const int places = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
+    const Part part = {
+        unit, block, stream, head, p.blocks, pages_of_block(p.counts[stream], block, p.blocks),
+        share_of(p.lists, block, p.blocks), share_of(p.lists, block + 1, p.blocks), places, (i64)blockIdx.x * places
+    };
     u32* counters = p.counters + (i64)unit * COUNTERS;
     u32 met = 0;
-    // Near keys that the query sees.
+    // Near keys that the query sees, and this block's share of them.
     const int seen = min(position + 1, length);
     const int near = min(p.sinks, max(seen, 0)) + max(0, seen - max(first, p.sinks));
+    int start = share_of(near, block, p.blocks), end = share_of(near, block + 1, p.blocks);
 
 #pragma unroll 1
     for (int i = thread; i < G * D; i += THREADS) s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
     if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
-    if (thread == 0) s.visited = s.deferred = s.gathered = s.resolved = 0;
+    if (thread == 0) s.visited = s.deferred = s.gathered = 0;
+    if (thread == THREADS - 1) {  // what may be read
+        const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
+        s.left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
+        const double visited = p.refine ? p.share * s.left / p.code_bytes : s.left / p.row_bytes;
+        s.scan = (int)fmin((double)((i64)visited / rankers), 2147483647.);
+    }
     __syncthreads();
-
     split_queries(s);
-    int start = part.begin(near), ranker = 0;
     const bool early = sparse && nearby;  // the first near keys are on their way before anything else
     if (sparse && p.refine) fetch_labels(p, s, part, 0);
     if (early) {
-        start = gather_near(p, s, start, part.end(near), first, position);
+        start = gather_near(p, s, start, end, first, position);
         const int own = thread / WARP * TILE;
         if (own < s.gathered) fetch_tile(p, s, part, tiles + thread / WARP * TILE_BYTES, own);
     }
@@ -178,50 +187,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     }
     clear(mine);
     STAMP(1);
-    const int rankers = p.policy == UNION ? G : 1;
-    const bool weighing = p.refine && p.remainder && !deciding;
     bool at_lists = false;
+#pragma unroll 1
     for (bool fetched = early;; fetched = false) {
-        bool done = true;
-        if (!at_lists) {
-            if (fetched) {
-                done = start >= part.end(near);
-            } else if (nearby) {
-                start = gather_near(p, s, start, part.end(near), first, position);
-                done = start >= part.end(near);
-            }
-        } else if (everything || !p.refine) {
-            start = gather_whole(p, s, part, taken, everything, position, start);
-            done = start >= part.page_count();
-        } else {
-            const int total = s.visited * LANES;
-            start = gather_sure(p, s, part, ranker, start, total);
-            done = start >= total;
-            if (done) {
-                publish_candidates(p, s, part, ranker);
-                arrive(counters + BARRIER);
-                met += p.blocks;
-                wait(counters + BARRIER, met);
-                gather_candidates(p, s, part, ranker);
-                STAMP(7);
-                if (++ranker < rankers) {
-                    find_boundary(p, s, part, 2 * ranker, (int)min(s.limit / rankers, (i64)0x7fffffff));
-                    start = 0;
-                    done = false;
-                }
-            }
-            resolve(p, s, part);
-            if (done && weighing) {  // the weights of what was not kept are known when all have come here
-                arrive(counters + BARRIER);
-                met += p.blocks;
-            }
+        if (at_lists) {
+            start = everything || !p.refine ? gather_whole(p, s, part, taken, everything, position, start)
+                                            : gather_rows(p, s, part, start, end);
+        } else if (nearby && !fetched) {
+            start = gather_near(p, s, start, end, first, position);
         }
         if (!deciding) attend_gathered(p, s, part, mine, tiles, fetched);
-        if (!done) continue;
+        if (start < end && (at_lists || nearby)) continue;
         if (at_lists || !in_lists) break;
         // The near keys are done: on to the lists.
         at_lists = true;
-        start = 0;
+        start = 0, end = part.pages;
         STAMP(2);
         if (!sparse) continue;
         if (nearby) publish_peaks(mine, s.peaks, counters + NEAREST);
@@ -229,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         wait(counters + BARRIER, met);
         arrive(counters + BARRIER);  // near logits are known when all have come here
         met += p.blocks;
-        prepare(p, s, part, in_lists);
+        prepare(p, s, part);
         STAMP(3);
         select_lists(p, s, part, table);
         STAMP(4);
@@ -244,7 +224,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         met += p.blocks;
         wait(counters + BARRIER, met);
         STAMP(6);
-        if (p.refine) find_boundary(p, s, part, 0, (int)min(s.limit / rankers, (i64)0x7fffffff));
+        if (p.refine) {
+            met = cut(p, s, part, counters + BARRIER, met);
+            if (deciding) break;
+            arrive(counters + BARRIER);  // rows and weights are known when all have come here
+            met += p.blocks;
+            wait(counters + BARRIER, met);
+            const int rows = (int)__ldcg(counters + ROWS);
+            start = share_of(rows, block, p.blocks), end = share_of(rows, block + 1, p.blocks);
+        }
+        STAMP(7);
         take_up(mine, stashed);
     }
     STAMP(8);
@@ -262,8 +251,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
             if (s.deferred && p.refine) attend_deferred_keys(p, s, part);
             arrive(counters + BARRIER);
             met += p.blocks;
+            wait(counters + BARRIER, met);
         }
-        if (p.refine || s.unit_deferred) wait(counters + BARRIER, met);
         add_means(p, s, part, taken, sums, totals);
     }
     STAMP(9);

@@ -2,20 +2,24 @@
 
 // Which part of the work a block does.
 struct Part {
-    int unit, block, stream, head, blocks, pages;
-    i64 first_place;  // of as many as its pages have lanes
+    int unit, block, stream, head, blocks, pages;  // `pages` are those of this block
+    int first_list, last_list;                     // this block's share of the lists, the last one exclusive
+    int places;                                    // lanes of the most pages of a block
+    i64 first_place;
 
     // A page of this block: groups of eight pages go round the blocks, since neighbours are often of one list.
     __device__ __forceinline__ int page(int i) const { return ((i >> 3) * blocks + block) * 8 + (i & 7); }
-    __device__ __forceinline__ int page_count() const {
-        const int groups = (pages + 7) >> 3, mine = (groups - block + blocks - 1) / blocks;
-        if (mine <= 0) return 0;
-        const int end = ((mine - 1) * blocks + block) * 8 + 8;  // end of the last group
-        return mine * 8 - max(0, end - pages);
-    }
-    __device__ __forceinline__ int begin(int count) const { return (u32)count * block / (u32)blocks; }
-    __device__ __forceinline__ int end(int count) const { return (u32)count * (block + 1) / (u32)blocks; }
 };
+
+// How many of all pages are of this block.
+__device__ __forceinline__ int pages_of_block(int pages, int block, int blocks) {
+    const int groups = (pages + 7) >> 3, mine = (groups - block + blocks - 1) / blocks;
+    if (mine <= 0) return 0;
+    const int end = ((mine - 1) * blocks + block) * 8 + 8;  // end of the last group
+    return mine * 8 - max(0, end - pages);
+}
+// Where the share of a block in `count` things begins.
+__device__ __forceinline__ int share_of(int count, int block, int blocks) { return (u32)count * (u32)block / (u32)blocks; }
 
 // Order-preserving integers, so that atomicMax works on floats; zero is below all.
 __device__ __forceinline__ u32 ordered(float x) {
@@ -49,6 +53,16 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int N>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N));
+}
+
+__device__ __forceinline__ void copy_group(float* to, const float* from) {
+#if G % 4 == 0
+#pragma unroll
+    for (int i = 0; i < G; i += 4) copy_16(to + i, from + i);
+#else
+#pragma unroll
+    for (int i = 0; i < G; ++i) copy_4(to + i, from + i);
+#endif
 }
 
 // Products of small matrices: (16, 32) of unsigned with (32, 8) of signed bytes.
@@ -120,23 +134,6 @@ __device__ __forceinline__ void store_group(float* at, const float* x) {
 #endif
 }
 
-// Widen VECTOR int8 of a row.
-#if ELEMENT == 2
-typedef u32 Bytes;
-#else
-typedef uint2 Bytes;
-#endif
-__device__ __forceinline__ void widen_bytes(Bytes raw, float* out) {
-    u32 words[2];
-#if ELEMENT == 2
-    words[0] = raw;
-#else
-    words[0] = raw.x, words[1] = raw.y;
-#endif
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) out[i] = (float)(i8)(words[i / 4] >> (8 * (i % 4)));
-}
-
 // The log weight of a group, from those of its heads, as a ranker sees it.
 __device__ __forceinline__ float pooled(const float* weights, int policy, int ranker) {
     if (policy == UNION) {
@@ -167,6 +164,11 @@ __device__ __forceinline__ int bin_of_weight(float weight) {
 __device__ __forceinline__ int fine_bin_of(float log_weight, int bin) {
     const int fine = (__float_as_int(exponential(fminf(log_weight, 80.f))) - LOWEST_BITS) - (bin << BIN_SHIFT);
     return min(BINS - 1, max(0, fine >> (BIN_SHIFT - 11)));
+}
+
+__device__ __forceinline__ void clear_histogram(Shared& s) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < BINS / 4; i += THREADS) ((int4*)s.histogram)[i] = make_int4(0, 0, 0, 0);
 }
 
 // Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh

@@ -1,4 +1,4 @@
-// Gather rows to attend to where no codes are read: near keys, and whole lists.
+// Gather rows to attend to: near keys, whole lists, or those that were chosen by their codes.
 
 // Gather this block's share of the sinks and the recent keys that the query sees, from the `start`-th on; returns
 // where it stopped for want of room. Rows below zero stand for places of near keys.
@@ -25,7 +25,7 @@ __device__ __forceinline__ int gather_whole(
     const Step& p, Shared& s, const Part& part, const int* taken, bool everything, int position, int start
 ) {
     const i64 row = (i64)part.stream * p.most_pages;
-    const int end = min(part.page_count(), start + QUEUE / LANES);
+    const int end = min(part.pages, start + QUEUE / LANES);
 #pragma unroll 1
     for (int i = threadIdx.x; i < (end - start) * LANES; i += THREADS) {
         const int page = part.page(start + i / LANES), label = p.labels[row + page], lane = i % LANES;
@@ -42,4 +42,15 @@ __device__ __forceinline__ int gather_whole(
     }
     __syncthreads();
     return end;
+}
+
+// Gather rows that `cut` left, from the `start`-th on.
+__device__ __forceinline__ int gather_rows(const Step& p, Shared& s, const Part& part, int start, int end) {
+    const int count = min(end - start, QUEUE);
+    const int* rows = p.rows + part.first_place - part.block * part.places + start;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += THREADS) s.rows[i] = __ldcg(rows + i);
+    if (threadIdx.x == 0) s.gathered = max(count, 0);
+    __syncthreads();
+    return start + count;
 }

@@ -32,11 +32,13 @@ __device__ __forceinline__ void add_means(
     const Step& p, Shared& s, const Part& part, const int* taken, float* sums, float* totals
 ) {
     float* weights = (float*)s.rows;
-    const int most = QUEUE / (G + 1), end = part.end(p.lists);
+    const int most = QUEUE / (G + 1), end = part.last_list;
     const i64 lists = (i64)part.stream * p.lists;
+#pragma unroll 1
     for (int i = threadIdx.x; i < SHARES * G * D; i += THREADS) sums[i] = 0.f;
     if (threadIdx.x < G) totals[threadIdx.x] = 0.f;
-    for (int start = part.begin(p.lists); start < end; start += most) {
+#pragma unroll 1
+    for (int start = part.first_list; start < end; start += most) {
         const int count = min(most, end - start);
         __syncthreads();
 #pragma unroll 1
@@ -58,7 +60,7 @@ __device__ __forceinline__ void add_means(
         for (int i = threadIdx.x; i < SHARES * FOURS; i += THREADS) {
             const int share = i / FOURS, g = i % FOURS / (D / 4), d = i % (D / 4) * 4;
             float sum[4] = {};
-#pragma unroll 8
+#pragma unroll 4
             for (int l = share; l < count; l += SHARES) {
                 const u32 raw = *(const u32*)(p.means + (lists + start + l) * D + d);
                 const float weight = weights[l * G + g] * weights[most * G + l];
@@ -71,6 +73,7 @@ __device__ __forceinline__ void add_means(
 #pragma unroll 1
         for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
             float sum = 0.f;
+#pragma unroll 1
             for (int l = threadIdx.x % WARP; l < count; l += WARP) sum += weights[l * G + g];
             sum = warp_sum(sum);
             if (threadIdx.x % WARP == 0) totals[g] += sum;
@@ -88,6 +91,7 @@ __device__ __forceinline__ void reduce_block(
     if (head < G && lane % 4 == 0) s.reduced[warp][head] = mine.reference;
     __syncthreads();
     float top = shares ? s.basis[min(head, G - 1)] : -INFINITE;
+#pragma unroll 4
     for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][min(head, G - 1)]);
     refer(mine, top > -INFINITE ? top : 0.f);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
@@ -116,6 +120,7 @@ __device__ __forceinline__ void reduce_block(
         if (shares) {
             if (d == D) more = totals[g];
             else
+#pragma unroll 1
                 for (int share = 0; share < shares; ++share) more += sums[(share * G + g) * D + d];
             sum = fmaf(more, s.lift[g], sum);
         }
@@ -147,6 +152,7 @@ __device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* 
         }
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < G * D; i += THREADS) {
         const int g = i / D;
         float out = 0.f;

@@ -87,6 +87,15 @@ __device__ __forceinline__ void load_transposed(u32* x, const void* row) {
                  : "r"((u32)__cvta_generic_to_shared(row)));
 }
 
+// What the parts of a head's query are to be multiplied with.
+__device__ __forceinline__ float query_scale(const Shared& s, int head) {
+#if QUERY_PARTS > 1
+    return head < G ? s.query_scale[head] : 0.f;
+#else
+    return 1.f;
+#endif
+}
+
 // The queries in parts of a 16-bit type, as rows of products.
 __device__ __forceinline__ void split_queries(Shared& s) {
 #if QUERY_PARTS > 1
@@ -196,9 +205,7 @@ __device__ __forceinline__ void attend_tile(const Step& p, const Shared& s, Part
     for (int i = 0; i < 4; ++i) {
         const int key = i / 2 * 8 + lane % 4 * 2 + i % 2;
         float logit = p.scale * products[i / 2][i % 2];
-#if QUERY_PARTS > 1
-        logit *= head < G ? s.query_scale[head] : 0.f;
-#endif
+        logit *= query_scale(s, head);
         x[i] = key < count && head < G ? capped(logit, p.cap) : -INFINITE;
         top = fmaxf(top, x[i]);
     }
@@ -255,7 +262,7 @@ __device__ __forceinline__ void attend_gathered(
         __syncwarp();
     }
     __syncthreads();
-    if (threadIdx.x == 0) s.gathered = s.resolved = 0;
+    if (threadIdx.x == 0) s.gathered = 0;
     __syncthreads();
 }
 

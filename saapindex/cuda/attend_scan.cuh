@@ -10,7 +10,7 @@
 // Begin to fetch labels and places of the pages `start : start + ROUND` of this block.
 __device__ __forceinline__ void fetch_labels(const Step& p, Shared& s, const Part& part, int start) {
     const i64 row = (i64)part.stream * p.most_pages;
-    const int end = min(start + ROUND, part.page_count());
+    const int end = min(start + ROUND, part.pages);
 #pragma unroll 1
     for (int i = start + threadIdx.x; i < end; i += THREADS) {
         const int page = part.page(i);
@@ -92,7 +92,7 @@ __device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int
 __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part, const int* taken, u8* stage) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = lane / 4, quarter = lane % 4;
     const float base = p.base[part.head];
-    const int rankers = p.policy == UNION ? G : 1, count = part.page_count();
+    const int rankers = p.policy == UNION ? G : 1, count = part.pages;
     const int first = G <= 4 ? quarter % 2 * 2 : quarter * 2;  // the first of the two heads of this lane
     const int column = row % COLUMNS < G ? row % COLUMNS : 0;  // the head that it provides to products
     float unit[2], offset[2], seconds[2], norm[2], lift[2], reference[2];
@@ -106,7 +106,8 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
     }
     bool deferred = false;
     stage += warp * DEPTH * 2 * PAGE_BYTES;
-    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+    clear_histogram(s);
+#pragma unroll 1
     for (int start = 0; start < count; start += ROUND) {
         gather_pages(p, s, part, taken, start, count);
         const int queued = s.queued, before = s.visited;
@@ -207,14 +208,18 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
     if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = scanned;
     __syncthreads();
     if (threadIdx.x == 0) {
-        i64 left = s.left;
-        for (int w = 0; w < WARPS; ++w) left -= (i64)((int*)s.reduced)[w] * p.code_bytes;
-        s.limit = max((i64)0, left) / p.row_bytes;
+        double visited = 0.;
+#pragma unroll 1
+        for (int w = 0; w < WARPS; ++w) visited += ((int*)s.reduced)[w];
+        const double left = fmax(s.left - visited * p.code_bytes, 0.);
+        s.limit = (int)fmin((double)((i64)(left / p.row_bytes) / rankers), 2147483647.);
     }
+#pragma unroll 1
     for (int ranker = 0; ranker < rankers; ++ranker) {
         if (rankers > 1) {
-            for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+            clear_histogram(s);
             __syncthreads();
+#pragma unroll 1
             for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
                 const u32 bin = p.bins[(part.first_place + i) * rankers + ranker];
                 if (bin != NO_KEY) atomicAdd(s.histogram + (bin & (BINS - 1)), 1);
@@ -222,6 +227,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
             __syncthreads();
         }
         int* all = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker) * BINS;
+#pragma unroll 1
         for (int i = threadIdx.x; i < BINS; i += THREADS)
             if (s.histogram[i]) atomicAdd(all + i, s.histogram[i]);
         __syncthreads();
@@ -229,9 +235,10 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
 }
 
 // Find the bin of a histogram of the unit in which the cut falls: keys of higher bins are kept.
-__device__ __forceinline__ void find_boundary(const Step& p, Shared& s, const Part& part, int number, int limit) {
+__device__ __noinline__ void find_boundary(const Step& p, Shared& s, const Part& part, int number, int limit) {
     const int* all = p.histogram + ((i64)part.unit * 2 * G + number) * BINS;
-    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = __ldcg(all + i);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < BINS / 4; i += THREADS) ((int4*)s.histogram)[i] = __ldcg((const int4*)all + i);
     __syncthreads();
     find_bin(s, limit);
 }
@@ -245,12 +252,15 @@ __device__ __forceinline__ void keep(const Step& p, Shared& s, const Part& part,
     s.rows[atomicAdd(&s.gathered, 1)] = at | (hot ? OWN_HOT : 0);
 }
 
-// Turn the places that were gathered since the last time into rows, or note their positions. Their estimates do
-// not count any more.
-__device__ void resolve(const Step& p, Shared& s, const Part& part) {
+// Turn the places that were gathered into rows, for all blocks of the unit, or note their positions. Their estimates
+// do not count any more.
+__device__ __forceinline__ void resolve(const Step& p, Shared& s, const Part& part) {
     const int count = s.gathered;
+    if (threadIdx.x == 0 && count && !p.bits) s.slot = atomicAdd(p.counters + (i64)part.unit * COUNTERS + ROWS, (u32)count);
+    __syncthreads();
+    int* rows = p.rows + part.first_place - part.block * part.places + s.slot;
 #pragma unroll 1
-    for (int i = s.resolved + threadIdx.x; i < count; i += THREADS) {
+    for (int i = threadIdx.x; i < count; i += THREADS) {
         const bool hot = s.rows[i] & OWN_HOT;
         const int at = s.rows[i] & ~OWN_HOT;
         const i64 place = part.first_place + at;
@@ -261,7 +271,7 @@ __device__ void resolve(const Step& p, Shared& s, const Part& part) {
             atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
             continue;
         }
-        s.rows[i] = row;
+        rows[i] = row;
         if (!p.remainder) continue;
         if (hot) {
             p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
@@ -274,7 +284,7 @@ __device__ void resolve(const Step& p, Shared& s, const Part& part) {
             atomicAdd(mass + g, -weight_of(estimates.x[g], s.norm[g] * LOG2E) * s.lift[g]);
     }
     __syncthreads();
-    if (threadIdx.x == 0) s.resolved = s.gathered = p.bits ? 0 : count;
+    if (threadIdx.x == 0) s.gathered = 0;
     __syncthreads();
 }
 
@@ -290,7 +300,7 @@ __device__ __forceinline__ float key_weight(const Step& p, const Shared& s, i64 
 __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranker, int start, int total) {
     const i64 places = part.first_place;
     const int rankers = p.policy == UNION ? G : 1, boundary = s.boundary;
-    const bool open = s.limit / rankers > s.reached;
+    const bool open = s.limit > s.reached;
 #pragma unroll 1
     for (; start < total && s.gathered <= QUEUE - CHUNK - OWN; start += CHUNK) {
         u16 bins[4];
@@ -358,7 +368,7 @@ __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, in
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 places = part.first_place;
     const int boundary = s.boundary;
-    const int open = (int)min(s.limit / (p.policy == UNION ? G : 1), (i64)0x7fffffff) - s.reached;
+    const int open = s.limit - s.reached;
     const u32 written = __ldcg(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker);
     const int count = (int)min(written, (u32)CANDIDATES);
     if (!count) return;  // the same in all threads
@@ -414,4 +424,27 @@ __device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part&
         for (int g = 0; g < G; ++g)
             atomicAdd(mass + g, exponential(fminf(estimates.x[g], s.bound[g]) - s.basis[g]));
     }
+}
+
+// Choose the keys to fetch, and leave their rows to all blocks of the unit. Returns how often blocks met.
+__device__ __forceinline__ u32 cut(const Step& p, Shared& s, const Part& part, u32* counter, u32 met) {
+    const int rankers = p.policy == UNION ? G : 1, total = s.visited * LANES;
+#pragma unroll 1
+    for (int ranker = 0; ranker < rankers; ++ranker) {
+        find_boundary(p, s, part, 2 * ranker, s.limit);
+#pragma unroll 1
+        for (int start = 0, ended = 0; !ended;) {
+            start = gather_sure(p, s, part, ranker, start, total);
+            if (start >= total) {
+                ended = 1;
+                publish_candidates(p, s, part, ranker);
+                arrive(counter);
+                met += part.blocks;
+                wait(counter, met);
+                gather_candidates(p, s, part, ranker);
+            }
+            resolve(p, s, part);
+        }
+    }
+    return met;
 }

@@ -1,57 +1,43 @@
 // Route and select: logits of all lists, and the lists that are visited.
 
 // This block's share of the inner products of queries with anchors, and of the rotated queries.
-__device__ void route(const Step& p, Shared& s, const Part& part) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, member = lane % TEAM, team = lane / TEAM;
+__device__ __forceinline__ void route(const Step& p, Shared& s, const Part& part) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
     const i64 row = (i64)part.stream * p.lists;
-    const int begin = part.begin(p.lists), end = part.end(p.lists);
+    // Eight lists a warp; in a step, a lane takes four dimensions of one of them.
 #pragma unroll 1
-    for (int start = begin + warp * TEAMS * AHEAD; start < end; start += WARPS * TEAMS * AHEAD) {
-        Bytes raw[AHEAD][PER_LANE];
-        float scales[AHEAD];
+    for (int start = part.first_list + warp * 8; start < part.last_list; start += WARPS * 8) {
+        const int list = min(start + lane / 4, part.last_list - 1);
+        const i8* anchor = p.anchors + (row + list) * D + 4 * quarter;
+        u32 raw[STEPS];
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int list = start + a * TEAMS + team;
+        for (int step = 0; step < STEPS; ++step)
+            raw[step] = 16 * step + 4 * quarter < D ? *(const u32*)(anchor + 16 * step) : 0;
+        float products[4] = {};
 #pragma unroll
-            for (int v = 0; v < PER_LANE; ++v) {
-                const int d = (v * TEAM + member) * VECTOR;
-                raw[a][v] = Bytes();
-                if (list < end && d < D) raw[a][v] = *(const Bytes*)(p.anchors + (row + list) * D + d);
+        for (int step = 0; step < STEPS; ++step) {
+            const u32 x = raw[step];
+            const u32 b0 = pair_of((float)(i8)x, (float)(i8)(x >> 8)), b1 = pair_of((float)(i8)(x >> 16), (float)(i8)(x >> 24));
+#pragma unroll
+            for (int i = 0; i < QUERY_PARTS; ++i) {
+                const uint2 pairs = *(const uint2*)(s.pairs[i][head] + 8 * step + 2 * quarter);
+                const u32 a[4] = {pairs.x, pairs.x, pairs.y, pairs.y};
+                multiply(products, a, b0, b1);
             }
-            scales[a] = list < end ? p.scale * p.anchor_scales[row + list] : 0.f;
         }
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            float dot[G];
-#pragma unroll
-            for (int g = 0; g < G; ++g) dot[g] = 0.f;
-#pragma unroll
-            for (int v = 0; v < PER_LANE; ++v) {
-                const int d = (v * TEAM + member) * VECTOR;
-                float anchor[VECTOR];
-                widen_bytes(raw[a][v], anchor);
-#pragma unroll
-                for (int g = 0; g < G; ++g)
-#pragma unroll
-                    for (int i = 0; i < VECTOR; ++i)
-                        dot[g] = fmaf(d < D ? s.query[g][d + i] : 0.f, anchor[i], dot[g]);
-            }
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-#pragma unroll
-                for (int step = TEAM / 2; step; step >>= 1) dot[g] += __shfl_xor_sync(FULL, dot[g], step);
-                dot[g] *= scales[a];
-            }
-            const int list = start + a * TEAMS + team;
-            if (list < end && member == 0) store_group(p.dots + ((i64)part.unit * p.lists + list) * G, dot);
+        for (int i = 0; i < 2; ++i) {
+            const int one = start + 2 * quarter + i;
+            if (head < G && one < part.last_list)
+                p.dots[((i64)part.unit * p.lists + one) * G + head] =
+                    products[i] * p.scale * p.anchor_scales[row + one] * query_scale(s, head);
         }
     }
     // The last warps begin here, since the first have more lists.
+    const int last = share_of(p.coded_most, part.block + 1, part.blocks);
 #pragma unroll 1
-    for (int r = part.begin(p.coded_most) + WARPS - 1 - warp; r < part.end(p.coded_most); r += WARPS) {
-        float dot[G];
-#pragma unroll
-        for (int g = 0; g < G; ++g) dot[g] = 0.f;
+    for (int r = share_of(p.coded_most, part.block, part.blocks) + WARPS - 1 - warp; r < last; r += WARPS) {
+        float dot[G] = {};
 #pragma unroll
         for (int d = lane; d < D; d += WARP) {
             const float x = p.inverse[((i64)part.head * p.coded_most + r) * D + d];
@@ -67,7 +53,7 @@ __device__ void route(const Step& p, Shared& s, const Part& part) {
 }
 
 // What every block needs of a query: its rounded form, second orders, and the limits of the step.
-__device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists) {
+__device__ __forceinline__ void prepare(const Step& p, Shared& s, const Part& part) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, coded = p.coded[part.head];
     const i64 own = (i64)part.head * p.coded_most;
     for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0])[i] = 0;
@@ -75,10 +61,6 @@ __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists
     if (threadIdx.x < G) s.unit[threadIdx.x] = s.variance[threadIdx.x] = s.second[threadIdx.x] = 0.f;
     if (threadIdx.x < G) s.offsets[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
-        const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * coded;
-        const double left = fmax(p.budget * in_lists * p.row_bytes - fixed, 0.0);
-        s.left = (i64)left;
-        s.scan = (i64)(p.refine ? p.share * left / p.code_bytes : left / p.row_bytes);
         s.chunks = p.chunks[part.head] & 0xffff;
         s.singles = p.chunks[part.head] >> 16;
     }
@@ -121,6 +103,14 @@ __device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists
     __syncthreads();
 }
 
+// Add up sums that are relative to different peaks.
+__device__ __forceinline__ void join(float& peak, float& sum, float other, float more) {
+    const float top = fmaxf(peak, other);
+    if (top == -INFINITE) return;
+    sum = sum * exponential(peak - top) + more * exponential(other - top);
+    peak = top;
+}
+
 // What is known of the lists of a unit. Arrays of the block where they fit, otherwise (`logits` null) in memory.
 struct Table {
     float* ranks;
@@ -153,52 +143,62 @@ __device__ __forceinline__ Group list_logits(
 // Log of the sum of exponentials over all keys in lists, for each head; fills the table.
 __device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part& part, const Table& table) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int* sizes = p.sizes + (i64)part.stream * p.lists;
+    const i64 row = (i64)part.stream * p.lists;
     float peak[G], sum[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
+    // All that is needed of several lists is loaded at once.
 #pragma unroll 1
     for (int start = threadIdx.x; start < p.lists; start += AHEAD * THREADS) {
-        int size[AHEAD];
-        Group dots[AHEAD];
-        float squares[AHEAD];
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int list = start + a * THREADS, there = min(list, p.lists - 1);
-            size[a] = list < p.lists ? sizes[there] : 0;
-            dots[a] = load_group(p.dots + ((i64)part.unit * p.lists + there) * G);
-            squares[a] = p.squares[(i64)part.stream * p.lists + there];
-        }
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
             const int list = start + a * THREADS;
-            if (list >= p.lists) continue;
-            table.taken[list] = 0;
-            if (table.logits) const_cast<int*>(table.sizes)[list] = size[a];
-            if (!size[a]) continue;
-            const Group logits = corrected(p, s, dots[a], squares[a], size[a]);
-            const float more = __logf((float)size[a]);
+            if (list >= p.lists) break;
+            copy_4((void*)(table.ranks + list), p.squares + row + list);
+            if (!table.logits) continue;
+            copy_4((void*)(table.sizes + list), p.sizes + row + list);
+            copy_group(table.logits + list * G, p.dots + ((i64)part.unit * p.lists + list) * G);
+        }
+        commit_copies();
+    }
+    wait_copies<0>();
+#pragma unroll 1
+    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+        const int size = table.sizes[list];
+        table.taken[list] = 0;
+        if (!size) continue;
+        Group logits = table.logits ? *(const Group*)(table.logits + list * G)
+                                    : load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
+        logits = corrected(p, s, logits, table.ranks[list], size);
+        const float more = __logf((float)size);
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                if (table.logits) table.logits[list * G + g] = logits.x[g];
-                const float x = logits.x[g] + more, top = fmaxf(peak[g], x);
-                sum[g] = sum[g] * exponential(peak[g] - top) + exponential(x - top);
-                peak[g] = top;
-            }
+        for (int g = 0; g < G; ++g) {
+            if (table.logits) table.logits[list * G + g] = logits.x[g];
+            const float x = logits.x[g] + more, top = fmaxf(peak[g], x);
+            sum[g] = sum[g] * exponential(peak[g] - top) + exponential(x - top);
+            peak[g] = top;
         }
     }
+    // Lanes, then warps, in an order that is the same in all blocks.
+#pragma unroll 1
+    for (int step = WARP / 2; step; step >>= 1) {
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
-        const float top = warp_max(peak[g]);
-        const float all = warp_sum(top > -INFINITE ? sum[g] * exponential(peak[g] - top) : 0.f);
-        if (lane == 0) s.reduced[warp][g] = top, s.reduced[warp][G + g] = all;
+        for (int g = 0; g < G; ++g) {
+            const float other = __shfl_xor_sync(FULL, peak[g], step), more = __shfl_xor_sync(FULL, sum[g], step);
+            join(peak[g], sum[g], other, more);
+        }
+    }
+    if (lane == 0)
+#pragma unroll
+        for (int g = 0; g < G; ++g) s.reduced[warp][g] = peak[g], s.reduced[warp][G + g] = sum[g];
+    __syncthreads();
+    if (threadIdx.x < G) {
+        float top = -INFINITE, all = 0.f;
+#pragma unroll 1
+        for (int w = 0; w < WARPS; ++w) join(top, all, s.reduced[w][threadIdx.x], s.reduced[w][G + threadIdx.x]);
+        s.norm[threadIdx.x] = top + __logf(all);
     }
     __syncthreads();
-    for (int g = warp; g < G; g += WARPS) {
-        const float one = lane < WARPS ? s.reduced[lane][g] : -INFINITE, top = warp_max(one);
-        const float all = warp_sum(lane < WARPS && one > -INFINITE ? s.reduced[lane][G + g] * exponential(one - top) : 0.f);
-        if (lane == 0) s.norm[g] = top + __logf(all);
-    }
 }
 
 // How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
@@ -223,7 +223,7 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     // The masses of "sum" add up to G, those of others to something between one and G.
     const float masses = (float)(1 << 30) / G;
     for (int ranker = 0; ranker < rankers; ++ranker) {
-        for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+        clear_histogram(s);
         __syncthreads();
 #pragma unroll 1
         for (int list = threadIdx.x; list < p.lists; list += THREADS) {
@@ -238,15 +238,17 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
             atomicAdd(s.histogram + bin_of(rank), list_weight(p, s, part, table, list, size, ranker, masses));
         }
         __syncthreads();
-        int limit = (int)min(s.scan / rankers, (i64)0x7fffffff);
+        int limit = s.scan;
         if (p.nprobe) limit = p.nprobe;
         if (p.top_p > 0.f) {
             int total = 0;
+#pragma unroll 1
             for (int i = threadIdx.x; i < BINS; i += THREADS) total += s.histogram[i];
             total = warp_sum_int(total);
             if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = total;
             __syncthreads();
             total = 0;
+#pragma unroll 1
             for (int w = 0; w < WARPS; ++w) total += ((int*)s.reduced)[w];
             __syncthreads();
             limit = p.top_p >= 1.f ? 0x7fffffff : (int)(p.top_p * (float)total);
@@ -271,11 +273,12 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
         __syncthreads();
         // In the bin of the cut, lists come one after another; of equal rank the lower first.
         const int owned = min(s.owned, OWN);
+#pragma unroll 1
         for (int i = threadIdx.x; i < owned; i += THREADS) {
             const int list = s.rows[i], size = sizes[list];
             const float rank = __int_as_float(s.rows[OWN + i]);
             int before = s.reached;
-#pragma unroll 4
+#pragma unroll 2
             for (int j = 0; j < owned; ++j) {
                 const float other = __int_as_float(s.rows[OWN + j]);
                 before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
@@ -304,7 +307,7 @@ __device__ __forceinline__ Group rest_of_list(const Step& p, const Shared& s, co
 // Whether a list of this block's share may count for more than the bound: note that it is deferred.
 __device__ __forceinline__ void find_deferred_lists(const Step& p, Shared& s, const Part& part, const Table& table) {
 #pragma unroll 1
-    for (int list = part.begin(p.lists) + threadIdx.x; list < part.end(p.lists); list += THREADS) {
+    for (int list = part.first_list + threadIdx.x; list < part.last_list; list += THREADS) {
         const int size = table.sizes[list];
         if (size <= table.taken[list]) continue;
         const Group logits = list_logits(p, s, part, table, list, size);

@@ -28,7 +28,7 @@ _POINTERS = (
     "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids", "pages",
     "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales", "squares",
     "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads", "queries", "positions", "out",
-    "lse", "bits", "dots", "rotated", "estimates", "masses", "visited", "bins", "kept", "histogram",
+    "lse", "bits", "dots", "rotated", "estimates", "masses", "visited", "bins", "kept", "rows", "histogram",
     "candidates", "counters", "partial", "stamps",
 )
 _INTEGERS = (
@@ -150,6 +150,7 @@ class Workspace(NamedTuple):
     visited: Array
     bins: Array
     kept: Array
+    rows: Array
     histogram: Array
     candidates: Array
     counters: Array
@@ -186,9 +187,10 @@ class Workspace(NamedTuple):
             visited=xp.empty((units, most, 2), np.int32),
             bins=xp.empty((units, most * 16, group), np.uint16),
             kept=xp.empty((units, most * 16), np.uint8),
+            rows=xp.empty((units, most * 16), np.int32),
             histogram=xp.zeros((units, group, 2, BINS), np.int32),
             candidates=xp.empty((units, group, CANDIDATES, 2), np.float32),
-            counters=xp.zeros((units, 3 + 3 * group), np.uint32),
+            counters=xp.zeros((units, 4 + 3 * group), np.uint32),
             partial=xp.empty((units, blocks, group, d + 2), np.float32),
             bits=xp.zeros((units, width), np.uint32),
             blocks=blocks,
