@@ -18,9 +18,7 @@
 #endif
 #define WARPS (THREADS / WARP)
 #define BINS 2048
-#define LOWEST (-40.f)          // log weights of lists below share a bin
-#define PER_NAT (BINS / 44.f)   // bins of a nat
-#define LOWEST_BITS 0x23800000  // of 2^-56: weights of keys below share a bin
+#define LOWEST_BITS 0x23800000  // of 2^-56: weights below share a bin
 #define BIN_SHIFT 18            // 32 bins of an octave
 #define ROUND 1024              // pages that a block looks at before it works on those it found
 #define QUEUE 4096              // keys that a block gathers before it attends to them
@@ -51,7 +49,7 @@ struct Step {
     const i8* means;
     const float *mean_scales, *squares;
     const float *inverse, *steps, *base, *spread, *distortion;  // inverse: (H, R, D)
-    const int *coded, *slots, *chunks;  // slots: (H, R), chunks: (H,), quads: (H, FIELDS)
+    const int *coded, *slots, *singles;  // slots: (H, R), singles: (H,), quads: (H, FIELDS)
     const u32* quads;
     const void* queries;
     const int* positions;  // (B, t), or none: the newest tokens
@@ -86,6 +84,17 @@ enum { BARRIER, DONE, DEFERRED, ROWS, CANDIDATE, NEAREST = CANDIDATE + G, LARGES
 #define STAMP(i)
 #endif
 
+// Which part of the work a block does.
+struct Part {
+    int unit, block, stream, head, blocks, pages;  // `pages` are those of this block
+    int first_list, last_list;                     // this block's share of the lists, the last one exclusive
+    int places;                                    // lanes of the most pages of a block
+    i64 first_place;
+
+    // A page of this block: groups of eight pages go round the blocks, since neighbours are often of one list.
+    __device__ __forceinline__ int page(int i) const { return ((i >> 3) * blocks + block) * 8 + (i & 7); }
+};
+
 // What the threads of a block share. Arrays of a length known at run time lie behind it.
 struct Shared {
     union {
@@ -101,6 +110,7 @@ struct Shared {
             float own_weights[OWN];
         };
     };
+    Part part;                // out of registers, which are scarce
     int factors[FIELDS][G];   // four int8 of a rounded query each
     u32 quads[FIELDS];        // where the fields for them lie: offset of the word, shift, mask
     float query[G][D];
@@ -112,7 +122,7 @@ struct Shared {
     float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G], lift[G], query_scale[G];
     int offsets[G];           // sum of (2^b - 1) a8
     u32 slot;
-    int chunks, singles, queued, gathered, owned, own_count, visited, boundary, reached;
+    int singles, queued, gathered, owned, own_count, visited, boundary, reached;
     int deferred, unit_deferred, last;
     int scan, limit;          // keys that may be visited and fetched, by each ranker
     double left;              // bytes
@@ -146,10 +156,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr, nearby = p.near && !deciding;
     if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
     const int places = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
-    const Part part = {
-        unit, block, stream, head, p.blocks, pages_of_block(p.counts[stream], block, p.blocks),
-        share_of(p.lists, block, p.blocks), share_of(p.lists, block + 1, p.blocks), places, (i64)blockIdx.x * places
-    };
+    const Part& part = s.part;
+    if (thread == 0)
+        s.part = {
+            unit, block, stream, head, p.blocks, pages_of_block(p.counts[stream], block, p.blocks),
+            share_of(p.lists, block, p.blocks), share_of(p.lists, block + 1, p.blocks), places, (i64)blockIdx.x * places
+        };
     u32* counters = p.counters + (i64)unit * COUNTERS;
     u32 met = 0;
     // Near keys that the query sees, and this block's share of them.
@@ -177,6 +189,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         if (own < s.gathered) fetch_tile(p, s, part, tiles + thread / WARP * TILE_BYTES, own);
     }
     commit_copies();
+    if (sparse && p.remainder)
+#pragma unroll 1
+        for (int list = part.first_list + thread; list < part.last_list; list += THREADS)
+            prefetch(p.means + ((i64)stream * p.lists + list) * D);
 
     Partial mine;
     if (sparse) {

@@ -1,16 +1,5 @@
 // What the stages of a step share: parts of the work, barriers, small reductions, loads of groups of heads.
 
-// Which part of the work a block does.
-struct Part {
-    int unit, block, stream, head, blocks, pages;  // `pages` are those of this block
-    int first_list, last_list;                     // this block's share of the lists, the last one exclusive
-    int places;                                    // lanes of the most pages of a block
-    i64 first_place;
-
-    // A page of this block: groups of eight pages go round the blocks, since neighbours are often of one list.
-    __device__ __forceinline__ int page(int i) const { return ((i >> 3) * blocks + block) * 8 + (i & 7); }
-};
-
 // How many of all pages are of this block.
 __device__ __forceinline__ int pages_of_block(int pages, int block, int blocks) {
     const int groups = (pages + 7) >> 3, mine = (groups - block + blocks - 1) / blocks;
@@ -41,6 +30,9 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
+
+// Ask for a line of memory that is needed later.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Copy 16 bytes to shared memory without waiting; `wait_copies<N>` waits for all but the last N groups.
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
@@ -152,12 +144,38 @@ __device__ __forceinline__ float pooled(const float* weights, int policy, int ra
     return peak + __logf(sum);
 }
 
-// Bins of log weights, for lists.
-__device__ __forceinline__ int bin_of(float weight) {
-    return min(BINS - 1, max(0, (int)((weight - LOWEST) * PER_NAT)));
+// The same, of weights themselves and as a weight; those too small for that stay in order.
+#define SMALLEST 1e-30f
+__device__ __forceinline__ float pooled_weight(const float* logits, const float* norms, int policy, int ranker) {
+    float weights[G], weight = 0.f;
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        const float one = exponential(fminf(logits[g] - norms[g], 80.f));
+        if (policy == SUM) weight += one;
+        else if (policy == MAX || g == ranker) weight = fmaxf(weight, one);
+    }
+    if (weight < SMALLEST) {
+#pragma unroll
+        for (int g = 0; g < G; ++g) weights[g] = logits[g] - norms[g];
+        weight = 50.f * SMALLEST / fmaxf(-pooled(weights, policy, ranker), 1.f);
+    }
+    return weight;
 }
 
-// Bins of weights themselves, for keys: 32 of an octave, by their bits; and the parts of a bin.
+// Add a number for each head to those at an address.
+__device__ __forceinline__ void add_group(float* at, const float* x) {
+#if G % 4 == 0 && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#pragma unroll
+    for (int i = 0; i < G; i += 4)
+        asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at + i), "f"(x[i]), "f"(x[i + 1]),
+                     "f"(x[i + 2]), "f"(x[i + 3]) : "memory");
+#else
+#pragma unroll
+    for (int i = 0; i < G; ++i) atomicAdd(at + i, x[i]);
+#endif
+}
+
+// Bins of weights: 32 of an octave, by their bits; and the parts of a bin.
 __device__ __forceinline__ int bin_of_weight(float weight) {
     return min(BINS - 1, max(0, (__float_as_int(weight) - LOWEST_BITS) >> BIN_SHIFT));
 }

@@ -23,60 +23,79 @@ __device__ void find_bounds(Shared& s, const u32* counters) {
     __syncthreads();
 }
 
+// Products of small matrices: (16, 8) with (8, 8), of floats that are rounded to ten digits.
+__device__ __forceinline__ void multiply_floats(float* c, const float* a, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
 // Add the mean values of this block's share of the lists, with the weight of their keys that were visited and not
-// kept, and of those that were not visited. Threads take four dimensions of a head each, and share the lists where
-// there are threads enough; their sums go to `sums`, (SHARES, G, D), and that of the weights to `totals`.
-#define FOURS (G * D / 4)
-#define SHARES (THREADS / FOURS > 1 ? THREADS / FOURS : 1)
+// kept, and of those that were not visited: on tensor cores, weights in two parts. A warp takes eight dimensions, and
+// warps share the lists where there are warps enough. Sums go to `sums`, (SHARES, G, D), those of weights to `totals`.
+#define SLICES (D / 8)
+#define SHARES (WARPS / SLICES > 1 ? WARPS / SLICES : 1)
 __device__ __forceinline__ void add_means(
     const Step& p, Shared& s, const Part& part, const int* taken, float* sums, float* totals
 ) {
     float* weights = (float*)s.rows;
-    const int most = QUEUE / (G + 1), end = part.last_list;
+    const int most = QUEUE / (G + 1) / 8 * 8, end = part.last_list;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
     const i64 lists = (i64)part.stream * p.lists;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < SHARES * G * D; i += THREADS) sums[i] = 0.f;
-    if (threadIdx.x < G) totals[threadIdx.x] = 0.f;
-#pragma unroll 1
-    for (int start = part.first_list; start < end; start += most) {
-        const int count = min(most, end - start);
+    for (int start = part.first_list, turn = 0; start < end || !turn; start += most, ++turn) {
+        const int count = min(most, end - start), padded = (count + 7) / 8 * 8;
         __syncthreads();
 #pragma unroll 1
-        for (int i = threadIdx.x; i < count; i += THREADS) {
+        for (int i = threadIdx.x; i < padded; i += THREADS) {
+            Group weight = {};
             const int list = start + i;
-            float* mass = p.masses + ((i64)part.unit * p.lists + list) * G;
-            Group weight = rest_of_list(p, s, part, list, taken[list]);
-            if (p.refine) {
-                const Group more = load_group(mass), none = {};
-                store_group(mass, none.x);  // as the next step expects it
+            if (i < count) {
+                float* mass = p.masses + ((i64)part.unit * p.lists + list) * G;
+                weight = rest_of_list(p, s, part, list, taken[list]);
+                if (p.refine) {
+                    const Group more = load_group(mass), none = {};
+                    store_group(mass, none.x);  // as the next step expects it
 #pragma unroll
-                for (int g = 0; g < G; ++g) weight.x[g] += more.x[g];
+                    for (int g = 0; g < G; ++g) weight.x[g] += more.x[g];
+                }
             }
             store_group(weights + i * G, weight.x);
-            weights[most * G + i] = p.mean_scales[lists + list];
+            weights[most * G + i] = i < count ? p.mean_scales[lists + list] : 0.f;
         }
         __syncthreads();
 #pragma unroll 1
-        for (int i = threadIdx.x; i < SHARES * FOURS; i += THREADS) {
-            const int share = i / FOURS, g = i % FOURS / (D / 4), d = i % (D / 4) * 4;
-            float sum[4] = {};
+        for (int item = warp; item < SHARES * SLICES; item += WARPS) {
+            const int share = item / SLICES, d = item % SLICES * 8;
+            float products[4] = {};
 #pragma unroll 4
-            for (int l = share; l < count; l += SHARES) {
-                const u32 raw = *(const u32*)(p.means + (lists + start + l) * D + d);
-                const float weight = weights[l * G + g] * weights[most * G + l];
+            for (int l = 8 * share; l < padded; l += 8 * SHARES) {
+                float a[4], b[2];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) sum[j] = fmaf(weight, (float)(i8)(raw >> 8 * j), sum[j]);
+                for (int i = 0; i < 2; ++i) {
+                    const int one = l + quarter + 4 * i;
+                    const float x = head < G ? weights[one * G + head] * weights[most * G + one] : 0.f;
+                    a[2 * i] = __uint_as_float(__float_as_uint(x) & 0xffffe000u);
+                    a[2 * i + 1] = x - a[2 * i];
+                    b[i] = (float)p.means[(lists + min(start + one, p.lists - 1)) * D + d + head];
+                }
+                multiply_floats(products, a, b[0], b[1]);
             }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) sums[(share * G + g) * D + d + j] += sum[j];
+            if (head < G) {
+                float* at = sums + (share * G + head) * D + d + 2 * quarter;
+                const float x = products[0] + products[2], y = products[1] + products[3];
+                at[0] = turn ? at[0] + x : x, at[1] = turn ? at[1] + y : y;
+            }
         }
 #pragma unroll 1
-        for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
+        for (int g = warp; g < G; g += WARPS) {
             float sum = 0.f;
 #pragma unroll 1
-            for (int l = threadIdx.x % WARP; l < count; l += WARP) sum += weights[l * G + g];
+            for (int l = lane; l < count; l += WARP) sum += weights[l * G + g];
             sum = warp_sum(sum);
-            if (threadIdx.x % WARP == 0) totals[g] += sum;
+            if (lane == 0) totals[g] = turn ? totals[g] + sum : sum;
         }
     }
     __syncthreads();

@@ -61,29 +61,52 @@ __device__ __forceinline__ float weight_of(float estimate, float norm) {
     return power_of_two(fminf(fmaf(estimate, LOG2E, -norm), 115.f));
 }
 
-// Add up products of codes and queries for two pages: words of one bit first, which give both halves of a product.
-__device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int row, int quarter, int column, int (*sums)[4]) {
-#pragma unroll 2
-    for (int c = 0; c < s.chunks; ++c) {
-        const u32 b0 = s.factors[8 * c + quarter][column], b1 = s.factors[8 * c + 4 + quarter][column];
-        const bool single = c < s.singles;
-        const u32 first = s.quads[8 * c + quarter], second = s.quads[8 * c + 4 + quarter];
+// Four int8 of the queries for each quad of a lane: what products of codes take, the same for all pages.
+struct Factors {
+    u32 x[WORDS][2];
+};
+__device__ __forceinline__ Factors load_factors(const Shared& s, int quarter, int column) {
+    Factors factors;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const u8* page = pages + j * PAGE_BYTES + 4 * row;
-            const u32 low = *(const u32*)(page + (first & 0xffff)), high = *(const u32*)(page + (first & 0xffff) + 32);
-            const u32 mask = (first >> 24) * 0x01010101u, other_mask = (second >> 24) * 0x01010101u;
-            u32 other_low = low, other_high = high;
-            if (!single) {
-                other_low = *(const u32*)(page + (second & 0xffff));
-                other_high = *(const u32*)(page + (second & 0xffff) + 32);
-            }
-            const u32 a[4] = {
-                low >> (first >> 16 & 0xff) & mask, high >> (first >> 16 & 0xff) & mask,
-                other_low >> (second >> 16 & 0xff) & other_mask, other_high >> (second >> 16 & 0xff) & other_mask
-            };
-            multiply_bytes(sums[j], a, b0, b1);
+    for (int c = 0; c < WORDS; ++c)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) factors.x[c][h] = s.factors[8 * c + 4 * h + quarter][column];
+    return factors;
+}
+// Add up for a page: in chunks of eight quads, four of a lane in each half. Those of one-bit fields are of one word.
+__device__ __forceinline__ void sum_fields(
+    const Shared& s, const Factors& factors, const u8* page, int quarter, int singles, int* sums
+) {
+#pragma unroll
+    for (int c = 0; c < WORDS; ++c) {
+        const u32 first = s.quads[8 * c + quarter];
+        const u8* word = page + (first & 0xffff);
+        u32 a[4], mask = 0x01010101u;
+        if (c < singles) {
+            a[0] = *(const u32*)word >> quarter, a[1] = *(const u32*)(word + 32) >> quarter;
+            a[2] = a[0] >> 4, a[3] = a[1] >> 4;
+        } else {
+            const u32 second = s.quads[8 * c + 4 + quarter], shift = first >> 16 & 0xff;
+            const u8* other = page + (second & 0xffff);
+            a[0] = *(const u32*)word >> shift, a[1] = *(const u32*)(word + 32) >> shift;
+            a[2] = *(const u32*)other >> shift, a[3] = *(const u32*)(other + 32) >> shift;
+            mask = (first >> 24) * 0x01010101u;
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] &= mask;
+        multiply_bytes(sums, a, factors.x[c][0], factors.x[c][1]);
+    }
+}
+
+// The sums of weights of estimates of a list, which lanes hold in parts: of the rows of a page, for two heads.
+__device__ __forceinline__ void give_mass(const Step& p, const Part& part, int list, int first, float* mass) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
+        if (threadIdx.x % WARP < 4 && list >= 0 && first + i < G)
+            atomicAdd(p.masses + ((i64)part.unit * p.lists + list) * G + first + i, mass[i]);
+        mass[i] = 0.f;
     }
 }
 
@@ -91,10 +114,11 @@ __device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int
 // for DEPTH pairs of pages of each warp.
 __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part, const int* taken, u8* stage) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = lane / 4, quarter = lane % 4;
-    const float base = p.base[part.head];
+    const float log_base = log2f(p.base[part.head]) - 8.f;
     const int rankers = p.policy == UNION ? G : 1, count = part.pages;
     const int first = G <= 4 ? quarter % 2 * 2 : quarter * 2;  // the first of the two heads of this lane
     const int column = row % COLUMNS < G ? row % COLUMNS : 0;  // the head that it provides to products
+    const bool weighing = p.remainder && !p.bits, summing = p.policy == SUM;
     float unit[2], offset[2], seconds[2], norm[2], lift[2], reference[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -104,96 +128,108 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
         norm[i] = there ? s.norm[g] * LOG2E : INFINITE, lift[i] = s.lift[g];
         reference[i] = there ? s.reference[g] : INFINITE;
     }
+    const Factors factors = load_factors(s, quarter, column);
+    const int singles = s.singles;
     bool deferred = false;
     stage += warp * DEPTH * 2 * PAGE_BYTES;
     clear_histogram(s);
 #pragma unroll 1
     for (int start = 0; start < count; start += ROUND) {
         gather_pages(p, s, part, taken, start, count);
-        const int queued = s.queued, before = s.visited;
+        // A warp takes neighbours, which are often of the same list.
+        const int queued = s.queued, before = s.visited, pairs = (queued + 1) / 2;
+        const int begin = share_of(pairs, warp, WARPS), end = share_of(pairs, warp + 1, WARPS);
+        float* const estimates_at = p.estimates + (part.first_place + before * LANES) * G + first;
+        u16* const bins_at = p.bins + (part.first_place + before * LANES) * rankers;
+        float mass[2] = {0.f, 0.f};
+        int held = -1;
 #pragma unroll 1
         for (int k = 0; k < DEPTH; ++k) {
-            fetch_pages(p, s, stage + k * 2 * PAGE_BYTES, 2 * (warp + k * WARPS), queued);
+            fetch_pages(p, s, stage + k * 2 * PAGE_BYTES, 2 * (begin + k), min(queued, 2 * end));
             commit_copies();
         }
 #pragma unroll 1
-        for (int pair = warp, k = 0; 2 * pair < queued; pair += WARPS, k = (k + 1) % DEPTH) {
+        for (int pair = begin, k = 0; pair < end; ++pair, k = (k + 1) % DEPTH) {
             u8* pages = stage + k * 2 * PAGE_BYTES;
+            int2 page[TURNS];
+            float centers[TURNS][2];
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+                page[turn] = s.queue[min(2 * pair + (G <= 4 ? quarter / 2 : turn), queued - 1)];
+                const float* dots = p.dots + ((i64)part.unit * p.lists + (page[turn].y >> 5)) * G;
+#pragma unroll
+                for (int i = 0; i < 2; ++i) centers[turn][i] = __ldcg(dots + min(first + i, G - 1));
+            }
             wait_copies<DEPTH - 1>();
             __syncwarp();
             int sums[2][4] = {};
-            sum_fields(s, pages, row, quarter, column, sums);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) sum_fields(s, factors, pages + j * PAGE_BYTES + 4 * row, quarter, singles, sums[j]);
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
-                const int j = G <= 4 ? quarter / 2 : turn, e = 2 * pair + j;
-                const int2 page = s.queue[min(e, queued - 1)];
-                const int lanes = e < queued ? page.y & 31 : 0, list = page.y >> 5;
-                const i64 place = part.first_place + (i64)(before + e) * LANES;
-                const float* dots = p.dots + ((i64)part.unit * p.lists + list) * G;
-                float centers[2], mass[2] = {0.f, 0.f};
-#pragma unroll
-                for (int i = 0; i < 2; ++i) centers[i] = __ldcg(dots + min(first + i, G - 1));
+                const int j = G <= 4 ? quarter / 2 : turn, e = 2 * pair + j, list = page[turn].y >> 5;
+                const bool queue_ends = e >= queued;
+                const int lanes = queue_ends ? 0 : page[turn].y & 31;
+                if (weighing && __any_sync(FULL, list != held)) {
+                    give_mass(p, part, held, first, mass);
+                    held = list;
+                }
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const int key = row + 8 * r;
+                    const int key = row + 8 * r, at = e * LANES + key;
                     const bool there = key < lanes;
-                    const int exponent = pages[j * PAGE_BYTES + WORDS * LANES * 4 + key];
-                    const float f = base * power_of_two((exponent - 128) / 16.f);
+                    const float exponent = (float)pages[j * PAGE_BYTES + WORDS * LANES * 4 + key];
+                    const float f = power_of_two(fmaf(exponent, 1.f / 16.f, log_base)), square = f * f;
                     float weights[2], estimates[2];
-                    bool hot = false;
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         const int sum = G <= 4 && quarter >= 2 ? sums[1][2 * r + i] : sums[TURNS == 1 ? 0 : turn][2 * r + i];
-                        const float residual = f * fmaf(unit[i], (float)sum, offset[i]);
-                        const float second = fminf(seconds[i] * f * f, CORRECTION);
-                        estimates[i] = capped(centers[i] + (residual + second), p.cap);
-                        hot |= estimates[i] > reference[i];
+                        const float second = centers[turn][i] + fminf(seconds[i] * square, CORRECTION);
+                        estimates[i] = capped(fmaf(f, fmaf(unit[i], (float)sum, offset[i]), second), p.cap);
                         weights[i] = weight_of(estimates[i], norm[i]);
                     }
                     // What the lanes of a key know together.
-                    hot = __shfl_xor_sync(FULL, (int)hot, 1) || hot;
-                    if (G > 4) hot = __shfl_xor_sync(FULL, (int)hot, 2) || hot;
-                    if (there && !hot) mass[0] = fmaf(weights[0], lift[0], mass[0]), mass[1] = fmaf(weights[1], lift[1], mass[1]);
-                    deferred |= there && hot;
-                    float weight = p.policy == SUM ? weights[0] + weights[1] : fmaxf(weights[0], weights[1]);
+                    int hot = estimates[0] > reference[0] || estimates[1] > reference[1];
+                    hot |= __shfl_xor_sync(FULL, hot, 1);
+                    if (G > 4) hot |= __shfl_xor_sync(FULL, hot, 2);
+                    float weight = summing ? weights[0] + weights[1] : fmaxf(weights[0], weights[1]);
                     const float other = __shfl_xor_sync(FULL, weight, 1);
-                    weight = p.policy == SUM ? weight + other : fmaxf(weight, other);
+                    weight = summing ? weight + other : fmaxf(weight, other);
                     if (G > 4) {
                         const float others = __shfl_xor_sync(FULL, weight, 2);
-                        weight = p.policy == SUM ? weight + others : fmaxf(weight, others);
+                        weight = summing ? weight + others : fmaxf(weight, others);
                     }
-                    if (e >= queued) continue;
-                    float* at = p.estimates + (place + key) * G + first;
-                    if (G % 2 == 0 && first < G) *(float2*)at = make_float2(estimates[0], estimates[1]);
-                    if (G % 2 == 1 && first < G) at[0] = estimates[0];
-                    if (G % 2 == 1 && first + 1 < G) at[1] = estimates[1];
+                    deferred |= there && hot;
+                    const bool counts = there && !hot;
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) mass[i] = fmaf(counts ? weights[i] : 0.f, lift[i], mass[i]);
+                    if (!queue_ends && first < G) {
+                        if (G % 2 == 0) {
+                            *(float2*)(estimates_at + at * G) = make_float2(estimates[0], estimates[1]);
+                        } else {
+                            estimates_at[at * G] = estimates[0];
+                            if (first + 1 < G) estimates_at[at * G + 1] = estimates[1];
+                        }
+                    }
                     if (rankers == 1) {
                         const int bin = bin_of_weight(weight);
-                        if (first == 0) p.bins[place + key] = there ? bin | (hot ? HOT : 0) : NO_KEY;
-                        if (first == 0 && there) atomicAdd(s.histogram + bin, 1);
-                    } else {
+                        if (!queue_ends && first == 0) bins_at[at] = there ? bin | (hot ? HOT : 0) : NO_KEY;
+                        if (there && first == 0) atomicAdd(s.histogram + bin, 1);
+                    } else if (!queue_ends) {
 #pragma unroll
                         for (int i = 0; i < 2; ++i)
                             if (first + i < G)
-                                p.bins[(place + key) * G + first + i] = there ? bin_of_weight(weights[i]) | (hot ? HOT : 0) : NO_KEY;
-                        if (first == 0) p.kept[place + key] = 0;
+                                bins_at[at * G + first + i] = there ? bin_of_weight(weights[i]) | (hot ? HOT : 0) : NO_KEY;
+                        if (first == 0) p.kept[part.first_place + before * LANES + at] = 0;
                     }
                 }
-                if (p.remainder && !p.bits) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                        for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
-                        if (row == 0 && e < queued && first + i < G)
-                            atomicAdd(p.masses + ((i64)part.unit * p.lists + list) * G + first + i, mass[i]);
-                    }
-                }
-                if (row == 0 && first == 0 && e < queued) p.visited[place / LANES] = page;
+                if (row == 0 && first == 0 && !queue_ends) p.visited[part.first_place / LANES + before + e] = page[turn];
             }
             __syncwarp();
-            fetch_pages(p, s, pages, 2 * (pair + DEPTH * WARPS), queued);
+            fetch_pages(p, s, pages, 2 * (pair + DEPTH), min(queued, 2 * end));
             commit_copies();
         }
+        if (weighing) give_mass(p, part, held, first, mass);
         wait_copies<0>();
         __syncthreads();
         if (threadIdx.x == 0) s.visited = before + queued;
@@ -252,6 +288,24 @@ __device__ __forceinline__ void keep(const Step& p, Shared& s, const Part& part,
     s.rows[atomicAdd(&s.gathered, 1)] = at | (hot ? OWN_HOT : 0);
 }
 
+// Add to the sums of lists what each lane has for its own, if any: together where it is the same list.
+__device__ __forceinline__ void take_mass(const Step& p, const Part& part, int list, float* weights) {
+    const int lane = threadIdx.x % WARP;
+    float* masses = p.masses + (i64)part.unit * p.lists * G;
+    u32 left = __ballot_sync(FULL, list >= 0);
+#pragma unroll 1
+    for (int turn = 0; turn < 4 && left; ++turn) {
+        const int one = __shfl_sync(FULL, list, __ffs(left) - 1);
+        float sums[G];
+#pragma unroll
+        for (int g = 0; g < G; ++g) sums[g] = warp_sum(list == one ? weights[g] : 0.f);
+        if (lane == 0) add_group(masses + (i64)one * G, sums);
+        if (list == one) list = -1;
+        left = __ballot_sync(FULL, list >= 0);
+    }
+    if (list >= 0) add_group(masses + (i64)list * G, weights);
+}
+
 // Turn the places that were gathered into rows, for all blocks of the unit, or note their positions. Their estimates
 // do not count any more.
 __device__ __forceinline__ void resolve(const Step& p, Shared& s, const Part& part) {
@@ -260,28 +314,32 @@ __device__ __forceinline__ void resolve(const Step& p, Shared& s, const Part& pa
     __syncthreads();
     int* rows = p.rows + part.first_place - part.block * part.places + s.slot;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += THREADS) {
-        const bool hot = s.rows[i] & OWN_HOT;
-        const int at = s.rows[i] & ~OWN_HOT;
-        const i64 place = part.first_place + at;
-        const int2 page = __ldcg(p.visited + place / LANES);
-        const int row = page.x * LANES + at % LANES;
-        if (p.bits) {
-            const int id = p.ids[row];
-            atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
-            continue;
-        }
-        rows[i] = row;
-        if (!p.remainder) continue;
-        if (hot) {
-            p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
-            continue;
-        }
-        const Group estimates = load_group(p.estimates + place * G);
-        float* mass = p.masses + ((i64)part.unit * p.lists + (page.y >> 5)) * G;
+    for (int start = 0; start < count; start += THREADS) {
+        const int i = start + threadIdx.x;
+        int list = -1;
+        float weights[G] = {};
+        if (i < count) {
+            const bool hot = s.rows[i] & OWN_HOT;
+            const int at = s.rows[i] & ~OWN_HOT;
+            const i64 place = part.first_place + at;
+            const int2 page = __ldcg(p.visited + place / LANES);
+            const int row = page.x * LANES + at % LANES;
+            if (p.bits) {
+                const int id = p.ids[row];
+                atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
+            } else {
+                rows[i] = row;
+                if (hot) {
+                    p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
+                } else if (p.remainder) {
+                    const Group estimates = load_group(p.estimates + place * G);
+                    list = page.y >> 5;
 #pragma unroll
-        for (int g = 0; g < G; ++g)
-            atomicAdd(mass + g, -weight_of(estimates.x[g], s.norm[g] * LOG2E) * s.lift[g]);
+                    for (int g = 0; g < G; ++g) weights[g] = -weight_of(estimates.x[g], s.norm[g] * LOG2E) * s.lift[g];
+                }
+            }
+        }
+        take_mass(p, part, list, weights);
     }
     __syncthreads();
     if (threadIdx.x == 0) s.gathered = 0;
@@ -335,6 +393,11 @@ __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranke
     return start;
 }
 
+// The position of the key at a place.
+__device__ __forceinline__ int id_of(const Step& p, i64 place) {
+    return p.ids[__ldcg(&p.visited[place / LANES].x) * LANES + place % LANES];
+}
+
 // Hand the keys in the bin of the cut to all blocks.
 __device__ void publish_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
     float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
@@ -350,14 +413,14 @@ __device__ void publish_candidates(const Step& p, Shared& s, const Part& part, i
         const u32 slot = s.slot + i;
         const int at = s.own[i] & ~OWN_HOT;
         const i64 place = part.first_place + at;
-        const int row = __ldcg(&p.visited[place / LANES].x) * LANES + at % LANES;
         const float weight = key_weight(p, s, place, ranker);
         s.own_weights[i] = weight;
         if (slot >= CANDIDATES) {
             s.own[i] = -1;
             continue;
         }
-        candidates[slot] = make_float2(weight, __int_as_float(p.ids[row]));
+        // Where a key is looked up only if its weight is that of another.
+        candidates[slot] = make_float2(weight, __int_as_float((int)(place - part.first_place) + part.block * part.places));
         atomicAdd(fine + fine_bin_of(weight, s.boundary), 1);
     }
 }
@@ -366,7 +429,6 @@ __device__ void publish_candidates(const Step& p, Shared& s, const Part& part, i
 // bins, and in the bin in which the cut falls one by one.
 __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const i64 places = part.first_place;
     const int boundary = s.boundary;
     const int open = s.limit - s.reached;
     const u32 written = __ldcg(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker);
@@ -394,14 +456,17 @@ __device__ void gather_candidates(const Step& p, Shared& s, const Part& part, in
         const int bin = fine_bin_of(weight, boundary);
         bool kept = bin > fine;
         if (bin == fine) {
-            const int at = s.own[i] & ~OWN_HOT;
-            const int id = p.ids[__ldcg(&p.visited[(places + at) / LANES].x) * LANES + at % LANES];
+            const i64 unit_places = part.first_place - part.block * part.places;
+            const int own = (s.own[i] & ~OWN_HOT) + part.block * part.places;
             int better = 0;
 #pragma unroll 1
             for (int c = lane; c < rival_count; c += WARP) {
                 const float2 other = fits ? rivals[c] : __ldcg(candidates + c);
-                if (fine_bin_of(other.x, boundary) == fine)
-                    better += other.x > weight || (other.x == weight && __float_as_int(other.y) < id);
+                if (fine_bin_of(other.x, boundary) != fine) continue;
+                better += other.x > weight;
+                const int place = __float_as_int(other.y);
+                if (other.x == weight && place != own)
+                    better += id_of(p, unit_places + place) < id_of(p, unit_places + own);
             }
             kept = warp_sum_int(better) < left;
         }

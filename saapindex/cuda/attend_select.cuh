@@ -60,10 +60,7 @@ __device__ __forceinline__ void prepare(const Step& p, Shared& s, const Part& pa
     if (threadIdx.x < FIELDS) s.quads[threadIdx.x] = p.quads[part.head * FIELDS + threadIdx.x];
     if (threadIdx.x < G) s.unit[threadIdx.x] = s.variance[threadIdx.x] = s.second[threadIdx.x] = 0.f;
     if (threadIdx.x < G) s.offsets[threadIdx.x] = 0;
-    if (threadIdx.x == 0) {
-        s.chunks = p.chunks[part.head] & 0xffff;
-        s.singles = p.chunks[part.head] >> 16;
-    }
+    if (threadIdx.x == 0) s.singles = p.singles[part.head];
     __syncthreads();
 #pragma unroll 1
     for (int task = warp; task < WORDS * G; task += WARPS) {
@@ -103,14 +100,6 @@ __device__ __forceinline__ void prepare(const Step& p, Shared& s, const Part& pa
     __syncthreads();
 }
 
-// Add up sums that are relative to different peaks.
-__device__ __forceinline__ void join(float& peak, float& sum, float other, float more) {
-    const float top = fmaxf(peak, other);
-    if (top == -INFINITE) return;
-    sum = sum * exponential(peak - top) + more * exponential(other - top);
-    peak = top;
-}
-
 // What is known of the lists of a unit. Arrays of the block where they fit, otherwise (`logits` null) in memory.
 struct Table {
     float* ranks;
@@ -144,9 +133,6 @@ __device__ __forceinline__ Group list_logits(
 __device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part& part, const Table& table) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 row = (i64)part.stream * p.lists;
-    float peak[G], sum[G];
-#pragma unroll
-    for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
     // All that is needed of several lists is loaded at once.
 #pragma unroll 1
     for (int start = threadIdx.x; start < p.lists; start += AHEAD * THREADS) {
@@ -161,7 +147,12 @@ __device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part&
         }
         commit_copies();
     }
+    if (threadIdx.x < G) s.largest[threadIdx.x] = 0;
     wait_copies<0>();
+    __syncthreads();
+    float peak[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) peak[g] = -INFINITE;
 #pragma unroll 1
     for (int list = threadIdx.x; list < p.lists; list += THREADS) {
         const int size = table.sizes[list];
@@ -170,47 +161,48 @@ __device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part&
         Group logits = table.logits ? *(const Group*)(table.logits + list * G)
                                     : load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
         logits = corrected(p, s, logits, table.ranks[list], size);
-        const float more = __logf((float)size);
+        if (table.logits) store_group(table.logits + list * G, logits.x);
 #pragma unroll
-        for (int g = 0; g < G; ++g) {
-            if (table.logits) table.logits[list * G + g] = logits.x[g];
-            const float x = logits.x[g] + more, top = fmaxf(peak[g], x);
-            sum[g] = sum[g] * exponential(peak[g] - top) + exponential(x - top);
-            peak[g] = top;
-        }
+        for (int g = 0; g < G; ++g) peak[g] = fmaxf(peak[g], logits.x[g]);
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        const u32 top = __reduce_max_sync(FULL, peak[g] > -INFINITE ? ordered(peak[g]) : 0);
+        if (lane == 0) atomicMax(s.largest + g, top);
+    }
+    __syncthreads();
+    float sum[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) peak[g] = unordered(s.largest[g]), sum[g] = 0.f;
+#pragma unroll 1
+    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+        const int size = table.sizes[list];
+        if (!size) continue;
+        const Group logits = list_logits(p, s, part, table, list, size);
+#pragma unroll
+        for (int g = 0; g < G; ++g) sum[g] = fmaf((float)size, exponential(logits.x[g] - peak[g]), sum[g]);
     }
     // Lanes, then warps, in an order that is the same in all blocks.
-#pragma unroll 1
-    for (int step = WARP / 2; step; step >>= 1) {
 #pragma unroll
-        for (int g = 0; g < G; ++g) {
-            const float other = __shfl_xor_sync(FULL, peak[g], step), more = __shfl_xor_sync(FULL, sum[g], step);
-            join(peak[g], sum[g], other, more);
-        }
+    for (int g = 0; g < G; ++g) {
+        sum[g] = warp_sum(sum[g]);
+        if (lane == 0) s.reduced[warp][g] = sum[g];
     }
-    if (lane == 0)
-#pragma unroll
-        for (int g = 0; g < G; ++g) s.reduced[warp][g] = peak[g], s.reduced[warp][G + g] = sum[g];
     __syncthreads();
     if (threadIdx.x < G) {
-        float top = -INFINITE, all = 0.f;
-#pragma unroll 1
-        for (int w = 0; w < WARPS; ++w) join(top, all, s.reduced[w][threadIdx.x], s.reduced[w][G + threadIdx.x]);
-        s.norm[threadIdx.x] = top + __logf(all);
+        float all = 0.f;
+#pragma unroll 4
+        for (int w = 0; w < WARPS; ++w) all += s.reduced[w][threadIdx.x];
+        s.norm[threadIdx.x] = unordered(s.largest[threadIdx.x]) + __logf(all);
+        s.largest[threadIdx.x] = 0;
     }
     __syncthreads();
 }
 
 // How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
-__device__ __forceinline__ int list_weight(
-    const Step& p, const Shared& s, const Part& part, const Table& table, int list, int size, int ranker, float masses
-) {
+__device__ __forceinline__ int list_weight(const Step& p, float weight, int size, float masses) {
     if (p.nprobe) return 1;
-    if (p.top_p <= 0.f) return size;
-    Group mass = list_logits(p, s, part, table, list, size);
-#pragma unroll
-    for (int g = 0; g < G; ++g) mass.x[g] += __logf((float)size) - s.norm[g];
-    return (int)(exponential(pooled(mass.x, p.policy, ranker)) * masses);
+    return p.top_p > 0.f ? (int)(fminf(weight * (float)size, (float)G) * masses) : size;
 }
 
 // Fill `taken`: how many keys of each list are visited, from its beginning.
@@ -230,12 +222,11 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
             const int size = sizes[list];
             ranks[list] = -INFINITE;
             if (!size) continue;
-            Group weights = list_logits(p, s, part, table, list, size);
-#pragma unroll
-            for (int g = 0; g < G; ++g) weights.x[g] += (p.by_mass ? __logf((float)size) : 0.f) - s.norm[g];
-            const float rank = fmaxf(pooled(weights.x, p.policy, ranker), -1e30f);
+            const Group logits = list_logits(p, s, part, table, list, size);
+            const float weight = pooled_weight(logits.x, s.norm, p.policy, ranker);
+            const float rank = p.by_mass ? weight * (float)size : weight;
             ranks[list] = rank;
-            atomicAdd(s.histogram + bin_of(rank), list_weight(p, s, part, table, list, size, ranker, masses));
+            atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, weight, size, masses));
         }
         __syncthreads();
         int limit = s.scan;
@@ -258,7 +249,7 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
 #pragma unroll 1
         for (int list = threadIdx.x; list < p.lists; list += THREADS) {
             if (ranks[list] == -INFINITE) continue;
-            const int bin = bin_of(ranks[list]);
+            const int bin = bin_of_weight(ranks[list]);
             if (bin > boundary) {
                 taken[list] = sizes[list];
             } else if (bin == boundary) {
@@ -266,7 +257,8 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
                 if (own < OWN) {
                     s.rows[own] = list;
                     s.rows[OWN + own] = __float_as_int(ranks[list]);
-                    s.rows[2 * OWN + own] = list_weight(p, s, part, table, list, sizes[list], ranker, masses);
+                    const float weight = p.by_mass ? ranks[list] / (float)sizes[list] : ranks[list];
+                    s.rows[2 * OWN + own] = list_weight(p, weight, sizes[list], masses);
                 }
             }
         }

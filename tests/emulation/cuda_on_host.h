@@ -112,6 +112,22 @@ inline bool __any_sync(unsigned, int x) {
     return any;
 }
 
+inline unsigned __ballot_sync(unsigned, int x) {
+    unsigned all = 0;
+    Warp& warp = this_warp();
+    warp.slots[this_lane()] = x != 0;
+    __syncwarp();
+    for (int lane = 0; lane < 32; ++lane) all |= (unsigned)(warp.slots[lane] != 0) << lane;
+    __syncwarp();
+    return all;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+    unsigned most = 0;
+    for (int lane = 0; lane < 32; ++lane) most = max(most, from_lane(x, lane));
+    return most;
+}
+inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+
 template <typename T>
 inline T __ldcg(const T* p) { return *p; }
 template <typename T, typename U>
@@ -166,6 +182,24 @@ inline void multiply_pairs(float* c, const uint32_t* a, uint32_t b0, uint32_t b1
             const uint32_t x = warp.a[row % 8 * 4 + from][(k >= 8 ? 2 : 0) + (row >= 8)];
             const uint32_t y = warp.b[column * 4 + from][k >= 8];
             c[i] += widen((uint16_t)(x >> shift)) * widen((uint16_t)(y >> shift));
+        }
+    }
+    __syncwarp();
+}
+
+// mma.sync.m16n8k8 of tf32.
+inline void multiply_tf32(float* c, const float* a, float b0, float b1) {
+    Warp& warp = this_warp();
+    const int lane = this_lane();
+    const auto rounded = [](float x) { return same_bits<float>(same_bits<unsigned>(x) & 0xffffe000u); };
+    for (int i = 0; i < 4; ++i) warp.a[lane][i] = same_bits<unsigned>(rounded(a[i]));
+    warp.b[lane][0] = same_bits<unsigned>(rounded(b0)), warp.b[lane][1] = same_bits<unsigned>(rounded(b1));
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 8; ++k) {
+            const float x = same_bits<float>(warp.a[row % 8 * 4 + k % 4][(k >= 4 ? 2 : 0) + (row >= 8)]);
+            c[i] += x * same_bits<float>(warp.b[column * 4 + k % 4][k >= 4]);
         }
     }
     __syncwarp();

@@ -27,7 +27,7 @@ _SHARED_MOST = 227 * 1024
 _POINTERS = (
     "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids", "pages",
     "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales", "squares",
-    "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads", "queries", "positions", "out",
+    "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "singles", "quads", "queries", "positions", "out",
     "lse", "bits", "dots", "rotated", "estimates", "masses", "visited", "bins", "kept", "rows", "histogram",
     "candidates", "counters", "partial", "stamps",
 )
@@ -62,9 +62,8 @@ class DeviceCode(NamedTuple):
     slots
         (H, R) int32: where the factor of a dimension stands among those of its head, and in the upper half the
         mask of its field.
-    chunks
-        (H,) int32: how many products of eight quads there are, and in the upper half how many of these are a word
-        of one-bit fields each.
+    singles
+        (H,) int32: how many words are of one-bit fields; each fills a product of eight quads alone.
     quads
         (H, 8 W) int32: offset in a page, shift (from bit 16) and mask (from bit 24) of four fields that lie in the
         four bytes of a word.
@@ -77,7 +76,7 @@ class DeviceCode(NamedTuple):
     distortion: Array
     coded: Array
     slots: Array
-    chunks: Array
+    singles: Array
     quads: Array
 
     @classmethod
@@ -98,23 +97,24 @@ class DeviceCode(NamedTuple):
 
 
 def _plan(widths: list[int], dimensions: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return slots, chunks and quads of one head: its words in the order in which products take them.
+    """Return slots, singles and quads of one head: its words in the order in which products take them.
 
     Field ``4 k + c`` of a word with fields of `b` bits lies in byte `c`, bits ``b k`` and up. Narrow words come
     first: one of one-bit fields fills a product alone.
     """
     begins = np.cumsum([0, *(32 // bits for bits in widths)])
     slots, quads = np.zeros(dimensions, np.int64), []
-    for word in sorted(range(len(widths)), key=widths.__getitem__):
-        bits = widths[word]
+    for bits in sorted(set(widths)):
         mask = (1 << bits) - 1
-        for field in range(32 // bits):
-            if begins[word] + field < dimensions:
-                slots[begins[word] + field] = 4 * len(quads) + field | mask << 16
-        quads += [word * LANES * 4 | bits * k << 16 | mask << 24 for k in range(8 // bits)]
-    chunks = -(-len(quads) // 8) | widths.count(1) << 16
+        for word in (word for word, other in enumerate(widths) if other == bits):
+            for field in range(32 // bits):
+                if begins[word] + field < dimensions:
+                    slots[begins[word] + field] = 4 * len(quads) + field | mask << 16
+            quads += [word * LANES * 4 | bits * k << 16 | mask << 24 for k in range(8 // bits)]
+        # A product holds fields of one width.
+        quads += [bits * (k % (8 // bits)) << 16 | mask << 24 for k in range(-len(quads) % 8)]
     quads += [0] * (8 * len(widths) - len(quads))
-    return slots, np.asarray(chunks), np.asarray(quads)
+    return slots, np.asarray(widths.count(1)), np.asarray(quads)
 
 
 class Limits(NamedTuple):
@@ -201,7 +201,7 @@ class Workspace(NamedTuple):
 
 def shared_bytes(d: int, group: int, words: int, lists: int, threads: int, itemsize: int) -> int:
     """Return the shared memory of a block in bytes."""
-    warps, steps, shares = threads // 32, -(-d // 16), max(1, threads // max(1, group * d // 4))
+    warps, steps, shares = threads // 32, -(-d // 16), max(1, threads // 32 // (d // 8))
     fixed = (
         4 * (BINS + QUEUE + 2 * max(ROUND, OWN))
         + 4 * group * (d + 8 * words + 32 * words + 2 * warps + 12)
