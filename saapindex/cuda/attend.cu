@@ -49,7 +49,7 @@ struct Step {
     const i8* means;
     const float *mean_scales, *squares;
     const float *inverse, *steps, *base, *spread, *distortion;  // inverse: (H, R, D)
-    const int *coded, *slots, *singles;  // slots: (H, R), singles: (H,), quads: (H, FIELDS)
+    const int *coded, *slots, *chunks;  // slots: (H, R), chunks: (H,), quads: (H, FIELDS)
     const u32* quads;
     const void* queries;
     const int* positions;  // (B, t), or none: the newest tokens
@@ -111,8 +111,8 @@ struct Shared {
         };
     };
     Part part;                // out of registers, which are scarce
-    int factors[FIELDS][G];   // four int8 of a rounded query each
-    u32 quads[FIELDS];        // where the fields for them lie: offset of the word, shift, mask
+    int factors[WORDS][4][G][2];  // four int8 of a rounded query each: of chunk, lane of four, head and half
+    int4 places_of[WORDS][4];     // where the fields for them lie: words of both halves, shifts, mask
     float query[G][D];
     u32 pairs[QUERY_PARTS][8][(D + 15) / 16 * 8 + 4];  // the same as matrices of a 16-bit type
     float scaled[G][WARP * WORDS];
@@ -122,7 +122,7 @@ struct Shared {
     float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G], lift[G], query_scale[G];
     int offsets[G];           // sum of (2^b - 1) a8
     u32 slot;
-    int singles, queued, gathered, owned, own_count, visited, boundary, reached;
+    int chunks, queued, gathered, owned, own_count, visited, boundary, reached;
     int deferred, unit_deferred, last;
     int scan, limit;          // keys that may be visited and fetched, by each ranker
     double left;              // bytes
@@ -180,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         s.scan = (int)fmin((double)((i64)visited / rankers), 2147483647.);
     }
     __syncthreads();
+    if (sparse) prefetch_own(p, part);
     split_queries(s);
     const bool early = sparse && nearby;  // the first near keys are on their way before anything else
     if (sparse && p.refine) fetch_labels(p, s, part, 0);
@@ -189,10 +190,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         if (own < s.gathered) fetch_tile(p, s, part, tiles + thread / WARP * TILE_BYTES, own);
     }
     commit_copies();
-    if (sparse && p.remainder)
-#pragma unroll 1
-        for (int list = part.first_list + thread; list < part.last_list; list += THREADS)
-            prefetch(p.means + ((i64)stream * p.lists + list) * D);
 
     Partial mine;
     if (sparse) {
@@ -235,17 +232,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         __syncthreads();
         if (p.refine) scan(p, s, part, taken, (u8*)behind);
         STAMP(5);
-        if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
-        arrive(counters + BARRIER);
-        met += p.blocks;
-        wait(counters + BARRIER, met);
-        STAMP(6);
         if (p.refine) {
+            arrive(counters + BARRIER);
+            met += p.blocks;
+            wait(counters + BARRIER, met);
+            STAMP(6);
             met = cut(p, s, part, counters + BARRIER, met);
             if (deciding) break;
+        }
+        if (p.remainder && !deciding || p.refine) {
+            if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
             arrive(counters + BARRIER);  // rows and weights are known when all have come here
             met += p.blocks;
             wait(counters + BARRIER, met);
+        }
+        if (p.refine) {
             const int rows = (int)__ldcg(counters + ROWS);
             start = share_of(rows, block, p.blocks), end = share_of(rows, block + 1, p.blocks);
         }
@@ -287,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
 #pragma unroll 1
         for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
 #pragma unroll 1
-        for (int i = thread; i < 2 * rankers * BINS; i += THREADS) p.histogram[(i64)unit * 2 * G * BINS + i] = 0;
+        for (int i = thread; i < rankers * BINS; i += THREADS) p.histogram[(i64)unit * G * BINS + i] = 0;
     }
     STAMP(11);
 }

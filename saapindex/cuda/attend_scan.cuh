@@ -61,40 +61,21 @@ __device__ __forceinline__ float weight_of(float estimate, float norm) {
     return power_of_two(fminf(fmaf(estimate, LOG2E, -norm), 115.f));
 }
 
-// Four int8 of the queries for each quad of a lane: what products of codes take, the same for all pages.
-struct Factors {
-    u32 x[WORDS][2];
-};
-__device__ __forceinline__ Factors load_factors(const Shared& s, int quarter, int column) {
-    Factors factors;
+// Add up products of codes and queries for two pages: in chunks of eight quads, a lane takes one of each half.
+__device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int quarter, int column, int (*sums)[4]) {
+#pragma unroll 1
+    for (int c = 0; c < s.chunks; ++c) {
+        const int4 place = s.places_of[c][quarter];
+        const int2 factors = *(const int2*)s.factors[c][quarter][column];
 #pragma unroll
-    for (int c = 0; c < WORDS; ++c)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) factors.x[c][h] = s.factors[8 * c + 4 * h + quarter][column];
-    return factors;
-}
-// Add up for a page: in chunks of eight quads, four of a lane in each half. Those of one-bit fields are of one word.
-__device__ __forceinline__ void sum_fields(
-    const Shared& s, const Factors& factors, const u8* page, int quarter, int singles, int* sums
-) {
-#pragma unroll
-    for (int c = 0; c < WORDS; ++c) {
-        const u32 first = s.quads[8 * c + quarter];
-        const u8* word = page + (first & 0xffff);
-        u32 a[4], mask = 0x01010101u;
-        if (c < singles) {
-            a[0] = *(const u32*)word >> quarter, a[1] = *(const u32*)(word + 32) >> quarter;
-            a[2] = a[0] >> 4, a[3] = a[1] >> 4;
-        } else {
-            const u32 second = s.quads[8 * c + 4 + quarter], shift = first >> 16 & 0xff;
-            const u8* other = page + (second & 0xffff);
-            a[0] = *(const u32*)word >> shift, a[1] = *(const u32*)(word + 32) >> shift;
-            a[2] = *(const u32*)other >> shift, a[3] = *(const u32*)(other + 32) >> shift;
-            mask = (first >> 24) * 0x01010101u;
+        for (int j = 0; j < 2; ++j) {
+            const u8 *one = pages + j * PAGE_BYTES + place.x, *other = pages + j * PAGE_BYTES + place.y;
+            const u32 mask = place.w, a[4] = {
+                *(const u32*)one >> (place.z & 0xff) & mask, *(const u32*)(one + 32) >> (place.z & 0xff) & mask,
+                *(const u32*)other >> (place.z >> 8) & mask, *(const u32*)(other + 32) >> (place.z >> 8) & mask
+            };
+            multiply_bytes(sums[j], a, factors.x, factors.y);
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] &= mask;
-        multiply_bytes(sums, a, factors.x[c][0], factors.x[c][1]);
     }
 }
 
@@ -128,8 +109,6 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
         norm[i] = there ? s.norm[g] * LOG2E : INFINITE, lift[i] = s.lift[g];
         reference[i] = there ? s.reference[g] : INFINITE;
     }
-    const Factors factors = load_factors(s, quarter, column);
-    const int singles = s.singles;
     bool deferred = false;
     stage += warp * DEPTH * 2 * PAGE_BYTES;
     clear_histogram(s);
@@ -163,8 +142,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
             wait_copies<DEPTH - 1>();
             __syncwarp();
             int sums[2][4] = {};
-#pragma unroll
-            for (int j = 0; j < 2; ++j) sum_fields(s, factors, pages + j * PAGE_BYTES + 4 * row, quarter, singles, sums[j]);
+            sum_fields(s, pages + 4 * row, quarter, column, sums);
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
                 const int j = G <= 4 ? quarter / 2 : turn, e = 2 * pair + j, list = page[turn].y >> 5;
@@ -235,7 +213,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
         if (threadIdx.x == 0) s.visited = before + queued;
         __syncthreads();
     }
-    if (deferred) s.deferred = 1;
+    if (deferred && p.policy == UNION) s.deferred = 1;
     // All blocks of a unit take the same lists, so each knows how many keys are visited in all.
     int scanned = 0;
 #pragma unroll 1
@@ -262,7 +240,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
             }
             __syncthreads();
         }
-        int* all = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker) * BINS;
+        int* all = p.histogram + ((i64)part.unit * G + ranker) * BINS;
 #pragma unroll 1
         for (int i = threadIdx.x; i < BINS; i += THREADS)
             if (s.histogram[i]) atomicAdd(all + i, s.histogram[i]);
@@ -271,8 +249,8 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
 }
 
 // Find the bin of a histogram of the unit in which the cut falls: keys of higher bins are kept.
-__device__ __noinline__ void find_boundary(const Step& p, Shared& s, const Part& part, int number, int limit) {
-    const int* all = p.histogram + ((i64)part.unit * 2 * G + number) * BINS;
+__device__ __forceinline__ void find_boundary(const Step& p, Shared& s, const Part& part, int ranker, int limit) {
+    const int* all = p.histogram + ((i64)part.unit * G + ranker) * BINS;
 #pragma unroll 1
     for (int i = threadIdx.x; i < BINS / 4; i += THREADS) ((int4*)s.histogram)[i] = __ldcg((const int4*)all + i);
     __syncthreads();
@@ -385,6 +363,9 @@ __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranke
                 } else if (bin == boundary && open) {
                     const int own = atomicAdd(&s.owned, 1);
                     if (own < OWN) s.own[own] = (begin + i) | (bins[i] & HOT ? OWN_HOT : 0);
+                    else if (bins[i] & HOT) s.deferred = 1;
+                } else if (bins[i] & HOT) {
+                    s.deferred = 1;
                 }
             }
         }
@@ -399,9 +380,8 @@ __device__ __forceinline__ int id_of(const Step& p, i64 place) {
 }
 
 // Hand the keys in the bin of the cut to all blocks.
-__device__ void publish_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
+__device__ __forceinline__ void publish_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
     float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
-    int* fine = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker + 1) * BINS;
     const int owned = min(s.owned, OWN);
     if (threadIdx.x == 0) s.own_count = owned;
     if (!owned) return;  // the same in all threads
@@ -412,65 +392,69 @@ __device__ void publish_candidates(const Step& p, Shared& s, const Part& part, i
     for (int i = threadIdx.x; i < owned; i += THREADS) {
         const u32 slot = s.slot + i;
         const int at = s.own[i] & ~OWN_HOT;
-        const i64 place = part.first_place + at;
-        const float weight = key_weight(p, s, place, ranker);
+        const float weight = key_weight(p, s, part.first_place + at, ranker);
         s.own_weights[i] = weight;
-        if (slot >= CANDIDATES) {
-            s.own[i] = -1;
-            continue;
-        }
         // Where a key is looked up only if its weight is that of another.
-        candidates[slot] = make_float2(weight, __int_as_float((int)(place - part.first_place) + part.block * part.places));
-        atomicAdd(fine + fine_bin_of(weight, s.boundary), 1);
+        if (slot < CANDIDATES) candidates[slot] = make_float2(weight, __int_as_float(at + part.block * part.places));
+        else s.own[i] = -1;
     }
 }
 
-// Gather the best candidates of this block, judged against those of all blocks: first by their counts in fine
-// bins, and in the bin in which the cut falls one by one.
-__device__ void gather_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int boundary = s.boundary;
-    const int open = s.limit - s.reached;
+// Gather the best candidates of this block, judged against those of all blocks: one by one, where there are many
+// only against those in the part of the bin in which the cut falls.
+__device__ __forceinline__ void gather_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, boundary = s.boundary, owned = s.own_count;
     const u32 written = __ldcg(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker);
     const int count = (int)min(written, (u32)CANDIDATES);
     if (!count) return;  // the same in all threads
     const float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
-    find_boundary(p, s, part, 2 * ranker + 1, open);
-    const int fine = s.boundary, left = open - s.reached, owned = s.own_count;
-    // All that are in the bin of the cut, side by side where they fit.
     float2* rivals = (float2*)s.histogram;
-#pragma unroll 1
+    int fine = -1, left = s.limit - s.reached, rival_count = count;
+    if (count > BINS / 2) {
+        clear_histogram(s);
+        __syncthreads();
+#pragma unroll 2
+        for (int c = threadIdx.x; c < count; c += THREADS)
+            atomicAdd(s.histogram + fine_bin_of(__ldcg(candidates + c).x, boundary), 1);
+        __syncthreads();
+        find_bin(s, left);
+        fine = s.boundary, left -= s.reached;
+    }
+    // All rivals side by side, where they fit.
+    if (threadIdx.x == 0) s.owned = 0;
+    __syncthreads();
+#pragma unroll 2
     for (int c = threadIdx.x; c < count; c += THREADS) {
         const float2 other = __ldcg(candidates + c);
-        if (fine_bin_of(other.x, boundary) != fine) continue;
+        if (fine >= 0 && fine_bin_of(other.x, boundary) != fine) continue;
         const int own = atomicAdd(&s.owned, 1);
         if (own < BINS / 2) rivals[own] = other;
     }
     __syncthreads();
     const bool fits = s.owned <= BINS / 2;
-    const int rival_count = fits ? s.owned : count;
+    if (fits) rival_count = s.owned;
+    const i64 places = part.first_place - part.block * part.places;
 #pragma unroll 1
     for (int i = warp; i < owned; i += WARPS) {
         if (s.own[i] < 0) continue;
         const float weight = s.own_weights[i];
-        const int bin = fine_bin_of(weight, boundary);
+        const int bin = fine < 0 ? -1 : fine_bin_of(weight, boundary), at = s.own[i] & ~OWN_HOT;
         bool kept = bin > fine;
         if (bin == fine) {
-            const i64 unit_places = part.first_place - part.block * part.places;
-            const int own = (s.own[i] & ~OWN_HOT) + part.block * part.places;
+            const int own = at + part.block * part.places;
             int better = 0;
 #pragma unroll 1
             for (int c = lane; c < rival_count; c += WARP) {
                 const float2 other = fits ? rivals[c] : __ldcg(candidates + c);
-                if (fine_bin_of(other.x, boundary) != fine) continue;
-                better += other.x > weight;
+                if (fine >= 0 && fine_bin_of(other.x, boundary) != fine) continue;
                 const int place = __float_as_int(other.y);
-                if (other.x == weight && place != own)
-                    better += id_of(p, unit_places + place) < id_of(p, unit_places + own);
+                if (other.x > weight) ++better;
+                else if (other.x == weight && place != own) better += id_of(p, places + place) < id_of(p, places + own);
             }
             kept = warp_sum_int(better) < left;
         }
-        if (kept && lane == 0) keep(p, s, part, s.own[i] & ~OWN_HOT, s.own[i] & OWN_HOT);
+        if (lane == 0 && kept) keep(p, s, part, at, s.own[i] & OWN_HOT);
+        if (lane == 0 && !kept && s.own[i] & OWN_HOT) s.deferred = 1;
     }
     __syncthreads();
 }
@@ -496,7 +480,7 @@ __device__ __forceinline__ u32 cut(const Step& p, Shared& s, const Part& part, u
     const int rankers = p.policy == UNION ? G : 1, total = s.visited * LANES;
 #pragma unroll 1
     for (int ranker = 0; ranker < rankers; ++ranker) {
-        find_boundary(p, s, part, 2 * ranker, s.limit);
+        find_boundary(p, s, part, ranker, s.limit);
 #pragma unroll 1
         for (int start = 0, ended = 0; !ended;) {
             start = gather_sure(p, s, part, ranker, start, total);

@@ -1,5 +1,19 @@
 // Route and select: logits of all lists, and the lists that are visited.
 
+// Ask for what this block is going to read, whatever is chosen.
+__device__ __forceinline__ void prefetch_own(const Step& p, const Part& part) {
+#pragma unroll 1
+    for (int list = part.first_list + threadIdx.x; list < part.last_list; list += THREADS) {
+        const i64 row = (i64)part.stream * p.lists + list;
+#pragma unroll
+        for (int d = 0; d < D; d += 128) prefetch(p.anchors + row * D + d), prefetch(p.means + row * D + d);
+    }
+    const int first = share_of(p.coded_most, part.block, part.blocks), last = share_of(p.coded_most, part.block + 1, part.blocks);
+#pragma unroll 1
+    for (int i = THREADS - 1 - threadIdx.x; i < (last - first) * ((D + 31) / 32); i += THREADS)
+        prefetch(p.inverse + ((i64)part.head * p.coded_most + first) * D + 32 * i);
+}
+
 // This block's share of the inner products of queries with anchors, and of the rotated queries.
 __device__ __forceinline__ void route(const Step& p, Shared& s, const Part& part) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
@@ -56,11 +70,19 @@ __device__ __forceinline__ void route(const Step& p, Shared& s, const Part& part
 __device__ __forceinline__ void prepare(const Step& p, Shared& s, const Part& part) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, coded = p.coded[part.head];
     const i64 own = (i64)part.head * p.coded_most;
-    for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0])[i] = 0;
-    if (threadIdx.x < FIELDS) s.quads[threadIdx.x] = p.quads[part.head * FIELDS + threadIdx.x];
+#pragma unroll 1
+    for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0][0][0])[i] = 0;
+    if (threadIdx.x < 4 * WORDS) {
+        const int c = threadIdx.x / 4, quarter = threadIdx.x % 4;
+        const u32* quads = p.quads + part.head * FIELDS + 8 * c + quarter;
+        const u32 one = quads[0], other = quads[4];
+        s.places_of[c][quarter] = make_int4(
+            one & 0xffff, other & 0xffff, (one >> 16 & 0xff) | (other >> 16 & 0xff) << 8, (int)((one >> 24) * 0x01010101u)
+        );
+    }
     if (threadIdx.x < G) s.unit[threadIdx.x] = s.variance[threadIdx.x] = s.second[threadIdx.x] = 0.f;
     if (threadIdx.x < G) s.offsets[threadIdx.x] = 0;
-    if (threadIdx.x == 0) s.singles = p.singles[part.head];
+    if (threadIdx.x == 0) s.chunks = p.chunks[part.head];
     __syncthreads();
 #pragma unroll 1
     for (int task = warp; task < WORDS * G; task += WARPS) {
@@ -91,7 +113,8 @@ __device__ __forceinline__ void prepare(const Step& p, Shared& s, const Part& pa
         const int slot = r < coded ? p.slots[own + r] : 0;  // four times the quad plus the byte, and the mask
         const float unit = fmaxf(s.unit[g], 1e-30f) / 127.f;
         const int a = r < coded ? (int)rintf(s.scaled[g][r] / unit) : 0;
-        if (r < coded) atomicOr(&s.factors[(slot & 0xffff) / 4][g], (a & 255) << (8 * (slot % 4)));
+        const int quad = (slot & 0xffff) / 4;
+        if (r < coded) atomicOr(&s.factors[quad / 8][quad % 4][g][quad / 4 % 2], (a & 255) << (8 * (slot % 4)));
         const int offset = warp_sum_int((slot >> 16) * a);
         if (lane == 0) atomicAdd(&s.offsets[g], offset);
     }

@@ -27,7 +27,7 @@ _SHARED_MOST = 227 * 1024
 _POINTERS = (
     "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids", "pages",
     "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales", "squares",
-    "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "singles", "quads", "queries", "positions", "out",
+    "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads", "queries", "positions", "out",
     "lse", "bits", "dots", "rotated", "estimates", "masses", "visited", "bins", "kept", "rows", "histogram",
     "candidates", "counters", "partial", "stamps",
 )
@@ -62,8 +62,8 @@ class DeviceCode(NamedTuple):
     slots
         (H, R) int32: where the factor of a dimension stands among those of its head, and in the upper half the
         mask of its field.
-    singles
-        (H,) int32: how many words are of one-bit fields; each fills a product of eight quads alone.
+    chunks
+        (H,) int32: products of eight quads.
     quads
         (H, 8 W) int32: offset in a page, shift (from bit 16) and mask (from bit 24) of four fields that lie in the
         four bytes of a word.
@@ -76,7 +76,7 @@ class DeviceCode(NamedTuple):
     distortion: Array
     coded: Array
     slots: Array
-    singles: Array
+    chunks: Array
     quads: Array
 
     @classmethod
@@ -97,7 +97,7 @@ class DeviceCode(NamedTuple):
 
 
 def _plan(widths: list[int], dimensions: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return slots, singles and quads of one head: its words in the order in which products take them.
+    """Return slots, chunks and quads of one head: its words in the order in which products take them.
 
     Field ``4 k + c`` of a word with fields of `b` bits lies in byte `c`, bits ``b k`` and up. Narrow words come
     first: one of one-bit fields fills a product alone.
@@ -113,8 +113,9 @@ def _plan(widths: list[int], dimensions: int) -> tuple[NDArray[Any], NDArray[Any
             quads += [word * LANES * 4 | bits * k << 16 | mask << 24 for k in range(8 // bits)]
         # A product holds fields of one width.
         quads += [bits * (k % (8 // bits)) << 16 | mask << 24 for k in range(-len(quads) % 8)]
+    chunks = len(quads) // 8
     quads += [0] * (8 * len(widths) - len(quads))
-    return slots, np.asarray(widths.count(1)), np.asarray(quads)
+    return slots, np.asarray(chunks), np.asarray(quads)
 
 
 class Limits(NamedTuple):
@@ -188,7 +189,7 @@ class Workspace(NamedTuple):
             bins=xp.empty((units, most * 16, group), np.uint16),
             kept=xp.empty((units, most * 16), np.uint8),
             rows=xp.empty((units, most * 16), np.int32),
-            histogram=xp.zeros((units, group, 2, BINS), np.int32),
+            histogram=xp.zeros((units, group, BINS), np.int32),
             candidates=xp.empty((units, group, CANDIDATES, 2), np.float32),
             counters=xp.zeros((units, 4 + 3 * group), np.uint32),
             partial=xp.empty((units, blocks, group, d + 2), np.float32),
@@ -205,7 +206,7 @@ def shared_bytes(d: int, group: int, words: int, lists: int, threads: int, items
     fixed = (
         4 * (BINS + QUEUE + 2 * max(ROUND, OWN))
         + 4 * group * (d + 8 * words + 32 * words + 2 * warps + 12)
-        + 32 * words
+        + 64 * words
         + 3 * 32 * (8 * steps + 4)
         + 256
     )
@@ -229,9 +230,9 @@ def launch_shape(
 
     All blocks of a unit wait for each other, so where there are several all must be resident at once.
     """
-    threads = 512 if d <= 128 else 256
-    while threads > 32 and shared_bytes(d, group, words, lists, threads, itemsize) > _SHARED_MOST:
-        threads //= 2
+    threads = 384 if d <= 128 else 256  # registers enough for all
+    while threads > 64 and shared_bytes(d, group, words, lists, threads, itemsize) > _SHARED_MOST:
+        threads -= 64
     return max(1, multiprocessors // units), threads
 
 
