@@ -14,7 +14,7 @@
 #define RESIDENT 1  // blocks of a multiprocessor
 #endif
 #ifndef THREADS
-#define THREADS 512
+#define THREADS 384  // as many as leave registers enough for all
 #endif
 #define WARPS (THREADS / WARP)
 #define BINS 2048
@@ -91,8 +91,8 @@ struct Part {
     int places;                                    // lanes of the most pages of a block
     i64 first_place;
 
-    // A page of this block: groups of eight pages go round the blocks, since neighbours are often of one list.
-    __device__ __forceinline__ int page(int i) const { return ((i >> 3) * blocks + block) * 8 + (i & 7); }
+    // A page of this block: pairs of pages go round the blocks, so that all have their share of every list.
+    __device__ __forceinline__ int page(int i) const { return ((i >> 1) * blocks + block) * 2 + (i & 1); }
 };
 
 // What the threads of a block share. Arrays of a length known at run time lie behind it.
@@ -148,6 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const int unit = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, thread = threadIdx.x;
     const int stream = unit / p.tokens, sequence = stream / p.heads, head = stream % p.heads;
     STAMP(0);
+    prefetch_own(p, stream, head, block);
+    load_queries(p, s, unit);
     const int length = p.lengths[sequence], first = p.first[sequence];
     const int token = unit % p.tokens;
     const int position = p.positions ? p.positions[sequence * p.tokens + token] : length - p.tokens + token;
@@ -155,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const bool everything = p.everything || (in_lists > 0 && position < first - 1);
     const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr, nearby = p.near && !deciding;
     if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
-    const int places = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
+    const int places = ((p.most_pages + 1) / 2 + p.blocks - 1) / p.blocks * 2 * LANES;
     const Part& part = s.part;
     if (thread == 0)
         s.part = {
@@ -169,8 +171,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const int near = min(p.sinks, max(seen, 0)) + max(0, seen - max(first, p.sinks));
     int start = share_of(near, block, p.blocks), end = share_of(near, block + 1, p.blocks);
 
-#pragma unroll 1
-    for (int i = thread; i < G * D; i += THREADS) s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
     if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
     if (thread == 0) s.visited = s.deferred = s.gathered = 0;
     if (thread == THREADS - 1) {  // what may be read
@@ -180,8 +180,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         s.scan = (int)fmin((double)((i64)visited / rankers), 2147483647.);
     }
     __syncthreads();
-    if (sparse) prefetch_own(p, part);
-    split_queries(s);
     const bool early = sparse && nearby;  // the first near keys are on their way before anything else
     if (sparse && p.refine) fetch_labels(p, s, part, 0);
     if (early) {
@@ -238,7 +236,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
             wait(counters + BARRIER, met);
             STAMP(6);
             met = cut(p, s, part, counters + BARRIER, met);
-            if (deciding) break;
+            if (deciding) {
+                arrive(counters + BARRIER);
+                wait(counters + BARRIER, met + p.blocks);
+                leave_histogram(p, part, rankers);
+                break;
+            }
         }
         if (p.remainder && !deciding || p.refine) {
             if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
@@ -247,6 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
             wait(counters + BARRIER, met);
         }
         if (p.refine) {
+            leave_histogram(p, part, rankers);
             const int rows = (int)__ldcg(counters + ROWS);
             start = share_of(rows, block, p.blocks), end = share_of(rows, block + 1, p.blocks);
         }
@@ -287,8 +291,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         // The next step finds everything as this one did.
 #pragma unroll 1
         for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
-#pragma unroll 1
-        for (int i = thread; i < rankers * BINS; i += THREADS) p.histogram[(i64)unit * G * BINS + i] = 0;
     }
     STAMP(11);
 }

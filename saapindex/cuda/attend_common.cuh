@@ -2,10 +2,10 @@
 
 // How many of all pages are of this block.
 __device__ __forceinline__ int pages_of_block(int pages, int block, int blocks) {
-    const int groups = (pages + 7) >> 3, mine = (groups - block + blocks - 1) / blocks;
+    const int pairs = (pages + 1) >> 1, mine = (pairs - block + blocks - 1) / blocks;
     if (mine <= 0) return 0;
-    const int end = ((mine - 1) * blocks + block) * 8 + 8;  // end of the last group
-    return mine * 8 - max(0, end - pages);
+    const int end = ((mine - 1) * blocks + block) * 2 + 2;  // end of the last pair
+    return mine * 2 - max(0, end - pages);
 }
 // Where the share of a block in `count` things begins.
 __device__ __forceinline__ int share_of(int count, int block, int blocks) { return (u32)count * (u32)block / (u32)blocks; }
@@ -79,13 +79,17 @@ __device__ __forceinline__ void wait(const u32* counter, u32 wanted) {
     __syncthreads();
 }
 
-__device__ __forceinline__ float load_query(const void* queries, i64 at) {
-#if QUERY == 0
-    return float16_to_float(((const u16*)queries)[at]);
-#elif QUERY == 1
-    return bfloat16_to_float(((const u16*)queries)[at]);
+__device__ __forceinline__ void load_two_queries(const void* queries, i64 at, float& x, float& y) {
+#if QUERY == 2
+    const float2 two = *(const float2*)((const float*)queries + at);
+    x = two.x, y = two.y;
 #else
-    return ((const float*)queries)[at];
+    const u32 two = *(const u32*)((const u16*)queries + at);
+#if QUERY == 0
+    x = float16_to_float((u16)two), y = float16_to_float((u16)(two >> 16));
+#else
+    x = bfloat16_to_float((u16)two), y = bfloat16_to_float((u16)(two >> 16));
+#endif
 #endif
 }
 __device__ __forceinline__ void store_out(void* out, i64 at, float x) {

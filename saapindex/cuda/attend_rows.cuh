@@ -96,25 +96,33 @@ __device__ __forceinline__ float query_scale(const Shared& s, int head) {
 #endif
 }
 
-// The queries in parts of a 16-bit type, as rows of products.
-__device__ __forceinline__ void split_queries(Shared& s) {
+// Read the queries, as they are and in parts of a 16-bit type as rows of products.
+__device__ __forceinline__ void load_queries(const Step& p, Shared& s, i64 unit) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 8 * STEPS * 8; i += THREADS) {
+        const int g = i / (STEPS * 8), d = i % (STEPS * 8) * 2;
+        float x = 0.f, y = 0.f;
+        if (g < G && d < D) {
+            load_two_queries(p.queries, (unit * G + g) * D + d, x, y);
+            s.query[g][d] = x, s.query[g][d + 1] = y;
+        }
+        if (QUERY_PARTS == 1) s.pairs[0][g][d / 2] = pair_of(x, y);
+    }
+    __syncthreads();
 #if QUERY_PARTS > 1
     if (threadIdx.x < G) {  // float16 has few exponents: the largest of a head becomes about one
         float most = 0.f;
+#pragma unroll 1
         for (int d = 0; d < D; ++d) most = fmaxf(most, fabsf(s.query[threadIdx.x][d]));
         const int exponent = ELEMENT == 0 ? max(1, __float_as_int(most) >> 23) : 127;
         s.query_scale[threadIdx.x] = __int_as_float(min(exponent, 252) << 23);
     }
     __syncthreads();
-#endif
 #pragma unroll 1
     for (int i = threadIdx.x; i < 8 * STEPS * 8; i += THREADS) {
         const int g = i / (STEPS * 8), d = i % (STEPS * 8) * 2;
         float x = 0.f, y = 0.f;
-        if (g < G && d < D) x = s.query[g][d], y = s.query[g][d + 1];
-#if QUERY_PARTS > 1
-        if (g < G) x /= s.query_scale[g], y /= s.query_scale[g];
-#endif
+        if (g < G && d < D) x = s.query[g][d] / s.query_scale[g], y = s.query[g][d + 1] / s.query_scale[g];
 #pragma unroll
         for (int part = 0; part < QUERY_PARTS; ++part) {
             const u32 pair = pair_of(x, y);
@@ -122,6 +130,8 @@ __device__ __forceinline__ void split_queries(Shared& s) {
             s.pairs[part][g][d / 2] = pair;
         }
     }
+    __syncthreads();
+#endif
 }
 
 // Parts of the keys of a tile as the second matrix of products: dimensions 16 `step` and on, of keys 0 to 7 and 8 to

@@ -63,8 +63,9 @@ __device__ __forceinline__ float weight_of(float estimate, float norm) {
 
 // Add up products of codes and queries for two pages: in chunks of eight quads, a lane takes one of each half.
 __device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int quarter, int column, int (*sums)[4]) {
-#pragma unroll 1
-    for (int c = 0; c < s.chunks; ++c) {
+    const int chunks = s.chunks;
+#pragma unroll 2
+    for (int c = 0; c < chunks; ++c) {
         const int4 place = s.places_of[c][quarter];
         const int2 factors = *(const int2*)s.factors[c][quarter][column];
 #pragma unroll
@@ -80,13 +81,13 @@ __device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int
 }
 
 // The sums of weights of estimates of a list, which lanes hold in parts: of the rows of a page, for two heads.
-__device__ __forceinline__ void give_mass(const Step& p, const Part& part, int list, int first, float* mass) {
+__device__ __forceinline__ void give_mass(float* masses, int list, int first, float* mass) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
         if (threadIdx.x % WARP < 4 && list >= 0 && first + i < G)
-            atomicAdd(p.masses + ((i64)part.unit * p.lists + list) * G + first + i, mass[i]);
+            atomicAdd(masses + list * G + i, mass[i]);
         mass[i] = 0.f;
     }
 }
@@ -109,6 +110,10 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
         norm[i] = there ? s.norm[g] * LOG2E : INFINITE, lift[i] = s.lift[g];
         reference[i] = there ? s.reference[g] : INFINITE;
     }
+    // Addresses in registers, since what threads share is read again after every write.
+    const float* const dots_at = p.dots + (i64)part.unit * p.lists * G;
+    float* const masses_at = p.masses + (i64)part.unit * p.lists * G + first;
+    const i64 first_place = part.first_place;
     bool deferred = false;
     stage += warp * DEPTH * 2 * PAGE_BYTES;
     clear_histogram(s);
@@ -118,8 +123,9 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
         // A warp takes neighbours, which are often of the same list.
         const int queued = s.queued, before = s.visited, pairs = (queued + 1) / 2;
         const int begin = share_of(pairs, warp, WARPS), end = share_of(pairs, warp + 1, WARPS);
-        float* const estimates_at = p.estimates + (part.first_place + before * LANES) * G + first;
-        u16* const bins_at = p.bins + (part.first_place + before * LANES) * rankers;
+        float* const estimates_at = p.estimates + (first_place + before * LANES) * G + first;
+        u16* const bins_at = p.bins + (first_place + before * LANES) * rankers;
+        int2* const visited_at = p.visited + first_place / LANES + before;
         float mass[2] = {0.f, 0.f};
         int held = -1;
 #pragma unroll 1
@@ -135,7 +141,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
                 page[turn] = s.queue[min(2 * pair + (G <= 4 ? quarter / 2 : turn), queued - 1)];
-                const float* dots = p.dots + ((i64)part.unit * p.lists + (page[turn].y >> 5)) * G;
+                const float* dots = dots_at + (page[turn].y >> 5) * G;
 #pragma unroll
                 for (int i = 0; i < 2; ++i) centers[turn][i] = __ldcg(dots + min(first + i, G - 1));
             }
@@ -149,7 +155,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
                 const bool queue_ends = e >= queued;
                 const int lanes = queue_ends ? 0 : page[turn].y & 31;
                 if (weighing && __any_sync(FULL, list != held)) {
-                    give_mass(p, part, held, first, mass);
+                    give_mass(masses_at, held, first, mass);
                     held = list;
                 }
 #pragma unroll
@@ -198,16 +204,16 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
                         for (int i = 0; i < 2; ++i)
                             if (first + i < G)
                                 bins_at[at * G + first + i] = there ? bin_of_weight(weights[i]) | (hot ? HOT : 0) : NO_KEY;
-                        if (first == 0) p.kept[part.first_place + before * LANES + at] = 0;
+                        if (first == 0) p.kept[first_place + before * LANES + at] = 0;
                     }
                 }
-                if (row == 0 && first == 0 && !queue_ends) p.visited[part.first_place / LANES + before + e] = page[turn];
+                if (row == 0 && first == 0 && !queue_ends) visited_at[e] = page[turn];
             }
             __syncwarp();
             fetch_pages(p, s, pages, 2 * (pair + DEPTH), min(queued, 2 * end));
             commit_copies();
         }
-        if (weighing) give_mass(p, part, held, first, mass);
+        if (weighing) give_mass(masses_at, held, first, mass);
         wait_copies<0>();
         __syncthreads();
         if (threadIdx.x == 0) s.visited = before + queued;
@@ -443,13 +449,25 @@ __device__ __forceinline__ void gather_candidates(const Step& p, Shared& s, cons
         if (bin == fine) {
             const int own = at + part.block * part.places;
             int better = 0;
+            bool ties = !fits;
+            if (fits) {
+#pragma unroll 4
+                for (int c = lane; c < rival_count; c += WARP) {
+                    const float2 other = rivals[c];
+                    better += other.x > weight;
+                    ties |= other.x == weight && __float_as_int(other.y) != own;
+                }
+            }
+            if (__any_sync(FULL, ties)) {  // of equal weight the lower position first
+                better = 0;
 #pragma unroll 1
-            for (int c = lane; c < rival_count; c += WARP) {
-                const float2 other = fits ? rivals[c] : __ldcg(candidates + c);
-                if (fine >= 0 && fine_bin_of(other.x, boundary) != fine) continue;
-                const int place = __float_as_int(other.y);
-                if (other.x > weight) ++better;
-                else if (other.x == weight && place != own) better += id_of(p, places + place) < id_of(p, places + own);
+                for (int c = lane; c < rival_count; c += WARP) {
+                    const float2 other = fits ? rivals[c] : __ldcg(candidates + c);
+                    if (fine >= 0 && fine_bin_of(other.x, boundary) != fine) continue;
+                    const int place = __float_as_int(other.y);
+                    if (other.x > weight) ++better;
+                    else if (other.x == weight && place != own) better += id_of(p, places + place) < id_of(p, places + own);
+                }
             }
             kept = warp_sum_int(better) < left;
         }
@@ -473,6 +491,14 @@ __device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part&
         for (int g = 0; g < G; ++g)
             atomicAdd(mass + g, exponential(fminf(estimates.x[g], s.bound[g]) - s.basis[g]));
     }
+}
+
+// Zeros for the next step, when all blocks have seen what was counted: this block's share.
+__device__ __forceinline__ void leave_histogram(const Step& p, const Part& part, int rankers) {
+    const int end = share_of(rankers * BINS, part.block + 1, part.blocks);
+#pragma unroll 1
+    for (int i = share_of(rankers * BINS, part.block, part.blocks) + threadIdx.x; i < end; i += THREADS)
+        p.histogram[(i64)part.unit * G * BINS + i] = 0;
 }
 
 // Choose the keys to fetch, and leave their rows to all blocks of the unit. Returns how often blocks met.

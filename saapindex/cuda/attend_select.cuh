@@ -1,17 +1,26 @@
 // Route and select: logits of all lists, and the lists that are visited.
 
-// Ask for what this block is going to read, whatever is chosen.
-__device__ __forceinline__ void prefetch_own(const Step& p, const Part& part) {
+// Ask for what this block is going to read, whatever is chosen: memory is slow to begin.
+__device__ __forceinline__ void prefetch_own(const Step& p, int stream, int head, int block) {
+    const int first = share_of(p.lists, block, p.blocks), last = share_of(p.lists, block + 1, p.blocks);
 #pragma unroll 1
-    for (int list = part.first_list + threadIdx.x; list < part.last_list; list += THREADS) {
-        const i64 row = (i64)part.stream * p.lists + list;
+    for (int list = first + threadIdx.x; list < last; list += THREADS) {
+        const i64 row = (i64)stream * p.lists + list;
+        prefetch(p.anchor_scales + row), prefetch(p.mean_scales + row);
 #pragma unroll
         for (int d = 0; d < D; d += 128) prefetch(p.anchors + row * D + d), prefetch(p.means + row * D + d);
     }
-    const int first = share_of(p.coded_most, part.block, part.blocks), last = share_of(p.coded_most, part.block + 1, part.blocks);
 #pragma unroll 1
-    for (int i = THREADS - 1 - threadIdx.x; i < (last - first) * ((D + 31) / 32); i += THREADS)
-        prefetch(p.inverse + ((i64)part.head * p.coded_most + first) * D + 32 * i);
+    for (int list = 32 * (THREADS - 1 - threadIdx.x); list < p.lists; list += 32 * THREADS)
+        prefetch(p.sizes + (i64)stream * p.lists + list), prefetch(p.squares + (i64)stream * p.lists + list);
+    const int begin = share_of(p.coded_most, block, p.blocks), end = share_of(p.coded_most, block + 1, p.blocks);
+    const i64 own = (i64)head * p.coded_most;
+#pragma unroll 1
+    for (int i = THREADS - 1 - threadIdx.x; i < (end - begin) * ((D + 31) / 32); i += THREADS)
+        prefetch(p.inverse + (own + begin) * D + 32 * i);
+    const int r = 32 * ((int)threadIdx.x - THREADS / 2);
+    if (r >= 0 && r < p.coded_most)
+        prefetch(p.steps + own + r), prefetch(p.spread + own + r), prefetch(p.distortion + own + r), prefetch(p.slots + own + r);
 }
 
 // This block's share of the inner products of queries with anchors, and of the rotated queries.
@@ -287,17 +296,19 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
         }
         __syncthreads();
         // In the bin of the cut, lists come one after another; of equal rank the lower first.
-        const int owned = min(s.owned, OWN);
+        const int owned = min(s.owned, OWN), lane = threadIdx.x % WARP;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < owned; i += THREADS) {
+        for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
             const int list = s.rows[i], size = sizes[list];
             const float rank = __int_as_float(s.rows[OWN + i]);
-            int before = s.reached;
-#pragma unroll 2
-            for (int j = 0; j < owned; ++j) {
+            int before = 0;
+#pragma unroll 1
+            for (int j = lane; j < owned; j += WARP) {
                 const float other = __int_as_float(s.rows[OWN + j]);
                 before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
             }
+            before = warp_sum_int(before) + s.reached;
+            if (lane) continue;
             int visit = 0;
             if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;
             else if (before + size <= limit) visit = size;

@@ -177,8 +177,8 @@ class Workspace(NamedTuple):
         blocks, threads = shape
         units = streams.pages.shape[0] * tokens
         lists, d = streams.anchors.shape[1:]
-        groups = (streams.pages.shape[1] + 7) // 8
-        most = (groups + blocks - 1) // blocks * 8 * blocks
+        pairs = (streams.pages.shape[1] + 1) // 2
+        most = (pairs + blocks - 1) // blocks * 2 * blocks
         width = -(-most_positions // 32)
         return cls(
             dots=xp.empty((units, lists, group), np.float32),
