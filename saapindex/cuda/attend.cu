@@ -8,8 +8,11 @@
 // below the bound in any case and count at once, during the scan; the few others are deferred.
 //
 // Compiled with -DD (head size), -DG (query heads of a KV head), -DWORDS (of a code), -DELEMENT (stored type),
-// -DQUERY (type of queries and output). The definition is saapindex/backends/reference.
+// -DQUERY (type of queries and output), -DPOLICY (of the group: sum, max or union). The definition is saapindex/backends/reference.
 
+#ifndef POLICY
+#define POLICY 0
+#endif
 #ifndef RESIDENT
 #define RESIDENT 1  // blocks of a multiprocessor
 #endif
@@ -68,10 +71,11 @@ struct Step {
     double budget, share;
     float scale, cap, top_p;
     int heads, tokens, lists, ring, sinks, most_pages, coded_most, blocks, width;
-    int code_bytes, row_bytes, nprobe, policy, by_mass, refine, remainder, near, everything, cached;
+    int code_bytes, row_bytes, nprobe, by_mass, refine, remainder, near, everything, cached;
 };
 
 enum { SUM, MAX, UNION };
+#define RANKERS (POLICY == UNION ? G : 1)  // who chooses, each for itself
 // Counters of a unit: barrier, blocks that are done, blocks that deferred something, rows to fetch, candidates of each ranker,
 // largest near logit of each head, largest exact one.
 enum { BARRIER, DONE, DEFERRED, ROWS, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NEAREST + G, COUNTERS = LARGEST + G };
@@ -153,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     const int length = p.lengths[sequence], first = p.first[sequence];
     const int token = unit % p.tokens;
     const int position = p.positions ? p.positions[sequence * p.tokens + token] : length - p.tokens + token;
-    const int in_lists = max(0, first - p.sinks), rankers = p.policy == UNION ? G : 1;
+    const int in_lists = max(0, first - p.sinks);
     const bool everything = p.everything || (in_lists > 0 && position < first - 1);
     const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr, nearby = p.near && !deciding;
     if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
@@ -177,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
         s.left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
         const double visited = p.refine ? p.share * s.left / p.code_bytes : s.left / p.row_bytes;
-        s.scan = (int)fmin((double)((i64)visited / rankers), 2147483647.);
+        s.scan = (int)fmin((double)((i64)visited / RANKERS), 2147483647.);
     }
     __syncthreads();
     const bool early = sparse && nearby;  // the first near keys are on their way before anything else
@@ -239,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
             if (deciding) {
                 arrive(counters + BARRIER);
                 wait(counters + BARRIER, met + p.blocks);
-                leave_histogram(p, part, rankers);
+                leave_histogram(p, part);
                 break;
             }
         }
@@ -250,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
             wait(counters + BARRIER, met);
         }
         if (p.refine) {
-            leave_histogram(p, part, rankers);
+            leave_histogram(p, part);
             const int rows = (int)__ldcg(counters + ROWS);
             start = share_of(rows, block, p.blocks), end = share_of(rows, block + 1, p.blocks);
         }

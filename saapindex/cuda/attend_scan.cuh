@@ -42,17 +42,26 @@ __device__ void gather_pages(const Step& p, Shared& s, const Part& part, const i
 #define DEPTH 4  // pairs of pages that a warp fetches ahead
 static_assert(G <= 8, "at most eight query heads share a KV head");
 
+// What a lane copies of a page: 16 bytes of the codes, or the scales that stand behind them.
+#define PIECES (4 * WORDS + 1)
+#define COPIES ((PIECES + WARP - 1) / WARP)
+#define SIDE_BY_SIDE (PIECES <= WARP / 2)  // half of the lanes take one page, and half the next
+
 // Fetch the codes and scales of two pages.
 __device__ __forceinline__ void fetch_pages(const Step& p, const Shared& s, u8* to, int entry, int queued) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        if (entry + j >= queued) break;
-        const i64 page = s.queue[entry + j].x;
+    for (int j = 0; j < (SIDE_BY_SIDE ? 1 : 2); ++j) {
+        const int half = SIDE_BY_SIDE ? lane / (WARP / 2) : j;
+        if (entry + half >= queued) continue;
+        const i64 page = s.queue[entry + half].x;
 #pragma unroll
-        for (int c = lane; c < 4 * WORDS; c += WARP)
-            copy_16(to + j * PAGE_BYTES + 16 * c, (const u8*)p.codes + page * (WORDS * LANES * 4) + 16 * c);
-        if (lane == 0) copy_16(to + j * PAGE_BYTES + WORDS * LANES * 4, p.exponents + page * LANES);
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int piece = SIDE_BY_SIDE ? lane % (WARP / 2) : copy * WARP + lane;
+            const u8* from = piece < 4 * WORDS ? (const u8*)p.codes + 16 * piece : p.exponents;
+            const int stride = piece < 4 * WORDS ? WORDS * LANES * 4 : LANES;
+            if (piece < PIECES) copy_16(to + half * PAGE_BYTES + 16 * piece, from + page * stride);
+        }
     }
 }
 
@@ -82,14 +91,14 @@ __device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int
 
 // The sums of weights of estimates of a list, which lanes hold in parts: of the rows of a page, for two heads.
 __device__ __forceinline__ void give_mass(float* masses, int list, int first, float* mass) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
-        if (threadIdx.x % WARP < 4 && list >= 0 && first + i < G)
-            atomicAdd(masses + list * G + i, mass[i]);
-        mass[i] = 0.f;
-    }
+    // Rows of even number take the first head, the others the second.
+    const int row = threadIdx.x % WARP / 4, own = row % 2;
+    float sum = own ? mass[1] : mass[0];
+    sum += __shfl_xor_sync(FULL, own ? mass[0] : mass[1], 4);
+    sum += __shfl_xor_sync(FULL, sum, 8);
+    sum += __shfl_xor_sync(FULL, sum, 16);
+    if (row < 2 && list >= 0 && first + own < G) atomicAdd(masses + list * G + own, sum);
+    mass[0] = mass[1] = 0.f;
 }
 
 // Estimate the logits of the keys of every visited page of this block, and count them by weight. `stage` is room
@@ -97,10 +106,11 @@ __device__ __forceinline__ void give_mass(float* masses, int list, int first, fl
 __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part, const int* taken, u8* stage) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = lane / 4, quarter = lane % 4;
     const float log_base = log2f(p.base[part.head]) - 8.f;
-    const int rankers = p.policy == UNION ? G : 1, count = part.pages;
+    const int count = part.pages;
     const int first = G <= 4 ? quarter % 2 * 2 : quarter * 2;  // the first of the two heads of this lane
     const int column = row % COLUMNS < G ? row % COLUMNS : 0;  // the head that it provides to products
-    const bool weighing = p.remainder && !p.bits, summing = p.policy == SUM;
+    const bool weighing = p.remainder && !p.bits;
+    constexpr bool summing = POLICY == SUM;
     float unit[2], offset[2], seconds[2], norm[2], lift[2], reference[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -124,7 +134,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
         const int queued = s.queued, before = s.visited, pairs = (queued + 1) / 2;
         const int begin = share_of(pairs, warp, WARPS), end = share_of(pairs, warp + 1, WARPS);
         float* const estimates_at = p.estimates + (first_place + before * LANES) * G + first;
-        u16* const bins_at = p.bins + (first_place + before * LANES) * rankers;
+        u16* const bins_at = p.bins + (first_place + before * LANES) * RANKERS;
         int2* const visited_at = p.visited + first_place / LANES + before;
         float mass[2] = {0.f, 0.f};
         int held = -1;
@@ -158,9 +168,11 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
                     give_mass(masses_at, held, first, mass);
                     held = list;
                 }
+                float* const estimates_to = estimates_at + (e * LANES + row) * G;
+                u16* const bins_to = bins_at + (e * LANES + row) * RANKERS;
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const int key = row + 8 * r, at = e * LANES + key;
+                    const int key = row + 8 * r;
                     const bool there = key < lanes;
                     const float exponent = (float)pages[j * PAGE_BYTES + WORDS * LANES * 4 + key];
                     const float f = power_of_two(fmaf(exponent, 1.f / 16.f, log_base)), square = f * f;
@@ -189,22 +201,22 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
                     for (int i = 0; i < 2; ++i) mass[i] = fmaf(counts ? weights[i] : 0.f, lift[i], mass[i]);
                     if (!queue_ends && first < G) {
                         if (G % 2 == 0) {
-                            *(float2*)(estimates_at + at * G) = make_float2(estimates[0], estimates[1]);
+                            *(float2*)(estimates_to + 8 * r * G) = make_float2(estimates[0], estimates[1]);
                         } else {
-                            estimates_at[at * G] = estimates[0];
-                            if (first + 1 < G) estimates_at[at * G + 1] = estimates[1];
+                            estimates_to[8 * r * G] = estimates[0];
+                            if (first + 1 < G) estimates_to[8 * r * G + 1] = estimates[1];
                         }
                     }
-                    if (rankers == 1) {
+                    if (RANKERS == 1) {
                         const int bin = bin_of_weight(weight);
-                        if (!queue_ends && first == 0) bins_at[at] = there ? bin | (hot ? HOT : 0) : NO_KEY;
+                        if (!queue_ends && first == 0) bins_to[8 * r] = there ? bin | (hot ? HOT : 0) : NO_KEY;
                         if (there && first == 0) atomicAdd(s.histogram + bin, 1);
                     } else if (!queue_ends) {
 #pragma unroll
                         for (int i = 0; i < 2; ++i)
                             if (first + i < G)
-                                bins_at[at * G + first + i] = there ? bin_of_weight(weights[i]) | (hot ? HOT : 0) : NO_KEY;
-                        if (first == 0) p.kept[first_place + before * LANES + at] = 0;
+                                bins_to[8 * r * G + first + i] = there ? bin_of_weight(weights[i]) | (hot ? HOT : 0) : NO_KEY;
+                        if (first == 0) p.kept[first_place + (before + e) * LANES + key] = 0;
                     }
                 }
                 if (row == 0 && first == 0 && !queue_ends) visited_at[e] = page[turn];
@@ -219,7 +231,7 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
         if (threadIdx.x == 0) s.visited = before + queued;
         __syncthreads();
     }
-    if (deferred && p.policy == UNION) s.deferred = 1;
+    if (deferred && POLICY == UNION) s.deferred = 1;
     // All blocks of a unit take the same lists, so each knows how many keys are visited in all.
     int scanned = 0;
 #pragma unroll 1
@@ -232,16 +244,16 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
 #pragma unroll 1
         for (int w = 0; w < WARPS; ++w) visited += ((int*)s.reduced)[w];
         const double left = fmax(s.left - visited * p.code_bytes, 0.);
-        s.limit = (int)fmin((double)((i64)(left / p.row_bytes) / rankers), 2147483647.);
+        s.limit = (int)fmin((double)((i64)(left / p.row_bytes) / RANKERS), 2147483647.);
     }
 #pragma unroll 1
-    for (int ranker = 0; ranker < rankers; ++ranker) {
-        if (rankers > 1) {
+    for (int ranker = 0; ranker < RANKERS; ++ranker) {
+        if (RANKERS > 1) {
             clear_histogram(s);
             __syncthreads();
 #pragma unroll 1
             for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
-                const u32 bin = p.bins[(part.first_place + i) * rankers + ranker];
+                const u32 bin = p.bins[(part.first_place + i) * RANKERS + ranker];
                 if (bin != NO_KEY) atomicAdd(s.histogram + (bin & (BINS - 1)), 1);
             }
             __syncthreads();
@@ -265,7 +277,7 @@ __device__ __forceinline__ void find_boundary(const Step& p, Shared& s, const Pa
 
 // Let the key at a place of this block be fetched.
 __device__ __forceinline__ void keep(const Step& p, Shared& s, const Part& part, int at, bool hot) {
-    if (p.policy == UNION) {
+    if (POLICY == UNION) {
         if (p.kept[part.first_place + at]) return;
         p.kept[part.first_place + at] = 1;
     }
@@ -314,7 +326,7 @@ __device__ __forceinline__ void resolve(const Step& p, Shared& s, const Part& pa
             } else {
                 rows[i] = row;
                 if (hot) {
-                    p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
+                    p.bins[place * RANKERS] = NO_KEY;  // it is not deferred any more
                 } else if (p.remainder) {
                     const Group estimates = load_group(p.estimates + place * G);
                     list = page.y >> 5;
@@ -334,30 +346,30 @@ __device__ __forceinline__ float key_weight(const Step& p, const Shared& s, i64 
     Group weights = load_group(p.estimates + place * G);
 #pragma unroll
     for (int g = 0; g < G; ++g) weights.x[g] -= s.norm[g];
-    return pooled(weights.x, p.policy, ranker);
+    return pooled(weights.x, POLICY, ranker);
 }
 
 // Gather the keys of this block above the cut, from place `start` on, and note those in its bin. Returns where it
 // stopped for want of room, or the end.
 __device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranker, int start, int total) {
     const i64 places = part.first_place;
-    const int rankers = p.policy == UNION ? G : 1, boundary = s.boundary;
+    const int boundary = s.boundary;
     const bool open = s.limit > s.reached;
 #pragma unroll 1
     for (; start < total && s.gathered <= QUEUE - CHUNK - OWN; start += CHUNK) {
         u16 bins[4];
         const int begin = start + 4 * threadIdx.x;
         if (begin < total) {
-            if (rankers == 1) {
+            if (RANKERS == 1) {
                 const uint2 four = *(const uint2*)(p.bins + places + begin);
                 bins[0] = (u16)four.x, bins[1] = (u16)(four.x >> 16);
                 bins[2] = (u16)four.y, bins[3] = (u16)(four.y >> 16);
             } else {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    bins[i] = p.bins[(places + begin + i) * rankers + ranker];
+                    bins[i] = p.bins[(places + begin + i) * RANKERS + ranker];
                     // Whether a key is deferred still, the first ranker knows.
-                    if (bins[i] != NO_KEY && p.bins[(places + begin + i) * rankers] == NO_KEY) bins[i] &= ~HOT;
+                    if (bins[i] != NO_KEY && p.bins[(places + begin + i) * RANKERS] == NO_KEY) bins[i] &= ~HOT;
                 }
             }
 #pragma unroll
@@ -479,11 +491,10 @@ __device__ __forceinline__ void gather_candidates(const Step& p, Shared& s, cons
 
 // The keys of this block that were deferred and not kept.
 __device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part& part) {
-    const int rankers = p.policy == UNION ? G : 1;
 #pragma unroll 1
     for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
         const i64 place = part.first_place + i;
-        const u32 bin = p.bins[place * rankers];
+        const u32 bin = p.bins[place * RANKERS];
         if (bin == NO_KEY || !(bin & HOT)) continue;
         const Group estimates = load_group(p.estimates + place * G);
         float* mass = p.masses + ((i64)part.unit * p.lists + (__ldcg(&p.visited[place / LANES].y) >> 5)) * G;
@@ -494,18 +505,18 @@ __device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part&
 }
 
 // Zeros for the next step, when all blocks have seen what was counted: this block's share.
-__device__ __forceinline__ void leave_histogram(const Step& p, const Part& part, int rankers) {
-    const int end = share_of(rankers * BINS, part.block + 1, part.blocks);
+__device__ __forceinline__ void leave_histogram(const Step& p, const Part& part) {
+    const int end = share_of(RANKERS * BINS, part.block + 1, part.blocks);
 #pragma unroll 1
-    for (int i = share_of(rankers * BINS, part.block, part.blocks) + threadIdx.x; i < end; i += THREADS)
+    for (int i = share_of(RANKERS * BINS, part.block, part.blocks) + threadIdx.x; i < end; i += THREADS)
         p.histogram[(i64)part.unit * G * BINS + i] = 0;
 }
 
 // Choose the keys to fetch, and leave their rows to all blocks of the unit. Returns how often blocks met.
 __device__ __forceinline__ u32 cut(const Step& p, Shared& s, const Part& part, u32* counter, u32 met) {
-    const int rankers = p.policy == UNION ? G : 1, total = s.visited * LANES;
+    const int total = s.visited * LANES;
 #pragma unroll 1
-    for (int ranker = 0; ranker < rankers; ++ranker) {
+    for (int ranker = 0; ranker < RANKERS; ++ranker) {
         find_boundary(p, s, part, ranker, s.limit);
 #pragma unroll 1
         for (int start = 0, ended = 0; !ended;) {

@@ -243,10 +243,9 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     int* taken = table.taken;
     const int* sizes = table.sizes;
     find_norms(p, s, part, table);
-    const int rankers = p.policy == UNION ? G : 1;
     // The masses of "sum" add up to G, those of others to something between one and G.
     const float masses = (float)(1 << 30) / G;
-    for (int ranker = 0; ranker < rankers; ++ranker) {
+    for (int ranker = 0; ranker < RANKERS; ++ranker) {
         clear_histogram(s);
         __syncthreads();
 #pragma unroll 1
@@ -255,7 +254,7 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
             ranks[list] = -INFINITE;
             if (!size) continue;
             const Group logits = list_logits(p, s, part, table, list, size);
-            const float weight = pooled_weight(logits.x, s.norm, p.policy, ranker);
+            const float weight = pooled_weight(logits.x, s.norm, POLICY, ranker);
             const float rank = p.by_mass ? weight * (float)size : weight;
             ranks[list] = rank;
             atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, weight, size, masses));

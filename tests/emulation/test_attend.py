@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -58,6 +59,16 @@ class Case:
         self.macros = {"D": d, "G": group, "WORDS": words, "ELEMENT": ELEMENTS[dtype], "QUERY": 2}
         self.macros |= {"CAPPED": 1} if softcap else {}
 
+    def builder(self, folder, threads):
+        """What gives the kernel for the limits of a step."""
+
+        @functools.cache
+        def build(policy):
+            macros = {**self.macros, "POLICY": launched.POLICIES[policy], "THREADS": threads}
+            return emulation.build(folder, "attend", **macros)
+
+        return lambda limits: build(limits.policy if self.macros["G"] > 1 else "sum")
+
     def compare(self, run, blocks, threads, ways):
         """The kernel and the reference agree, twice in a row, in each of these ways."""
         x, group = self.index._grouped(self.q)
@@ -88,7 +99,7 @@ class Case:
                 out, lse = np.full_like(x, np.nan), np.full(x.shape[:3], np.nan, np.float32)
                 common = (x, self.streams, self.code, self.scaling, limits, space)
                 argument = launched.step(*common, out, lse, **how)
-                run(len(x) * tokens * blocks, threads, shared, argument)
+                run(limits)(len(x) * tokens * blocks, threads, shared, argument)
                 np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5, err_msg=str(way))
                 np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-4, err_msg=str(way))
                 assert not space.counters.any()
@@ -96,7 +107,7 @@ class Case:
                 assert not space.masses.any()
             if tokens == 1:
                 argument = launched.step(*common, x, x, **how, deciding=True)
-                run(len(x) * blocks, threads, shared, argument)
+                run(limits)(len(x) * blocks, threads, shared, argument)
                 ids = np.asarray(self.index.select(self.q[:, :, 0], params=params).ids).reshape(len(x), -1)
                 for bits, expected in zip(space.bits, ids, strict=True):
                     chosen = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
@@ -114,7 +125,7 @@ def test_every_way(folder, monkeypatch, cached):
     if not cached:
         monkeypatch.setattr(launched, "_TABLE_MOST", 0)
     case = Case(16, 2, 2, 900, 8, 1, "float32", 1)
-    run = emulation.build(folder, "attend", **case.macros, THREADS=128)
+    run = case.builder(folder, 128)
     case.compare(run, 2, 128, WAYS if cached else WAYS[:5])
 
 
@@ -131,6 +142,6 @@ def test_every_way(folder, monkeypatch, cached):
 )
 def test_shapes_and_types(folder, shape, blocks, threads, options):
     case = Case(*shape, **options)
-    run = emulation.build(folder, "attend", **case.macros, THREADS=threads)
+    run = case.builder(folder, threads)
     ways = WAYS[:3] if case.macros["G"] > 1 else [WAYS[0], WAYS[1]]
     case.compare(run, blocks, threads, [*ways, {"budget": 1.0}])

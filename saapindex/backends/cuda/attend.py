@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from saapindex.backends.cuda.launch import element
 from saapindex.backends.cuda.module import kernel
-from saapindex.backends.cuda.step import DeviceCode, Limits, Workspace, launch_shape, shared_bytes, step
+from saapindex.backends.cuda.step import POLICIES, DeviceCode, Limits, Workspace, launch_shape, shared_bytes, step
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
 
@@ -71,7 +71,8 @@ def attend_streams(
         everything=everything,
         stamps=stamps,
     )
-    _launch(argument, queries, streams, code, space, scaling, {} if stamps is None else {"STAMPS": 1})
+    macros = {} if stamps is None else {"STAMPS": 1}
+    _launch(argument, queries, streams, code, space, scaling, limits, macros)
 
 
 def select_streams(
@@ -88,7 +89,7 @@ def select_streams(
     argument = step(
         queries, streams, code, scaling, limits, space, queries, queries, everything=everything, deciding=True
     )
-    _launch(argument, queries, streams, code, space, scaling, {})
+    _launch(argument, queries, streams, code, space, scaling, limits, {})
 
 
 def _launch(
@@ -98,6 +99,7 @@ def _launch(
     code: DeviceCode,
     space: Workspace,
     scaling: Scaling,
+    limits: Limits,
     macros: dict[str, int],
 ) -> None:
     units, (group, d) = queries.shape[0] * queries.shape[1], queries.shape[2:]
@@ -113,6 +115,7 @@ def _launch(
         ELEMENT=element(streams.keys),
         QUERY=element(queries),
         THREADS=space.threads,
+        POLICY=POLICIES[limits.policy] if group > 1 else 0,
         **({"CAPPED": 1} if scaling.softcap else {}),
         **macros,
     )

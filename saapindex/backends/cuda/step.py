@@ -11,10 +11,11 @@ from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.base import LANES
 from saapindex.backends.paged import Code, Scaling
 
-__all__ = ["DeviceCode", "Limits", "Workspace", "launch_shape", "shared_bytes", "step"]
+__all__ = ["POLICIES", "DeviceCode", "Limits", "Workspace", "launch_shape", "shared_bytes", "step"]
 
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 POLICIES = {"sum": 0, "max": 1, "union": 2}
+"""What the macro POLICY stands for."""
 # As in cuda/attend.cu.
 BINS, CANDIDATES, ROUND, QUEUE, OWN = 2048, 4096, 1024, 4096, 1024
 # What is known of the lists stays in shared memory if it takes no more than this.
@@ -33,7 +34,7 @@ _POINTERS = (
 )
 _INTEGERS = (
     "heads", "tokens", "lists", "ring", "sinks", "most_pages", "coded_most", "blocks", "width",
-    "code_bytes", "row_bytes", "nprobe", "policy", "by_mass", "refine", "remainder", "near", "everything",
+    "code_bytes", "row_bytes", "nprobe", "by_mass", "refine", "remainder", "near", "everything",
     "cached",
 )
 # fmt: on
@@ -284,7 +285,6 @@ def step(
         "code_bytes": code.quads.shape[1] // 2 + 1,
         "row_bytes": 2 * d * streams.keys.dtype.itemsize,
         "nprobe": limits.nprobe,
-        "policy": POLICIES[limits.policy if queries.shape[2] > 1 else "sum"],
         "by_mass": limits.by_mass,
         "refine": limits.refine,
         "remainder": limits.remainder,
