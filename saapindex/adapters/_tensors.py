@@ -129,7 +129,8 @@ def positions(
         int64, (batch, kv_heads, most): rising up to gaps of -1.
     """
     ids = as_tensor(selection.ids, "ids", device)
-    parts = [ids]
+    most = as_tensor(selection.lengths, "lengths", device).max() if ids.shape[2] else 0
+    parts = [ids := ids[..., : int(most)]]  # a device may give rows that are wider than what was selected
     if near:
         start, ends = (
             as_tensor(getattr(selection, name), name, device)[:, None] for name in ("window_start", "ends")

@@ -17,7 +17,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from saapindex.adapters._codebook import check_codebook, layer_of
+from saapindex.adapters._vllm_cache import attend_densely, parts, write_rows
 from saapindex.adapters._vllm_requests import Requests, Step, follow
+from saapindex.adapters._vllm_threads import share_cores
 from saapindex.adapters.vllm import Settings
 from saapindex.attention import PagedCache, SlotIndex
 from saapindex.codebook import Codebook
@@ -107,11 +109,7 @@ class SaapImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         self, layer: Any, key: Any, value: Any, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Write new keys and values as plain rows."""
-        there = slot_mapping >= 0
-        slots = slot_mapping[there]
-        for cache, new in zip(_parts(kv_cache), (key, value), strict=True):
-            size = cache.shape[2]
-            cache[slots // size, :, slots % size] = new[: len(there)][there].to(cache.dtype)
+        write_rows(kv_cache, slot_mapping, key, value)
 
     def forward(
         self,
@@ -138,14 +136,16 @@ class SaapImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
                 names.append(row.name)
                 places.append(first)
             elif last > first:
-                slots = torch.from_numpy(row.slots)
-                output[first:last] = self._dense(query[first:last], kv_cache, slots).view_as(
-                    output[first:last]
-                )
+                q = query[first:last].reshape(last - first, self.num_heads, self.head_size)
+                out = attend_densely(q, kv_cache, row.slots, self.scale, self.sliding_window)
+                output[first:last] = out.view_as(output[first:last])
         if index is not None and names:
-            q = query[places].reshape(len(places), self.num_heads, self.head_size)
-            out, _ = index.attend(q, names, budget=self.settings.budget)
-            output[places] = out.to(output.dtype).view_as(output[places])
+            # Requests that decode stand first as a rule: then nothing is copied.
+            first_ones = places == list(range(len(places)))
+            asked = query[: len(places)] if first_ones else query[places]
+            q = asked.reshape(len(places), self.num_heads, self.head_size)
+            out = index.attend(q, names, budget=self.settings.budget)[0].view(len(places), *output.shape[1:])
+            output[slice(len(places)) if first_ones else places] = out
         return output
 
     def _index_of(self, layer: Any, kv_cache: torch.Tensor) -> SlotIndex | None:
@@ -154,32 +154,9 @@ class SaapImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         if number not in self.codebook.layers or self.sliding_window > 0:
             return None
         if self.index is None:
-            cache = PagedCache(*_parts(kv_cache))
+            if self.settings.backend == "cpu":
+                share_cores()
+            cache = PagedCache(*parts(kv_cache))
             book = layer_of(self.codebook, number, self.context, self.settings.nlist)
             self.index = SlotIndex(book, cache, scale=self.scale, **self.settings.index())
         return self.index
-
-    def _dense(self, q: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Attend to all tokens before each of the last ones, (m, q_heads, d)."""
-        q = q.reshape(len(q), self.num_heads, self.head_size).transpose(0, 1)[None]
-        size = kv_cache.shape[2]
-        k, v = (
-            cache[slots // size, :, slots % size]
-            .transpose(0, 1)
-            .repeat_interleave(self.num_queries_per_kv, dim=0)[None]
-            for cache in _parts(kv_cache)
-        )
-        m, n = q.shape[2], k.shape[2]
-        seen = torch.ones(m, n, dtype=torch.bool).tril(n - m)
-        if self.sliding_window > 0:
-            seen &= ~torch.ones(m, n, dtype=torch.bool).tril(n - m - self.sliding_window)
-        mask = None if bool(seen.all()) else seen
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        return out[0].transpose(0, 1).contiguous()
-
-
-def _parts(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values, (blocks, kv_heads, block_size, d), views of vLLM's blocks."""
-    blocks, heads, size, _ = kv_cache.shape
-    keys, values = kv_cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
-    return keys, values

@@ -160,7 +160,9 @@ def follow(index: SlotIndex, step: Step) -> None:
             index.free(name)
         elif step.alive[name] < index.length(name):
             index.truncate(name, step.alive[name])
+    new = {}
     for row in step.rows:
         there = index.length(row.name) if row.name in index else 0
         if there < len(row.slots):
-            index.append(row.name, row.slots[there:])
+            new[row.name] = row.slots[there:]
+    index.extend(new)

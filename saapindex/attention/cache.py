@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from saapindex.arrays import ArrayLike, as_numpy
 from saapindex.attention.tensors import STORED, element_type
 from saapindex.backends.base import LANES, Ints
-from saapindex.backends.paged import Pages
+from saapindex.backends.paged import Pages, Slots
 from saapindex.errors import InvalidInputError
 from saapindex.params import check_choice
 
@@ -73,7 +73,8 @@ class PagedCache:
                 f"keys have strides {k.strides}, expected multiples of a row of {row} bytes: this layout "
                 "is not supported"
             )
-        self._steps = tuple(step // row for step in k.strides[:3])
+        by_page, by_head, by_lane = (int(step) // row for step in k.strides[:3])
+        self._steps = by_page, by_head, by_lane
         count = 1 + sum((n - 1) * step for n, step in zip(k.shape[:3], self._steps, strict=True))
         if count % LANES:
             raise InvalidInputError(
@@ -82,6 +83,10 @@ class PagedCache:
             )
         shape = count // LANES, LANES, self.d
         flat = [np.lib.stride_tricks.as_strided(x, shape, (LANES * row, row, k.itemsize)) for x in (k, v)]
+        self._rows = {
+            name: np.lib.stride_tricks.as_strided(x, (count, self.d), (row, k.itemsize))
+            for name, x in (("keys", k), ("values", v))
+        }
         columns: dict[str, Any] = {
             "keys": flat[0],
             "values": flat[1],
@@ -104,8 +109,11 @@ class PagedCache:
 
     def take(self, field: str, slots: Ints, heads: Ints | int) -> NDArray[Any]:
         """Return ``"keys"`` or ``"values"`` of `slots`, copied: the shape of both broadcast, and `d`."""
-        rows = self.rows(slots, heads)
-        return self.pages.take(field, rows.reshape(-1)).reshape(*rows.shape, self.d)
+        return self._rows[field][self.rows(slots, heads)]
+
+    def of_sequences(self, tables: tuple[Ints, ...]) -> Slots:
+        """Return where the keys of sequences are, whose tokens are in the slots of `tables`, for kernels."""
+        return Slots(tables, self.pages, self.heads, self.page_size, *self._steps)
 
 
 def _bits(value: ArrayLike, name: str, dtype: str) -> NDArray[Any]:

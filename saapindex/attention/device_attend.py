@@ -1,4 +1,4 @@
-"""Attention and selection of an index on a device: one launch, and outputs in the caller's framework."""
+"""Attention of an index on a device: one launch, and outputs in the caller's framework."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from saapindex.arrays import ArrayLike, as_array
 from saapindex.attention.device_batch import DeviceBatch
 from saapindex.attention.device_keeping import allocating
 from saapindex.attention.device_tensors import buffer, placed
-from saapindex.attention.limits import reading
-from saapindex.attention.selection import packed
 from saapindex.attention.streams import as_host
 from saapindex.attention.tensors import element_type
-from saapindex.backends.base import Floats, Ints, Ops
-from saapindex.backends.cuda.attend import Limits, Workspace, attend_streams, launch_shape, select_streams
+from saapindex.backends.cuda.attend import Limits, Workspace, attend_streams, launch_shape
 from saapindex.backends.cuda.launch import multiprocessors
-from saapindex.backends.paged import PagedLists, Scaling, widened
+from saapindex.backends.paged import Scaling
 from saapindex.devices import device_of
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
 
-__all__ = ["attend_on_device", "select_on_device"]
+__all__ = ["attend_on_device", "limits_of", "type_of", "workspace"]
 
 Array = Any  # cupy.ndarray
 
@@ -43,7 +40,9 @@ def attend_on_device(
     xp, shape = batch.keeping.xp, tuple(q.shape)
     single, heads = len(shape) == 3, batch.keeping.heads
     count, d = len(batch.centroids), batch.keeping.book.codebook.d
-    x = placed(q, "q", (count, None, d) if single else (count, None, None, d), _kind(q), device, check=False)
+    x = placed(
+        q, "q", (count, None, d) if single else (count, None, None, d), type_of(q), device, check=False
+    )
     t, g = 1 if single else shape[2], shape[1] // heads
     grouped = x.reshape(count * heads, g, t, d)
     x = grouped.reshape(-1, 1, g, d) if t == 1 else xp.ascontiguousarray(grouped.transpose(0, 2, 1, 3))
@@ -66,13 +65,13 @@ def attend_on_device(
         given = given_out, given_lse
     straight = out.reshape(x.shape) if t == 1 else xp.empty_like(x)
     logs = lse.reshape(x.shape[:-1]) if t == 1 else xp.empty(x.shape[:-1], np.float32)
-    space = _space(batch, g, t, device)
+    space = workspace(batch, g, t, device)
     attend_streams(
         x,
         batch.streams,
         batch.keeping.book.code,
         scaling,
-        _limits(wanted),
+        limits_of(wanted),
         space,
         straight,
         logs,
@@ -90,7 +89,8 @@ def attend_on_device(
     return given
 
 
-def _kind(q: ArrayLike) -> str:
+def type_of(q: ArrayLike) -> str:
+    """Return the type of queries, of which there are one or several for each sequence."""
     if len(getattr(q, "shape", ())) not in (3, 4):
         raise InvalidInputError(
             f"q has shape {getattr(q, 'shape', None)}, expected (batch, q_heads, d) or (batch, q_heads, t, d)"
@@ -98,7 +98,8 @@ def _kind(q: ArrayLike) -> str:
     return element_type(q, "q")
 
 
-def _limits(wanted: AttendParameters) -> Limits:
+def limits_of(wanted: AttendParameters) -> Limits:
+    """Return what a step may read, as kernels take it."""
     return Limits(
         budget=wanted.budget or 0.0,
         share=wanted.scan_share,
@@ -111,9 +112,9 @@ def _limits(wanted: AttendParameters) -> Limits:
     )
 
 
-def _space(batch: DeviceBatch, group: int, tokens: int, device: int, positions: int = 0) -> Workspace:
+def workspace(batch: DeviceBatch, group: int, tokens: int, device: int) -> Workspace:
     """Return the buffers of a step, the same ones each time: a graph goes on with them."""
-    key = group, tokens, -(-positions // 4096)
+    key = group, tokens
     if key not in batch.spaces:
         xp, streams = batch.keeping.xp, batch.streams
         code = batch.keeping.book.code
@@ -127,9 +128,7 @@ def _space(batch: DeviceBatch, group: int, tokens: int, device: int, positions: 
             streams.keys.dtype.itemsize,
         )
         with allocating(f"what attention of {tokens} tokens works in"):
-            batch.spaces[key] = Workspace.empty(
-                streams, batch.keeping.book.code, group, tokens, shape, xp, most_positions=key[2] * 4096
-            )
+            batch.spaces[key] = Workspace.empty(streams, batch.keeping.book.code, group, tokens, shape, xp)
     space: Workspace = batch.spaces[key]
     return space
 
@@ -145,57 +144,3 @@ def _join(out: Array, lse: Array, logits: Array, xp: Any) -> None:
     else:
         out[...] = out * factor
     lse[...] = total
-
-
-def select_on_device(
-    batch: DeviceBatch, q: ArrayLike, device: int, scaling: Scaling, wanted: AttendParameters, ops: Ops
-) -> tuple[Array, Array, Array]:
-    """Choose keys for queries, (B, q_heads, d): ids, lengths and lists of each stream, as `select` does.
-
-    The host waits for the device.
-    """
-    xp, heads, book = batch.keeping.xp, batch.keeping.heads, batch.keeping.book.codebook
-    count = len(batch.centroids)
-    x = placed(q, "q", (count, None, book.d), _kind(q), device, check=True)
-    x = xp.ascontiguousarray(x).reshape(count * heads, 1, -1, book.d)
-    longest = int(batch.lengths.max(initial=0))
-    space = _space(batch, x.shape[2], 1, device, max(1, longest))
-    everything = wanted.budget == 1
-    space.bits[...] = 0
-    select_streams(
-        x, batch.streams, batch.keeping.book.code, scaling, _limits(wanted), space, everything=everything
-    )
-    chosen = (space.bits[:, :, None] >> xp.arange(32, dtype=np.uint32)) & np.uint32(1)
-    chosen = chosen.reshape(count * heads, -1)[:, :longest] != 0
-    lengths = chosen.sum(axis=1)
-    most = int(lengths.max()) if longest else 0
-    order = xp.argsort(~chosen, axis=1)[:, :most] if most else xp.empty((count * heads, 0), np.int64)
-    order = xp.sort(xp.where(xp.arange(most) < lengths[:, None], order, np.iinfo(np.int64).max), axis=1)
-    ids = xp.where(xp.arange(most) < lengths[:, None], order, -1)
-    lists = _visited(batch, widened(as_host(x)), scaling, wanted, ops, everything)
-    return ids, lengths, xp.asarray(lists)
-
-
-def _visited(
-    batch: DeviceBatch, x: Floats, scaling: Scaling, wanted: AttendParameters, ops: Ops, everything: bool
-) -> Ints:
-    """Return the visited lists: from their statistics, on the host, since the kernel keeps no record."""
-    streams, book = batch.streams, batch.keeping.book.codebook
-    sizes = as_host(streams.sizes).astype(np.int64)
-    if everything:
-        return packed(sizes > 0)[0]
-    lists = PagedLists(
-        anchors=as_host(streams.anchors),
-        anchor_scales=as_host(streams.anchor_scales),
-        means=as_host(streams.means),
-        mean_scales=as_host(streams.mean_scales),
-        slopes=np.zeros((len(sizes), 0, book.d), np.float32),
-        spreads=as_host(streams.squares) / np.maximum(sizes, 1).astype(np.float32),
-        sizes=sizes,
-        starts=np.zeros_like(sizes),
-        table=np.zeros(0, np.int32),
-    )
-    element = streams.keys.dtype.itemsize
-    limits = reading(wanted, sizes.sum(axis=1), book.code, book.nlist, element)
-    logits, norms = ops.rank_lists(x, lists, book.code.view, scaling)
-    return packed(ops.select_lists(logits, norms, sizes, limits)[:, 0] > 0)[0]

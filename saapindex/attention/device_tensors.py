@@ -12,7 +12,7 @@ from saapindex.attention.tensors import STORED, element_type, stored
 from saapindex.devices import device_of, get_cupy
 from saapindex.errors import InvalidInputError
 
-__all__ = ["buffer", "placed"]
+__all__ = ["buffer", "placed", "raw"]
 
 _EXPONENT = 0x7F80  # of bfloat16
 
@@ -98,15 +98,15 @@ def buffer(model: ArrayLike, shape: tuple[int, ...], dtype: str, device: int) ->
     Parameters
     ----------
     dtype
-        ``"float32"``, or ``"same"`` as `model`.
+        ``"float32"``, ``"int64"``, or ``"same"`` as `model`.
     """
     cupy = get_cupy()
     if type(model).__module__.partition(".")[0] == "torch":
         import torch
 
-        kind = model.dtype if dtype == "same" else torch.float32
+        kind = model.dtype if dtype == "same" else getattr(torch, dtype)
         made = torch.empty(shape, dtype=kind, device=f"cuda:{device}")
         return made, raw(made)
-    kind = model.dtype if dtype == "same" else np.float32
+    kind = model.dtype if dtype == "same" else np.dtype(dtype)
     made = cupy.empty(shape, kind)
     return made, raw(made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,6 @@ from saapindex.backends.base import Floats, Ints
 from saapindex.backends.paged import Scaling
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
-
-if TYPE_CHECKING:
-    from saapindex.attention.device_batch import DeviceBatch
 
 __all__ = ["AttentionIndex"]
 
@@ -185,8 +182,12 @@ class AttentionIndex(AttentionStore):
         nprobe: int | None = None,
         top_p: float | None = None,
         params: AttendParameters | None = None,
+        out: Selection | None = None,
     ) -> Selection:
         """Choose the keys to attend to, for another implementation of attention.
+
+        On a device nobody waits: rows are as wide as ever can be selected in the room that `reserve` made, so
+        a selection can be captured in a graph and replayed while the context grows.
 
         Parameters
         ----------
@@ -194,18 +195,28 @@ class AttentionIndex(AttentionStore):
             (batch, q_heads, d), the newest token of each sequence.
         budget, nprobe, top_p, params
             As for `attend`.
+        out
+            An earlier selection of this index on a device, with the same limits: its arrays are written
+            anew, and no memory is taken.
 
         Returns
         -------
         Selection
             What each KV head should fetch besides the sinks and the window.
+
+        Raises
+        ------
+        InvalidInputError
+            On a wrong shape, values that are not finite (on the host), or an `out` that does not fit.
         """
         if len(getattr(q, "shape", ())) != 3:
             raise InvalidInputError(f"q has shape {getattr(q, 'shape', None)}, expected (batch, q_heads, d)")
         wanted = self._parameters(params, budget, nprobe, top_p)
         shape = self.batch, self.codebook.heads
         if self._device is not None and self._batch is not None:
-            return self._select_on_device(q, wanted)
+            return self._select_on_device(q, wanted, out)
+        if out is not None:
+            raise InvalidInputError("out is given, expected None for an index on the host or without keys")
         x, _ = self._grouped(q)
         if self._batch is None:
             none, zeros = np.empty((*shape, 0), np.int64), np.zeros(self.batch, np.int64)
@@ -220,20 +231,12 @@ class AttentionIndex(AttentionStore):
         ids, lengths, partitions, start, ends = (give_back(part, q) for part in (*parts, start, ends))
         return Selection(ids, lengths, partitions, self.sinks, start, ends)
 
-    def _select_on_device(self, q: ArrayLike, wanted: AttendParameters) -> Selection:
-        from saapindex.attention.device_attend import select_on_device
+    def _select_on_device(self, q: ArrayLike, wanted: AttendParameters, out: Selection | None) -> Selection:
+        from saapindex.attention.device_select import select_on_device
 
         self._check_heads(q)
-        batch: DeviceBatch = self._batch  # type: ignore[assignment]
         with self._current(q):
-            found = select_on_device(batch, q, self._device, self._scaling, wanted, self.ops)  # type: ignore[arg-type]
-            shape = self.batch, self.codebook.heads
-            ids, lengths, partitions = (part.reshape(*shape, *part.shape[1:]) for part in found)
-            start, ends = (batch.keeping.xp.asarray(part) for part in (batch.first, batch.lengths))
-            ids, lengths, partitions, start, ends = (
-                give_back(part, q) for part in (ids, lengths, partitions, start, ends)
-            )
-        return Selection(ids, lengths, partitions, self.sinks, start, ends)
+            return select_on_device(self._batch, q, self._device, self._scaling, wanted, out)  # type: ignore[arg-type]
 
     @property
     def _scaling(self) -> Scaling:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.arrays import ArrayLike, as_numpy, give_back, integers
+from saapindex.devices import current, device_of, get_cupy
 from saapindex.errors import InvalidInputError
 from saapindex.params import check_integer
 
@@ -19,7 +20,9 @@ __all__ = ["Selection"]
 class Selection:
     """Keys that each KV head should attend to, besides the sinks and the window.
 
-    Ids are positions in the sequence. Every array is in the framework of the queries.
+    Ids are positions in the sequence. Every array is in the framework of the queries, and where they are.
+    From an index on a device rows are wider than what is selected, and other forms are made on the host when
+    they are asked for.
 
     Attributes
     ----------
@@ -58,9 +61,9 @@ class Selection:
         indptr : int64, (batch * kv_heads + 1,)
         indices : int64, (indptr[-1],)
         """
-        ids, lengths = as_numpy(self.ids, "ids"), as_numpy(self.lengths, "lengths")
+        ids, lengths = _on_host(self.ids, "ids"), _on_host(self.lengths, "lengths")
         indptr = np.concatenate([[0], np.cumsum(lengths)])
-        return give_back(indptr, self.ids), give_back(ids[ids >= 0], self.ids)
+        return _like(indptr, self.ids), _like(ids[ids >= 0], self.ids)
 
     def page_table(self, page_size: int, *, near: bool = True) -> tuple[ArrayLike, ArrayLike]:
         """Return the pages of `page_size` consecutive positions that hold something selected.
@@ -78,12 +81,12 @@ class Selection:
         lengths : int64, (batch, kv_heads)
         """
         check_integer("page_size", page_size, 1)
-        selected = self._selected(int(as_numpy(self.ends, "ends").max(initial=0)), near)
+        selected = self._selected(int(_on_host(self.ends, "ends").max(initial=0)), near)
         pages = -(-selected.shape[2] // page_size)
         padded = np.pad(selected, [(0, 0), (0, 0), (0, pages * page_size - selected.shape[2])])
         by_page = padded.reshape(*padded.shape[:2], pages, page_size)
         table, lengths = packed(np.any(by_page, axis=3))
-        return give_back(table, self.ids), give_back(lengths, self.ids)
+        return _like(table, self.ids), _like(lengths, self.ids)
 
     def bool_mask(self, n: int, *, near: bool = True, offsets: ArrayLike | None = None) -> ArrayLike:
         """Return what may be attended to, bool (batch, kv_heads, n).
@@ -102,16 +105,16 @@ class Selection:
         InvalidInputError
             If a selected key would lie beyond the last column.
         """
-        return give_back(self._mask(n, near, offsets), self.ids)
+        return _like(self._mask(n, near, offsets), self.ids)
 
     def additive_mask(self, n: int, *, near: bool = True, offsets: ArrayLike | None = None) -> ArrayLike:
         """Return `bool_mask` as float32 to add to logits: zero or minus infinity."""
         mask = np.where(self._mask(n, near, offsets), np.float32(0), np.float32(-np.inf))
-        return give_back(mask, self.ids)
+        return _like(mask, self.ids)
 
     def _mask(self, n: int, near: bool, offsets: ArrayLike | None) -> NDArray[np.bool_]:
         check_integer("n", n, 0)
-        ends = as_numpy(self.ends, "ends")
+        ends = _on_host(self.ends, "ends")
         shift = np.zeros_like(ends)
         if offsets is not None:
             shift = integers(offsets, "offsets", ends.shape, minimum=0)
@@ -126,15 +129,33 @@ class Selection:
 
     def _selected(self, n: int, near: bool) -> NDArray[np.bool_]:
         """Which of `n` positions are selected, (batch, kv_heads, n)."""
-        ids = as_numpy(self.ids, "ids")
+        ids = _on_host(self.ids, "ids")
         mask = np.zeros((*ids.shape[:2], n), np.bool_)
         b, h, place = np.nonzero(ids >= 0)
         mask[b, h, ids[b, h, place]] = True
         if near:
-            at, ends = np.arange(n), as_numpy(self.ends, "ends")[:, None]
-            close = (at < self.sinks) | (at >= as_numpy(self.window_start, "window_start")[:, None])
+            at, ends = np.arange(n), _on_host(self.ends, "ends")[:, None]
+            close = (at < self.sinks) | (at >= _on_host(self.window_start, "window_start")[:, None])
             mask |= (close & (at < ends))[:, None]
         return mask
+
+
+def _on_host(value: ArrayLike, name: str) -> NDArray[Any]:
+    if device_of(value) is None:
+        return as_numpy(value, name)
+    return as_numpy(value.get() if hasattr(value, "get") else value.cpu(), name)
+
+
+def _like(result: NDArray[Any], model: ArrayLike) -> ArrayLike:
+    """Return `result` in the framework of `model`, and on its device."""
+    if device_of(model) is None:
+        return give_back(result, model)
+    if hasattr(model, "get"):  # of CuPy
+        with current(model):
+            return get_cupy().asarray(result)
+    import torch
+
+    return torch.from_numpy(result).to(model.device)
 
 
 def packed(used: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

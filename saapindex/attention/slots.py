@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Several
 from typing import Any
 
@@ -18,9 +18,10 @@ from saapindex.attention.layer import LayerCodebook
 from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.selection import Selection
 from saapindex.attention.sequence import Keeping, Sequence
+from saapindex.attention.slot_table import SlotTable
 from saapindex.attention.tensors import STORED
 from saapindex.backends.base import Floats, Ints
-from saapindex.backends.paged import widened
+from saapindex.backends.paged import Near
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
 
@@ -86,7 +87,7 @@ class SlotIndex:
         self._keeping = Keeping(
             codebook, pool, view.ops, view.window, view.sinks, view.flush, view.adapt, view.dense_below
         )
-        self._sequences: dict[Hashable, tuple[Sequence, Ints]] = {}
+        self._sequences: dict[Hashable, tuple[Sequence, SlotTable]] = {}
 
     def __repr__(self) -> str:
         lengths = {name: sequence.length for name, (sequence, _) in self._sequences.items()}
@@ -106,7 +107,7 @@ class SlotIndex:
 
     def slots(self, name: Hashable) -> NDArray[np.int64]:
         """Return the slot of each token of a sequence."""
-        return self._get(name)[1].copy()
+        return self._get(name)[1].slots.copy()
 
     def append(self, name: Hashable, slots: ArrayLike) -> None:
         """Add the tokens in `slots` at the end of a sequence, which begins here if it is new.
@@ -123,30 +124,54 @@ class SlotIndex:
         InvalidInputError
             On slots that the cache does not have, or that hold what is not finite. The index is as it was.
         """
-        new = self._checked(slots)
-        if name in self._sequences:
-            sequence, old = self._sequences[name]
-        else:
-            sequence, old = Sequence.empty(self._keeping, Span), np.empty(0, np.int64)
+        self.extend({name: slots})
+
+    def extend(self, slots: Mapping[Any, ArrayLike]) -> None:
+        """Add tokens at the end of several sequences at once: a step of a runtime; see `append`.
+
+        Parameters
+        ----------
+        slots
+            Of each sequence, by its name.
+
+        Examples
+        --------
+        >>> from saapindex.attention import fit_layer
+        >>> pool = np.random.default_rng(0).standard_normal((2, 20, 2, 16, 8))
+        >>> codebook = fit_layer(pool[0, :, :, 0].swapaxes(0, 1), np.ones((2, 9, 8)), nlist=2, words=1)
+        >>> index = SlotIndex(codebook, PagedCache(*pool.astype(np.float32)))
+        >>> index.extend({"a": [0, 1], "b": [16]})
+        >>> index.length("a"), index.slots("b").tolist()
+        (2, [16])
+        """
+        new = {name: self._checked(given) for name, given in slots.items()}
+        if not new:
+            return
+        every = np.concatenate(list(new.values()))
         heads = np.arange(self.cache.heads)[:, None]
-        keys, values = (self.cache.take(field, new, heads) for field in ("keys", "values"))
-        for field, x in (("keys", keys), ("values", values)):
-            if not np.isfinite(widened(x)).all():
-                raise InvalidInputError(f"the {field} of {name!r} are not finite in the cache")
-        known = np.concatenate([old, new])
-        if len(new):
-            self._view._warn_of_positions(len(known))
-            with borrowing(self._keeping, self.cache, known) as keeping:
-                sequence = sequence.added(keeping, keys, values)
-        self._sequences[name] = sequence, known
+        keys, values = (self.cache.take(field, every, heads) for field in ("keys", "values"))
+        changed, start = {}, 0
+        for name, added in new.items():
+            part, start = slice(start, start + len(added)), start + len(added)
+            for field, x in (("keys", keys), ("values", values)):
+                if not _finite(x[:, part]):
+                    raise InvalidInputError(f"the {field} of {name!r} are not finite in the cache")
+            sequence, table = self._sequences.get(name) or (Sequence.empty(self._keeping, Span), SlotTable())
+            if len(added):
+                table = table.appended(added)
+                self._view._warn_of_positions(len(table))
+                with borrowing(self._keeping, self.cache, table.slots) as keeping:
+                    sequence = sequence.added(keeping, keys[:, part], values[:, part])
+            changed[name] = sequence, table
+        self._sequences |= changed
 
     def truncate(self, name: Hashable, n: int) -> None:
         """Keep the first `n` tokens of a sequence."""
-        sequence, slots = self._get(name)
+        sequence, table = self._get(name)
         (count,) = integers([n], "n", (1,), minimum=0)
-        with borrowing(self._keeping, self.cache, slots) as keeping:
+        with borrowing(self._keeping, self.cache, table.slots) as keeping:
             sequence = sequence.truncated(keeping, int(count))
-        self._sequences[name] = sequence, slots[:count]
+        self._sequences[name] = sequence, table.first(int(count))
 
     def fork(self, name: Hashable, new: Hashable) -> None:
         """Let a new sequence begin with all tokens of another; what they share is held once.
@@ -176,14 +201,14 @@ class SlotIndex:
         new = self._checked(slots)
         if len(new) != len(old):
             raise InvalidInputError(f"{len(new)} slots for {len(old)} tokens, expected one for each")
-        self._sequences[name] = sequence, new
+        self._sequences[name] = sequence, SlotTable.of(new)
 
     def free(self, name: Hashable) -> None:
         """Forget a sequence."""
         self._get(name)
         del self._sequences[name]
 
-    def _get(self, name: Hashable) -> tuple[Sequence, Ints]:
+    def _get(self, name: Hashable) -> tuple[Sequence, SlotTable]:
         if name not in self._sequences:
             raise InvalidInputError(f"there is no sequence {name!r}")
         return self._sequences[name]
@@ -255,32 +280,37 @@ class SlotIndex:
         ``plain`` is what the slots of the sequences take in the cache of the runtime, shared ones counted
         once; ``total`` over it is what the index adds.
         """
-        sequences, slots = zip(*self._sequences.values(), strict=True) if self._sequences else ((), ())
+        sequences, tables = zip(*self._sequences.values(), strict=True) if self._sequences else ((), ())
+        slots = [table.slots for table in tables]
         row = 2 * self.cache.heads * self.cache.d * STORED[self.cache.dtype].itemsize
-        taken = {id(array): array for array in slots}
-        tables = {id(sequence.lists): sequence.lists.nbytes for sequence in sequences}
+        held = {id(table.places): table.places.nbytes for table in tables}
+        lists = {id(sequence.lists): sequence.lists.nbytes for sequence in sequences}
         pool = self._keeping.pool
         return MemoryStatement(
-            plain=len(np.unique(np.concatenate([*taken.values(), np.empty(0, np.int64)]))) * row,
+            plain=len(np.unique(np.concatenate([*slots, np.empty(0, np.int64)]))) * row,
             pages=pool.nbytes,
             used=pool.used * pool.page_nbytes,
-            statistics=sum(tables.values())
-            + sum(array.nbytes for array in taken.values())
-            + self._view.stacked_nbytes,
+            statistics=sum(lists.values()) + sum(held.values()) + self._view.stacked_nbytes,
         )
+
+
+def _finite(x: NDArray[Any]) -> bool:
+    """Return whether stored elements are finite; uint16 holds the bits of bfloat16."""
+    return bool(((x & 0x7F80) != 0x7F80).all() if x.dtype == np.uint16 else np.isfinite(x).all())
 
 
 class _View(AttentionIndex):
     """Some sequences of a `SlotIndex` side by side, as an `AttentionIndex` has them."""
 
     _cache: PagedCache
-    _slots: list[Ints]
+    _slots: tuple[Ints, ...]
 
-    def show(self, keeping: Keeping, cache: PagedCache, found: list[tuple[Sequence, Ints]]) -> None:
+    def show(self, keeping: Keeping, cache: PagedCache, found: list[tuple[Sequence, SlotTable]]) -> None:
         """Turn to these sequences."""
         before = self._batch if isinstance(self._batch, Batch) else None
         self._batch = Batch(keeping, [sequence for sequence, _ in found], before)
-        self._cache, self._slots, self._count = cache, [slots for _, slots in found], len(found)
+        self._cache, self._count = cache, len(found)
+        self._slots = tuple(table.slots for _, table in found)
 
     @property
     def stacked_nbytes(self) -> int:
@@ -300,36 +330,21 @@ class _View(AttentionIndex):
         self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
     ) -> tuple[Floats, Floats]:
         early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
-        pages = self._cache.pages
-        if wanted.budget == 1 or not batch.is_long or early.any():
-            rows = self._rows(batch, last, near=near, far=True)
-            out, lse, _ = self.ops.attend_rows(x, rows, pages, self._scaling)
-            return out, lse
-        own, code = batch.keeping.pool.pages, self.codebook.code.view
-        reading = batch.reading(wanted)
-        chosen = self.ops.choose_rows(x, batch.lists, own, code, self._scaling, reading)
-        ids = np.full(chosen.rows.shape, -1, np.int64)
-        ids[chosen.rows >= 0] = own.take("ids", chosen.rows[chosen.rows >= 0])
-        rows = np.concatenate([self._rows(batch, last, near=near, far=False), self._rows_at(ids)], axis=-1)
-        return self.ops.attend_chosen(x, rows, pages, chosen, batch.lists, own, code, self._scaling, reading)
-
-    def _rows(self, batch: Batch, last: Ints, *, near: bool, far: bool) -> Ints:
-        """Return the rows of the cache that each query sees, (S, t, n), -1 for none."""
-        n, heads = int(batch.lengths.max(initial=0)), self.codebook.heads
-        at = np.arange(n)
-        ids = np.full((len(batch.sequences), n), -1, np.int64)
-        for b, sequence in enumerate(batch.sequences):
-            close = (at < self.sinks) | (at >= sequence.recent.start)
-            ids[b] = np.where((at < sequence.length) & ((close & near) | (~close & far)), at, -1)
-        ids = np.repeat(ids, heads, axis=0)[:, None]
-        kept = (ids >= 0).any(axis=(0, 1))  # no columns for what nobody sees
-        ids = ids[..., kept]
-        return self._rows_at(np.where(ids <= last[..., None], ids, -1))
-
-    def _rows_at(self, ids: Ints) -> Ints:
-        """Return the rows of the cache for positions of each stream, (S, ...); -1 stays."""
-        heads = self.codebook.heads
-        batch = len(ids) // heads
-        slots = self.slots_at(ids.reshape(batch, heads, *ids.shape[1:])).reshape(ids.shape)
-        owner = np.tile(np.arange(heads), batch).reshape(-1, *[1] * (ids.ndim - 1))
-        return np.where(slots >= 0, self._cache.rows(np.maximum(slots, 0), owner), -1)
+        recent = np.repeat(batch.lengths, self.codebook.heads) - batch.first_of_streams
+        near_keys = batch.nothing_near
+        if near:
+            nowhere = np.empty((len(recent), 0), np.int32)
+            near_keys = Near(nowhere, 0, batch._sinks, batch.first_of_streams, np.maximum(recent, 0))
+        sparse = wanted.budget != 1 and batch.is_long and not early.any()
+        lists = batch.lists if wanted.slopes is not False else batch.lists_without_slopes
+        return self.ops.attend_slots(
+            x,
+            last,
+            near_keys,
+            lists,
+            batch.keeping.pool.pages,
+            self._cache.of_sequences(self._slots),
+            self.codebook.code.view,
+            self._scaling,
+            batch.reading(wanted) if sparse else None,
+        )

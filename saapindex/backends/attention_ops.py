@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.backends.common import Floats, Ints
-from saapindex.backends.paged import Chosen, Code, Near, PagedLists, Pages, Reading, Scaling
+from saapindex.backends.paged import Chosen, Code, Near, PagedLists, Pages, Reading, Scaling, Slots
 
 __all__ = ["AttentionOps"]
 
@@ -272,6 +272,32 @@ class AttentionOps(ABC):
         exact = np.concatenate([near.all_rows(positions), chosen.rows], axis=-1)
         return self.attend_chosen(queries, exact, pages, chosen, lists, pages, code, scaling, reading)
 
+    def attend_slots(
+        self,
+        queries: Floats,
+        positions: Ints,
+        near: Near,
+        lists: PagedLists,
+        pages: Pages,
+        slots: Slots,
+        code: Code,
+        scaling: Scaling,
+        reading: Reading | None,
+    ) -> tuple[Floats, Floats]:
+        """Do what `attend_lists` does, or without `reading` what `attend_all` does, where another runtime
+        keeps keys and values: `pages` hold positions and codes, and near pages are not looked at.
+        """
+        ids = near.all_ids(positions)
+        if reading is None:
+            rows = lists.all_rows(np.repeat(lists.sizes[:, None], positions.shape[1], axis=1))
+            stands = _ids(rows, pages)
+            ids = np.concatenate([ids, np.where(stands <= positions[..., None], stands, -1)], axis=-1)
+            out, lse, _ = self.attend_rows(queries, slots.rows(ids), slots.pages, scaling)
+            return out, lse
+        chosen = self.choose_rows(queries, lists, pages, code, scaling, reading)
+        exact = slots.rows(np.concatenate([ids, _ids(chosen.rows, pages)], axis=-1))
+        return self.attend_chosen(queries, exact, slots.pages, chosen, lists, pages, code, scaling, reading)
+
     def choose_rows(
         self,
         queries: Floats,
@@ -286,10 +312,8 @@ class AttentionOps(ABC):
         taken = self.select_lists(logits, norms, lists.sizes, reading)
         if reading.refine:
             estimates, rows, labels = self.scan_codes(queries, taken, lists, pages, code, scaling)
-            ids = np.full(rows.shape, -1, np.int64)
-            ids[rows >= 0] = pages.take("ids", rows[rows >= 0])
             limits = reading.keep(taken.sum(axis=-1))
-            kept = self.select_keys(estimates, norms, ids, limits, reading.policy)
+            kept = self.select_keys(estimates, norms, _ids(rows, pages), limits, reading.policy)
             fetched = np.where(kept, rows, -1)
             estimates = np.where(kept[:, :, None], -np.inf, estimates).astype(queries.dtype)
         else:
@@ -334,3 +358,10 @@ class AttentionOps(ABC):
             scaling,
         )
         return self.merge(np.stack([out, other]), np.stack([lse, other_lse]))
+
+
+def _ids(rows: Ints, pages: Pages) -> Ints:
+    """Return the positions of the keys at `rows`; -1 stays."""
+    ids = np.full(rows.shape, -1, np.int64)
+    ids[rows >= 0] = pages.take("ids", rows[rows >= 0])
+    return ids

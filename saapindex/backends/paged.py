@@ -15,7 +15,18 @@ from numpy.typing import DTypeLike, NDArray
 
 from saapindex.backends.common import LANES, Floats, Ints
 
-__all__ = ["Chosen", "Code", "Near", "PagedLists", "Pages", "Reading", "Scaling", "by_number", "widened"]
+__all__ = [
+    "Chosen",
+    "Code",
+    "Near",
+    "PagedLists",
+    "Pages",
+    "Reading",
+    "Scaling",
+    "Slots",
+    "by_number",
+    "widened",
+]
 
 
 def widened(x: NDArray[Any], dtype: DTypeLike = np.float32) -> Floats:
@@ -226,6 +237,16 @@ class Near(NamedTuple):
         rows, positions = (np.concatenate(part) for part in zip(*parts, strict=True))
         return rows, positions
 
+    def all_ids(self, positions: Ints) -> Ints:
+        """Return the positions that queries at `positions`, (S, t), see: (S, t, N), -1 for the others."""
+        most = int((self.sinks + self.recent).max(initial=0))
+        seen = np.full((*positions.shape, most), -1, np.int64)
+        for s, last in enumerate(positions):
+            sinks, first, recent = int(self.sinks[s]), int(self.first[s]), int(self.recent[s])
+            stands = np.concatenate([np.arange(sinks), np.arange(first, first + recent)])
+            seen[s, :, : len(stands)] = np.where(stands <= last[:, None], stands, -1)
+        return seen
+
     def all_rows(self, positions: Ints) -> Ints:
         """Return the rows that queries at `positions`, (S, t), see: (S, t, N), -1 for the others."""
         most = int((self.sinks + self.recent).max(initial=0))
@@ -234,6 +255,42 @@ class Near(NamedTuple):
             rows, stands = self.rows(s)
             seen[s, :, : len(rows)] = np.where(stands <= last[:, None], rows, -1)
         return seen
+
+
+class Slots(NamedTuple):
+    """Where the keys of `S` streams are, if another runtime keeps them: in its own pages.
+
+    Attributes
+    ----------
+    tables
+        Of each sequence int64, the slot of each of its positions.
+    pages
+        The memory of the runtime as rows of keys and values.
+    heads
+        KV heads: streams of a sequence.
+    page_size
+        Slots of a page of the runtime.
+    by_page, by_head, by_lane
+        Rows from a page, a head and a slot to the next.
+    """
+
+    tables: tuple[Ints, ...]
+    pages: Pages
+    heads: int
+    page_size: int
+    by_page: int
+    by_head: int
+    by_lane: int
+
+    def rows(self, ids: Ints) -> Ints:
+        """Return the rows in `pages` of positions of each stream, (S, ...); -1 stays."""
+        found = np.full(ids.shape, -1, np.int64)
+        for s, of_stream in enumerate(ids):
+            there = of_stream >= 0
+            sequence, head = divmod(s, self.heads)
+            page, lane = np.divmod(self.tables[sequence][of_stream[there]], self.page_size)
+            found[s][there] = page * self.by_page + head * self.by_head + lane * self.by_lane
+        return found
 
 
 class Reading(NamedTuple):

@@ -58,7 +58,7 @@ struct Step {
     const int* positions;  // (B, t), or none: the newest tokens
     void* out;
     float* lse;
-    u32* bits;  // (units, width): the positions that are chosen, instead of attending
+    u32* bits;  // (units, width): the positions that are chosen, then the lists visited, instead of attending
     float *dots, *rotated, *estimates, *masses;
     int2* visited;
     u16* bins;
@@ -282,6 +282,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     }
     STAMP(9);
     if (!deciding) reduce_block(p, s, part, mine, reduction, sums, totals, estimating ? SHARES : 0);
+    else if (sparse && block == 0)  // the last words of a row of bits are for lists
+        note_lists(p.bits + ((i64)unit + 1) * p.width - (p.lists + 31) / 32, taken, p.lists);
     STAMP(10);
     __syncthreads();
     if (thread == 0) {

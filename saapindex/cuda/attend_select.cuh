@@ -318,6 +318,12 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     }
 }
 
+// Set the bits of the lists that are visited.
+__device__ __noinline__ void note_lists(u32* words, const int* taken, int lists) {
+    for (int list = threadIdx.x; list < lists; list += THREADS)
+        if (taken[list] > 0) atomicOr(words + (list >> 5), 1u << (list & 31));
+}
+
 // The weight of the keys of a list that were not visited, for each head.
 __device__ __forceinline__ Group rest_of_list(const Step& p, const Shared& s, const Part& part, int list, int taken) {
     const int size = p.sizes[(i64)part.stream * p.lists + list], rest = size - taken;

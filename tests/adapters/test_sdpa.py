@@ -138,6 +138,21 @@ def test_on_a_gpu(budget, served, sdpa, torch):
         np.testing.assert_array_equal(mask[:, ::3, 0].cpu().numpy(), selection.bool_mask(300))
 
 
+@pytest.mark.gpu
+def test_selected_on_a_gpu(served, sdpa, torch):
+    """Rows of a selection that was made there are wider than what is selected."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pytest.importorskip("cupy")
+    q, k, v = (torch.from_numpy(x).cuda() for x in (served.q, *served.kv))
+    selection = served.index.to("cuda").select(q, nprobe=2)
+    assert selection.ids.shape[2] > int(selection.lengths.max())
+    out = sdpa.attend(q, k, v, selection)
+    np.testing.assert_allclose(out.cpu(), served.dense(served.select(nprobe=2)), atol=1e-3)
+    mask = sdpa.attention_mask(selection, 300, 6)
+    np.testing.assert_array_equal(mask[:, ::3, 0].cpu().numpy(), selection.bool_mask(300).cpu().numpy())
+
+
 @pytest.mark.parametrize("standard", [True, False])
 def test_arrays_of_any_framework(standard, served, sdpa, monkeypatch):
     """Told by DLPack alone; results come back through the namespace or the package of the array."""

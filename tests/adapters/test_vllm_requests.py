@@ -93,6 +93,10 @@ class Told:
     def length(self, name):
         return len(self.held[name])
 
+    def extend(self, new):
+        for name, slots in new.items():
+            self.append(name, slots)
+
     def append(self, name, slots):
         self.appended += len(slots)
         self.held[name] = [*self.held.get(name, []), *self.engine.cells[slots].tolist()]

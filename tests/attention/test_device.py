@@ -344,17 +344,6 @@ class TestBoundary:
                     np.testing.assert_allclose(out, want, rtol=1e-3, atol=1e-3)
                     np.testing.assert_allclose(lse, want_lse, rtol=1e-3, atol=1e-3)
 
-    def test_selection_is_that_of_the_host(self, make_codebook, data, cupy):
-        host, device = pair(make_codebook(), "float32", 2)
-        k, v = data(np.random.default_rng(1), 2, 700)
-        for index in (host, device):
-            index.add(k, v)
-        q = np.random.default_rng(2).standard_normal((2, 6, 16)).astype(np.float32)
-        for how in ({"budget": 1.0}, {"budget": 0.3}, {"nprobe": 2}):
-            one, other = host.select(q, **how), device.select(cupy.asarray(q), **how)
-            for name in ("ids", "lengths", "partitions", "window_start", "ends"):
-                np.testing.assert_array_equal(getattr(one, name), as_host(getattr(other, name)), name)
-
     def test_learned_sinks(self, make_codebook, data, torch):
         host, device = pair(make_codebook(), "float32", sink_logits=np.linspace(-1, 2, 6))
         k, v = data(np.random.default_rng(1), 1, 400)

@@ -10,7 +10,7 @@ import pytest
 
 from saapindex.backends import get_ops
 from saapindex.backends.base import LANES
-from saapindex.backends.paged import Near, PagedLists
+from saapindex.backends.paged import Near, PagedLists, Pages, Slots
 from saapindex.codes import fit_codes, quantise_rows
 from saapindex.lists.paged import PagePool
 
@@ -46,6 +46,31 @@ def poison(pool):
         pool.pages.codes[chunk][place, :, free] = 0xFFFFFFFF
         pool.pages.exponents[chunk][place, free] = 255
         pool.pages.ids[chunk][place, free] = -7
+
+
+def in_a_runtime(keys, values, heads):
+    """The same keys, (S, n, d), in any slots of the pages of a runtime."""
+    rng, (streams, n, d) = np.random.default_rng(0), keys.shape
+    batch = streams // heads
+    count = -(-n // LANES) * batch + 2
+    order = rng.permutation(count * LANES)
+    tables = tuple(order[b * n : (b + 1) * n].copy() for b in range(batch))
+    held = [np.zeros((count, heads, LANES, d), keys.dtype) for _ in range(2)]
+    for b, table in enumerate(tables):
+        for array, x in zip(held, (keys, values), strict=True):
+            array[table // LANES, :, table % LANES] = x[b * heads : (b + 1) * heads].swapaxes(0, 1)
+    columns = {
+        "keys": held[0].reshape(-1, LANES, d),
+        "values": held[1].reshape(-1, LANES, d),
+        "codes": np.empty((0, 1, LANES), np.uint32),
+        "exponents": np.empty((0, LANES), np.uint8),
+        "ids": np.empty((0, LANES), np.int32),
+    }
+    addresses = np.array([[array.ctypes.data] for array in columns.values()], np.int64)
+    pages = Pages(
+        **{name: (array,) for name, array in columns.items()}, addresses=addresses, span=count * heads
+    )
+    return Slots(tables, pages, heads, LANES, heads * LANES, LANES, 1)
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +138,7 @@ def paged():
         return SimpleNamespace(
             pool=pool,
             pages=pool.pages,
+            slots=in_a_runtime(keys, values, heads),
             lists=lists,
             near=near,
             code=code.view,

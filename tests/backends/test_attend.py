@@ -249,6 +249,27 @@ def test_one_go_is_the_operations_one_after_the_other(
         close(found, known, max(1.0, scaling.scale))
 
 
+@pytest.mark.parametrize("settings", [*WAYS, None])
+@given(scaling=SCALINGS, **SHAPES)
+def test_keys_may_be_in_the_pages_of_a_runtime(
+    backend, paged, settings, scaling, d, t, g, n, sinks, recent, seed
+):
+    made = paged(seed, d=d, n=n, sinks=sinks, recent=recent, dtype="bfloat16")
+    queries = made.rng.standard_normal((4, t, g, d)).astype(np.float32)
+    positions = made.rng.integers(made.total - recent - 2, made.total + 1, (4, t))
+    reading, ops = None if settings is None else made_reading(made, **settings), get_ops(backend)
+    before = queries, positions, made.near, made.lists, made.pages
+    if reading is None:
+        known = ops.attend_all(*before, scaling)
+    else:
+        known = ops.attend_lists(*before, made.code, scaling, reading)
+    bare = made.near._replace(pages=np.empty((4, 0), np.int32))
+    before = queries, positions, bare, made.lists, made.pages
+    found = ops.attend_slots(*before, made.slots, made.code, scaling, reading)
+    for one, other in zip(found, known, strict=True):
+        close(one, other, max(1.0, scaling.scale))
+
+
 def test_threads_and_rounds_change_nothing(monkeypatch, paged):
     made, ops, threads = paged(n=2000, nlist=16), get_ops("cpu"), numba.get_num_threads()
     queries = made.rng.standard_normal((4, 7, 3, 16)).astype(np.float32)

@@ -126,7 +126,6 @@ inline unsigned __reduce_max_sync(unsigned, unsigned x) {
     for (int lane = 0; lane < 32; ++lane) most = max(most, from_lane(x, lane));
     return most;
 }
-inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 
 template <typename T>
 inline T __ldcg(const T* p) { return *p; }
@@ -143,6 +142,8 @@ inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from saapindex.attention import AttendParameters, AttentionIndex, fit_layer
 from saapindex.attention.streams import to_streams
 from saapindex.backends.cuda import step as launched
+from saapindex.backends.cuda.chosen import Bits, Chosen, chosen_step, most_chosen
 from saapindex.backends.paged import Scaling
 
 SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent / "emulation.py")
@@ -69,13 +71,11 @@ class Case:
 
         return lambda limits: build(limits.policy if self.macros["G"] > 1 else "sum")
 
-    def compare(self, run, blocks, threads, ways):
+    def compare(self, run, blocks, threads, ways, listing=None):
         """The kernel and the reference agree, twice in a row, in each of these ways."""
         x, group = self.index._grouped(self.q)
         tokens, lists = x.shape[1], self.index.codebook.nlist
-        space = launched.Workspace.empty(
-            self.streams, self.code, group, tokens, (blocks, threads), np, most_positions=1000
-        )
+        space = launched.Workspace.empty(self.streams, self.code, group, tokens, (blocks, threads), np)
         shared = launched.shared_bytes(
             x.shape[3], group, self.macros["WORDS"], lists, threads, self.streams.keys.dtype.itemsize
         )
@@ -105,14 +105,34 @@ class Case:
                 assert not space.counters.any()
                 assert not space.histogram.any()
                 assert not space.masses.any()
-            if tokens == 1:
-                argument = launched.step(*common, x, x, **how, deciding=True)
-                run(limits)(len(x) * blocks, threads, shared, argument)
-                ids = np.asarray(self.index.select(self.q[:, :, 0], params=params).ids).reshape(len(x), -1)
-                for bits, expected in zip(space.bits, ids, strict=True):
-                    chosen = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
-                    np.testing.assert_array_equal(chosen, expected[expected >= 0], str(way))
-                space.bits[:] = 0
+            if listing is not None:
+                for _ in range(2):
+                    out = self.choose(run(limits), listing, common, limits, (len(x) * blocks, threads, shared), how)
+                    compare_selections(out, self.index.select(self.q[:, :, 0], params=params), str(way))
+
+    def choose(self, run, listing, common, limits, shape, how):
+        """What the kernels select, in the arrays of `Selection`."""
+        bits, most = Bits.empty(self.streams, np), most_chosen(self.streams, limits, **how)
+        count, batch, lists = len(self.streams.counts), len(self.streams.lengths), self.index.codebook.nlist
+        sizes = (count, most), count, (count, lists), batch, batch
+        out = Chosen(*(np.full(size, -7, np.int64) for size in sizes))
+        wide = common[-1]._replace(bits=bits.bits, width=bits.bits.shape[1])
+        run(*shape, launched.step(*common[:-1], wide, common[0], common[0], **how, deciding=True))
+        argument = chosen_step(self.streams, bits, out, 132, **how)
+        listing(count * int(argument["blocks"][0]), 64, 1024, argument)
+        assert not any(array.any() for array in bits)
+        return out
+
+
+def compare_selections(out, expected, way):
+    """Padded rows of the kernels hold what the reference selects."""
+    for name, wide in (("ids", out.ids), ("partitions", out.partitions)):
+        want = np.asarray(getattr(expected, name)).reshape(len(wide), -1)
+        np.testing.assert_array_equal(wide[:, : want.shape[1]], want, way)
+        assert (wide[:, want.shape[1] :] == -1).all(), way
+    np.testing.assert_array_equal(out.lengths, expected.lengths.reshape(-1), way)
+    np.testing.assert_array_equal(out.starts, expected.window_start, way)
+    np.testing.assert_array_equal(out.ends, expected.ends, way)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +146,8 @@ def test_every_way(folder, monkeypatch, cached):
         monkeypatch.setattr(launched, "_TABLE_MOST", 0)
     case = Case(16, 2, 2, 900, 8, 1, "float32", 1)
     run = case.builder(folder, 128)
-    case.compare(run, 2, 128, WAYS if cached else WAYS[:5])
+    listing = emulation.build(folder, "chosen", THREADS=64)
+    case.compare(run, 2, 128, WAYS if cached else WAYS[:5], listing)
 
 
 @pytest.mark.parametrize(
@@ -144,4 +165,44 @@ def test_shapes_and_types(folder, shape, blocks, threads, options):
     case = Case(*shape, **options)
     run = case.builder(folder, threads)
     ways = WAYS[:3] if case.macros["G"] > 1 else [WAYS[0], WAYS[1]]
-    case.compare(run, blocks, threads, [*ways, {"budget": 1.0}])
+    listing = emulation.build(folder, "chosen", THREADS=64) if shape[-1] == 1 else None
+    case.compare(run, blocks, threads, [*ways, {"budget": 1.0}], listing)
+
+
+@pytest.mark.parametrize("most", [0, 100, 5000])
+@pytest.mark.parametrize("everything", [False, True])
+def test_rows_of_any_bits(folder, most, everything):
+    """Rows of several parts, more bits than there is room for, lists beyond a turn of a block."""
+    rng = np.random.default_rng(most)
+    streams, pages, lists = 4, 4000, 133
+    shown = SimpleNamespace(
+        sinks=3,
+        pages=np.zeros((streams, pages), np.int32),
+        counts=np.zeros(streams, np.int32),
+        anchors=np.zeros((streams, lists, 1), np.int8),
+        sizes=rng.integers(0, 2, (streams, lists), np.int32),
+        lengths=np.array([9, 8], np.int32),
+        first=np.array([5, 4], np.int32),
+    )
+    bits = Bits.empty(shown, np)
+    positions = rng.random((streams, 3 + 16 * pages)) < np.array([[0], [0.001], [0.05], [1]])
+    visited = rng.random((streams, lists)) < 0.5
+    for row, at, some in zip(bits.bits, positions, visited, strict=True):
+        words = np.zeros(32 * len(row), bool)
+        words[: len(at)] = at
+        words[32 * (len(row) - -(-lists // 32)) :][:lists] = some
+        row[:] = np.packbits(words, bitorder="little").view(np.uint32)
+    sizes = (streams, most), streams, (streams, lists), 2, 2
+    out = Chosen(*(np.full(size, -7, np.int64) for size in sizes))
+    argument = chosen_step(shown, bits, out, 132, everything=everything)
+    assert argument["blocks"] > 2
+    emulation.build(folder, "chosen", THREADS=64)(streams * int(argument["blocks"][0]), 64, 1024, argument)
+    for s in range(streams):
+        there = np.flatnonzero(positions[s])[:most]
+        assert out.ids[s].tolist() == there.tolist() + [-1] * (most - len(there))
+        assert out.lengths[s] == len(there)
+        some = np.flatnonzero(shown.sizes[s] if everything else visited[s])
+        assert out.partitions[s].tolist() == some.tolist() + [-1] * (lists - len(some))
+    assert out.starts.tolist() == [5, 4]
+    assert out.ends.tolist() == [9, 8]
+    assert not any(array.any() for array in bits)

@@ -12,7 +12,7 @@ from saapindex.backends.cpu.route import route
 from saapindex.backends.cpu.scan import range_scan, scan
 from saapindex.backends.cpu.search import search
 from saapindex.backends.cpu.select import rank_lists, select_keys, select_lists
-from saapindex.backends.cpu.step import attend_all, attend_lists
+from saapindex.backends.cpu.step import attend_all, attend_lists, attend_slots
 from saapindex.backends.reference import ReferenceOps
 
 __all__ = ["CpuOps"]
@@ -42,3 +42,4 @@ class CpuOps(ReferenceOps):
     merge = staticmethod(merge)
     attend_all = staticmethod(attend_all)
     attend_lists = staticmethod(attend_lists)
+    attend_slots = staticmethod(attend_slots)

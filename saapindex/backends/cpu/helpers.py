@@ -14,7 +14,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-__all__ = ["call_helpers"]
+__all__ = ["call_helpers", "start_helpers"]
 
 _jobs: SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = SimpleQueue()
 _started: list[int] = []
@@ -26,14 +26,19 @@ def call_helpers(count: int, work: Callable[..., object], *arguments: Any) -> No
 
     `work` must let other threads run (``nogil``) and return at once where nothing is left to do.
     """
+    start_helpers(count)
+    for _ in range(count - _jobs.qsize()):
+        _jobs.put((work, arguments))
+
+
+def start_helpers(count: int) -> None:
+    """See to it that there are `count` threads; new ones run on the cores that the caller may run on."""
     here = os.getpid()
     if _started[:1] != [here]:
         _started.clear()
     while len(_started) < count:
         threading.Thread(target=_help, name=f"saapindex-{len(_started)}", daemon=True).start()
         _started.append(here)
-    for _ in range(count - _jobs.qsize()):
-        _jobs.put((work, arguments))
 
 
 def _help() -> None:

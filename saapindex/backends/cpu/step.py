@@ -51,7 +51,7 @@ from saapindex.backends.cpu.vector import (
     plain,
     pointer,
 )
-from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling
+from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling, Slots
 
 SCANNED = 32
 """Pages whose codes a task scans."""
@@ -69,6 +69,8 @@ PATIENCE, FOREVER = 20_000, 1 << 62
 _NUMBERS = (
     # Sizes, as `AttentionOps` and `paged` name them; `rows` queries in a row, in `width` padded dimensions.
     "rows tokens g d width heads nlist coded words near_pages sink_pages span shift chunks kind "
+    # Where keys and values are: in the same pages, or in those of another runtime.
+    "cache_span cache_shift cache_chunks streams_each page_size by_page by_head by_lane "
     # What to read.
     "code_bytes row_bytes nprobe policy by_mass refine remainder everything "
     # Room that the working memory has, for each row.
@@ -77,6 +79,7 @@ _NUMBERS = (
 _READ = (
     "queries positions near_table sinks first recent anchors anchor_scales means mean_scales spreads slopes "
     "sizes starts table addresses inverse steps widths base spread distortion scan left "
+    "cache_addresses slot_tables "
 )
 _WRITTEN = (
     "rotations logits norms centers bytes factors taken page_counts page_numbers labels counts estimates "
@@ -117,6 +120,21 @@ def _query(step, r):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, inline="always")
 def _pool(step):  # type: ignore[no-untyped-def]
     return _longs(step.addresses, (5, step.chunks))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _cache(step):  # type: ignore[no-untyped-def]
+    return _longs(step.cache_addresses, (5, step.cache_chunks))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _slot_row(step, r, position):  # type: ignore[no-untyped-def]
+    """Row of a key in the pages of another runtime; see `Slots`."""
+    s = r // step.tokens
+    b = s // step.streams_each
+    slot = _longs(_longs(step.slot_tables, (b + 1,))[b], (position + 1,))[position]
+    page, lane = slot // step.page_size, slot % step.page_size
+    return page * step.by_page + s % step.streams_each * step.by_head + lane * step.by_lane
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -238,8 +256,8 @@ def _attend(step, r, part, rows):  # type: ignore[no-untyped-def]
         peaks[part] = -np.inf
         return
     attend_chunk(
-        _query(step, r), rows, _pool(step), step.span, step.shift, step.kind, step.d, step.scale,
-        step.softcap, outs[part], sums[part], peaks[part],
+        _query(step, r), rows, _cache(step), step.cache_span, step.cache_shift, step.kind, step.d,
+        step.scale, step.softcap, outs[part], sums[part], peaks[part],
     )  # fmt: skip
 
 
@@ -252,10 +270,15 @@ def _near_rows(step, r, part, rows):  # type: ignore[no-untyped-def]
     pages = _ints(step.near_table + 4 * s * step.near_pages, (step.near_pages,))
     for i in range(part * CHUNK, min((part + 1) * CHUNK, sinks + _of_stream(step, step.recent, r))):
         at = i if i < sinks else i - sinks
-        if (at if i < sinks else first + at) <= last:
+        position = at if i < sinks else first + at
+        if position > last:
+            continue
+        if step.slot_tables:
+            rows[n] = _slot_row(step, r, position)
+        else:
             page = pages[at // LANES + (0 if i < sinks else step.sink_pages)]
             rows[n] = np.int64(page) * LANES + at % LANES
-            n += 1
+        n += 1
     return n
 
 
@@ -436,7 +459,12 @@ def _do(address: int, stage: int, task: int) -> None:
         else:
             r, part = task // step.kept_parts, task % step.kept_parts
             n = min(CHUNK, _longs(step.kept_counts, (r + 1,))[r] - part * CHUNK)
-            rows = _longs(step.kept_rows + 8 * (r * step.kept + part * CHUNK), (CHUNK,))
+            kept = _longs(step.kept_rows + 8 * (r * step.kept + part * CHUNK), (CHUNK,))
+            for i in range(n):
+                if step.slot_tables:
+                    rows[i] = _slot_row(step, r, _id(step, kept[i] // LANES, kept[i] % LANES))
+                else:
+                    rows[i] = kept[i]
             part += step.near_parts
         _attend(step, r, part, rows[: max(n, 0)])
     elif stage == SCAN:
@@ -595,6 +623,47 @@ def set_up(  # type: ignore[no-untyped-def]
     return counts, memory, little
 
 
+def _how(reading: Reading | None) -> dict[str, Any]:
+    if reading is None:
+        return {"everything": True}
+    return {
+        "code_bytes": reading.code_bytes,
+        "row_bytes": reading.row_bytes,
+        "nprobe": reading.nprobe,
+        "top_p": reading.top_p,
+        "policy": POLICIES[reading.policy],
+        "by_mass": reading.by_mass,
+        "refine": reading.refine,
+        "remainder": reading.remainder,
+    }
+
+
+# Dense attention reads no codes.
+_NO_CODE = [
+    np.zeros(shape, np.int64 if i == 2 else np.float32)
+    for i, shape in enumerate([(1, 1, 1), (1, 1), (1, 1), (1,), (1, 1), (1, 1)])
+]
+
+
+def _attend_step(
+    queries: Floats,
+    positions: Ints,
+    near: Near,
+    lists: PagedLists,
+    pages: Pages,
+    code: Code | None,
+    scaling: Scaling,
+    reading: Reading | None,
+    slots: Slots | None = None,
+) -> tuple[Floats, Floats]:
+    arrays, none = _NO_CODE, np.zeros(len(lists.sizes), np.int64)
+    limits = none, none
+    if code is not None and reading is not None:
+        arrays = code_arrays(code, "inverse", "step", "widths", "base", "spread", "distortion")
+        limits = plain(reading.scan, np.int64), plain(reading.left, np.int64)
+    return _in_rounds(queries, positions, near, lists, pages, slots, arrays, scaling, limits, _how(reading))
+
+
 def attend_lists(
     queries: Floats,
     positions: Ints,
@@ -606,36 +675,29 @@ def attend_lists(
     reading: Reading,
 ) -> tuple[Floats, Floats]:
     """See `Ops.attend_lists`."""
-    how = {
-        "code_bytes": reading.code_bytes,
-        "row_bytes": reading.row_bytes,
-        "nprobe": reading.nprobe,
-        "top_p": reading.top_p,
-        "policy": POLICIES[reading.policy],
-        "by_mass": reading.by_mass,
-        "refine": reading.refine,
-        "remainder": reading.remainder,
-    }
-    arrays = code_arrays(code, "inverse", "step", "widths", "base", "spread", "distortion")
-    limits = plain(reading.scan, np.int64), plain(reading.left, np.int64)
-    return _in_rounds(queries, positions, near, lists, pages, arrays, scaling, limits, how)
-
-
-# Dense attention reads no codes.
-_NO_CODE = [
-    np.zeros(shape, np.int64 if i == 2 else np.float32)
-    for i, shape in enumerate([(1, 1, 1), (1, 1), (1, 1), (1,), (1, 1), (1, 1)])
-]
+    return _attend_step(queries, positions, near, lists, pages, code, scaling, reading)
 
 
 def attend_all(
     queries: Floats, positions: Ints, near: Near, lists: PagedLists, pages: Pages, scaling: Scaling
 ) -> tuple[Floats, Floats]:
     """See `Ops.attend_all`."""
-    none = np.zeros(len(lists.sizes), np.int64)
-    return _in_rounds(
-        queries, positions, near, lists, pages, _NO_CODE, scaling, (none, none), {"everything": True}
-    )
+    return _attend_step(queries, positions, near, lists, pages, None, scaling, None)
+
+
+def attend_slots(
+    queries: Floats,
+    positions: Ints,
+    near: Near,
+    lists: PagedLists,
+    pages: Pages,
+    slots: Slots,
+    code: Code,
+    scaling: Scaling,
+    reading: Reading | None,
+) -> tuple[Floats, Floats]:
+    """See `Ops.attend_slots`."""
+    return _attend_step(queries, positions, near, lists, pages, code, scaling, reading, slots)
 
 
 def _in_rounds(
@@ -644,6 +706,7 @@ def _in_rounds(
     near: Near,
     lists: PagedLists,
     pages: Pages,
+    slots: Slots | None,
     code: list[NDArray[Any]],
     scaling: Scaling,
     limits: tuple[Ints, Ints],
@@ -655,8 +718,16 @@ def _in_rounds(
     out, lse = np.empty((streams, t, g, d), np.float32), np.empty((streams, t, g), np.float32)
     spans = addressed(pages)
     step = np.zeros(1, STEP)
-    how |= {"sink_pages": near.sink_pages, "span": spans[1], "shift": spans[2], "kind": kind_of(pages)}
-    how |= {"scale": scaling.scale, "softcap": scaling.softcap}
+    how |= {"sink_pages": near.sink_pages, "span": spans[1], "shift": spans[2]}
+    how |= {"scale": scaling.scale, "softcap": scaling.softcap, "streams_each": 1, "page_size": 1}
+    held, tables = pages, np.zeros(0, np.int64)
+    if slots is not None:
+        held, tables = slots.pages, np.array([table.ctypes.data for table in slots.tables])
+        how |= {"slot_tables": tables.ctypes.data, "streams_each": slots.heads, "page_size": slots.page_size}
+        how |= {"by_page": slots.by_page, "by_head": slots.by_head, "by_lane": slots.by_lane}
+    cache, cache_span, cache_shift = addressed(held)
+    how |= {"kind": kind_of(held), "cache_addresses": cache.ctypes.data, "cache_chunks": cache.shape[1]}
+    how |= {"cache_span": cache_span, "cache_shift": cache_shift}
     for name, value in how.items():
         step[name] = value
     pages_a_stream = len(lists.table) // max(streams, 1) + near.pages.shape[1]

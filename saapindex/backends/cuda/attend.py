@@ -85,7 +85,7 @@ def select_streams(
     *,
     everything: bool = False,
 ) -> None:
-    """Set the bits of the positions that `attend_streams` would fetch from the lists, in ``space.bits``."""
+    """Set the bits of what `attend_streams` would fetch, in ``space.bits``; see `choose_streams`."""
     argument = step(
         queries, streams, code, scaling, limits, space, queries, queries, everything=everything, deciding=True
     )

@@ -142,7 +142,7 @@ class Workspace(NamedTuple):
     threads
         Of a block.
     width
-        32-bit words of a bitmap of positions.
+        32-bit words of a row of `bits`, see `saapindex.backends.cuda.chosen`.
     """
 
     dots: Array
@@ -171,16 +171,13 @@ class Workspace(NamedTuple):
         tokens: int,
         shape: tuple[int, int],
         xp: Any,
-        *,
-        most_positions: int = 0,
     ) -> Workspace:
-        """Return buffers for `tokens` tokens of every stream and `group` heads, and bitmaps of positions."""
+        """Return buffers for `tokens` tokens of every stream and `group` heads, without bits."""
         blocks, threads = shape
         units = streams.pages.shape[0] * tokens
         lists, d = streams.anchors.shape[1:]
         pairs = (streams.pages.shape[1] + 1) // 2
         most = (pairs + blocks - 1) // blocks * 2 * blocks
-        width = -(-most_positions // 32)
         return cls(
             dots=xp.empty((units, lists, group), np.float32),
             rotated=xp.empty((units, group, code.inverse.shape[1]), np.float32),
@@ -194,10 +191,10 @@ class Workspace(NamedTuple):
             candidates=xp.empty((units, group, CANDIDATES, 2), np.float32),
             counters=xp.zeros((units, 4 + 3 * group), np.uint32),
             partial=xp.empty((units, blocks, group, d + 2), np.float32),
-            bits=xp.zeros((units, width), np.uint32),
+            bits=xp.zeros((units, 0), np.uint32),
             blocks=blocks,
             threads=threads,
-            width=width,
+            width=0,
         )
 
 
