@@ -107,7 +107,9 @@ class Case:
                 assert not space.masses.any()
             if listing is not None:
                 for _ in range(2):
-                    out = self.choose(run(limits), listing, common, limits, (len(x) * blocks, threads, shared), how)
+                    out = self.choose(
+                        run(limits), listing, common, limits, (len(x) * blocks, threads, shared), how
+                    )
                     compare_selections(out, self.index.select(self.q[:, :, 0], params=params), str(way))
 
     def choose(self, run, listing, common, limits, shape, how):

@@ -8,7 +8,15 @@ from numpy.typing import NDArray
 
 from saapindex.backends.cuda.launch import element
 from saapindex.backends.cuda.module import kernel
-from saapindex.backends.cuda.step import POLICIES, DeviceCode, Limits, Workspace, launch_shape, shared_bytes, step
+from saapindex.backends.cuda.step import (
+    POLICIES,
+    DeviceCode,
+    Limits,
+    Workspace,
+    launch_shape,
+    shared_bytes,
+    step,
+)
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
 
