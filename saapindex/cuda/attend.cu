@@ -137,6 +137,7 @@ struct Shared {
 #include "attend_select.cuh"
 #include "attend_gather.cuh"
 #include "attend_scan.cuh"
+#include "attend_cut.cuh"
 #include "attend_merge.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __grid_constant__ Step p) {

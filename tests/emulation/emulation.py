@@ -24,12 +24,10 @@ REPLACED = {
     r'asm volatile\("cp.async.ca.*?\);': "memcpy(to, from, 4);",
     r'asm volatile\("ldmatrix.sync.aligned.m8n8.x4.shared.*?\);': "load_fragments(x, row, false);",
     r'asm volatile\("ldmatrix.sync.aligned.m8n8.x4.trans.*?\);': "load_fragments(x, row, true);",
-    r'asm\("cvt.rn.f16x2.*?\);': "pair = pair_of_bits(same_bits<u16>((_Float16)x), same_bits<u16>((_Float16)y));",
+    r'asm\("cvt.rn.f16x2.*?\);': "pair = pair_of_bits(float_to_float16(x), float_to_float16(y));",
     r'asm\("cvt.rn.bf16x2.*?\);': "pair = pair_of_bits(float_to_bfloat16(x), float_to_bfloat16(y));",
-    r'asm\("mma.sync.aligned.m16n8k16.row.col.f32.f16.*?\);': "multiply_pairs(c, a, b0, b1, [](u16 x) { return "
-    "float16_to_float(x); });",
-    r'asm\("mma.sync.aligned.m16n8k16.row.col.f32.bf16.*?\);': "multiply_pairs(c, a, b0, b1, [](u16 x) { return "
-    "bfloat16_to_float(x); });",
+    r'asm\("mma.sync.aligned.m16n8k16.row.col.f32.f16.*?\);': "multiply_pairs(c, a, b0, b1, float16_to_float);",
+    r'asm\("mma.sync.aligned.m16n8k16.row.col.f32.bf16.*?\);': "multiply_pairs(c, a, b0, b1, bfloat16_to_float);",
     r'asm volatile\("prefetch.*?\);': ";",
     r'asm volatile\("red.global.add.v4.*?"memory"\);': ";",
     r'asm\("mma.sync.aligned.m16n8k8.row.col.f32.tf32.*?\)\);': "multiply_tf32(c, a, b0, b1);",

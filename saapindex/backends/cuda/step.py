@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.base import LANES
+from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Code, Scaling
 
 __all__ = ["POLICIES", "DeviceCode", "Limits", "Workspace", "launch_shape", "shared_bytes", "step"]
@@ -26,11 +26,11 @@ _SHARED_MOST = 227 * 1024
 # The members of the struct `Step` of cuda/attend.cu.
 # fmt: off
 _POINTERS = (
-    "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids", "pages",
-    "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales", "squares",
-    "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads", "queries", "positions", "out",
-    "lse", "bits", "dots", "rotated", "estimates", "masses", "visited", "bins", "kept", "rows", "histogram",
-    "candidates", "counters", "partial", "stamps",
+    "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids",
+    "pages", "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales",
+    "squares", "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads",
+    "queries", "positions", "out", "lse", "bits", "dots", "rotated", "estimates", "masses", "visited",
+    "bins", "kept", "rows", "histogram", "candidates", "counters", "partial", "stamps",
 )
 _INTEGERS = (
     "heads", "tokens", "lists", "ring", "sinks", "most_pages", "coded_most", "blocks", "width",
@@ -61,13 +61,13 @@ class DeviceCode(NamedTuple):
     coded
         (H,) int32, dimensions that each head codes.
     slots
-        (H, R) int32: where the factor of a dimension stands among those of its head, and in the upper half the
-        mask of its field.
+        (H, R) int32: where the factor of a dimension stands among those of its head, and in the upper half
+        the mask of its field.
     chunks
         (H,) int32: products of eight quads.
     quads
-        (H, 8 W) int32: offset in a page, shift (from bit 16) and mask (from bit 24) of four fields that lie in the
-        four bytes of a word.
+        (H, 8 W) int32: offset in a page, shift (from bit 16) and mask (from bit 24) of four fields that lie
+        in the four bytes of a word.
     """
 
     inverse: Array
@@ -100,11 +100,12 @@ class DeviceCode(NamedTuple):
 def _plan(widths: list[int], dimensions: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return slots, chunks and quads of one head: its words in the order in which products take them.
 
-    Field ``4 k + c`` of a word with fields of `b` bits lies in byte `c`, bits ``b k`` and up. Narrow words come
-    first: one of one-bit fields fills a product alone.
+    Field ``4 k + c`` of a word with fields of `b` bits lies in byte `c`, bits ``b k`` and up. Narrow words
+    come first: one of one-bit fields fills a product alone.
     """
     begins = np.cumsum([0, *(32 // bits for bits in widths)])
-    slots, quads = np.zeros(dimensions, np.int64), []
+    slots = np.zeros(dimensions, np.int64)
+    quads: list[int] = []
     for bits in sorted(set(widths)):
         mask = (1 << bits) - 1
         for word in (word for word, other in enumerate(widths) if other == bits):
