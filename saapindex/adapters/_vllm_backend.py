@@ -21,15 +21,15 @@ from saapindex.adapters._vllm_cache import attend_densely, parts, write_rows
 from saapindex.adapters._vllm_requests import Requests, Step, follow
 from saapindex.adapters._vllm_threads import share_cores
 from saapindex.adapters.vllm import Settings
-from saapindex.attention import PagedCache, SlotIndex
+from saapindex.attention import AttendParameters, PagedCache, SlotIndex
 from saapindex.codebook import Codebook
 from saapindex.errors import InvalidInputError
 
 __all__ = ["SaapBackend"]
 
 logger = init_logger("vllm.saapindex")
-_REPORT = 16
-"""Steps between two lines in the log that state what the indices hold."""
+_REPORT = 16, 1024
+"""Steps before the log first states what the indices hold, and the most between two statements."""
 
 
 class SaapBackend(CPUAttentionBackend):  # type: ignore[misc]
@@ -53,7 +53,7 @@ class SaapBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._requests, self._steps = Requests(self.block_size), 0
+        self._requests, self._steps, self._report_at = Requests(self.block_size), 0, _REPORT[0]
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """See vLLM."""
@@ -66,8 +66,9 @@ class SaapBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
             starts[1 : count + 1] - starts[:count],
         )
         self._steps += 1
-        if self._steps % _REPORT == 0:
+        if self._steps == self._report_at:
             self._report()
+            self._report_at += min(self._report_at, _REPORT[1])
         return metadata
 
     def _report(self) -> None:
@@ -99,6 +100,7 @@ class SaapImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         settings = Settings.of(os.environ)
         assert settings is not None
         self.settings, self.index = settings, cast(SlotIndex | None, None)
+        self.params = AttendParameters(budget=settings.budget)
         self.codebook = Codebook.load(settings.codebook)
         self.context = get_current_vllm_config().model_config.max_model_len
         check_codebook(
@@ -144,7 +146,7 @@ class SaapImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             first_ones = places == list(range(len(places)))
             asked = query[: len(places)] if first_ones else query[places]
             q = asked.reshape(len(places), self.num_heads, self.head_size)
-            out = index.attend(q, names, budget=self.settings.budget)[0].view(len(places), *output.shape[1:])
+            out = index.attend(q, names, params=self.params)[0].view(len(places), *output.shape[1:])
             output[slice(len(places)) if first_ones else places] = out
         return output
 

@@ -84,7 +84,7 @@ class Span(Run):
 
     def appended(self, pool: PagePool, keys: NDArray[Any], values: NDArray[Any]) -> Span:
         """See `Run.appended`."""
-        return replace(self, count=self.count + keys.shape[1])
+        return Span(self.held, self.start, self.count + keys.shape[1])  # each token of a decode comes here
 
     def without_first(self, pool: PagePool, count: int) -> Span:
         """See `Run.without_first`."""

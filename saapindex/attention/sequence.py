@@ -99,6 +99,11 @@ class Sequence:
         recent = recent.appended(pool, keys[:, leaving - old :], values[:, leaving - old :])
         return Sequence(length, sinks, recent, lists)
 
+    def flushes(self, keeping: Keeping, count: int) -> bool:
+        """Return whether keys enter the lists when `count` are added."""
+        sinks = max(0, keeping.sinks - self.sinks.count)
+        return self._window_start(keeping, self.recent.end + max(0, count - sinks)) != self.recent.start
+
     def _window_start(self, keeping: Keeping, length: int) -> int:
         """Return the first position that stays out of the lists when the sequence has grown to `length`."""
         start, kept = self.recent.start, keeping.window + _SLACK

@@ -19,7 +19,7 @@ from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.selection import Selection
 from saapindex.attention.sequence import Keeping, Sequence
 from saapindex.attention.slot_table import SlotTable
-from saapindex.attention.tensors import STORED
+from saapindex.attention.tensors import STORED, all_finite
 from saapindex.backends.base import Floats, Ints
 from saapindex.backends.paged import Near
 from saapindex.errors import InvalidInputError
@@ -154,14 +154,17 @@ class SlotIndex:
         for name, added in new.items():
             part, start = slice(start, start + len(added)), start + len(added)
             for field, x in (("keys", keys), ("values", values)):
-                if not _finite(x[:, part]):
+                if not all_finite(x[:, part]):
                     raise InvalidInputError(f"the {field} of {name!r} are not finite in the cache")
             sequence, table = self._sequences.get(name) or (Sequence.empty(self._keeping, Span), SlotTable())
             if len(added):
                 table = table.appended(added)
                 self._view._warn_of_positions(len(table))
-                with borrowing(self._keeping, self.cache, table.slots) as keeping:
-                    sequence = sequence.added(keeping, keys[:, part], values[:, part])
+                if not sequence.flushes(self._keeping, len(added)):
+                    sequence = sequence.added(self._keeping, keys[:, part], values[:, part])
+                else:
+                    with borrowing(self._keeping, self.cache, table.slots) as keeping:
+                        sequence = sequence.added(keeping, keys[:, part], values[:, part])
             changed[name] = sequence, table
         self._sequences |= changed
 
@@ -292,11 +295,6 @@ class SlotIndex:
             used=pool.used * pool.page_nbytes,
             statistics=sum(lists.values()) + sum(held.values()) + self._view.stacked_nbytes,
         )
-
-
-def _finite(x: NDArray[Any]) -> bool:
-    """Return whether stored elements are finite; uint16 holds the bits of bfloat16."""
-    return bool(((x & 0x7F80) != 0x7F80).all() if x.dtype == np.uint16 else np.isfinite(x).all())
 
 
 class _View(AttentionIndex):

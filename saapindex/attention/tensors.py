@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from saapindex.arrays import ArrayLike, as_numpy, give_back
 from saapindex.errors import InvalidInputError
 
-__all__ = ["STORED", "element_type", "queries", "returned", "stored"]
+__all__ = ["STORED", "all_finite", "element_type", "queries", "returned", "stored"]
 
 STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -101,12 +101,16 @@ def stored(value: ArrayLike, name: str, shape: tuple[int | None, ...], kind: str
             if kind == "bfloat16":
                 array = to_bfloat16(array)
             array = array.astype(STORED[kind], copy=False)
-    finite = (array & 0x7F80 != 0x7F80) if kind == "bfloat16" else np.isfinite(array)
-    if not finite.all():
+    if not all_finite(array):
         raise InvalidInputError(
             f"{name} holds NaN, infinity or what {kind} cannot hold, expected finite values"
         )
     return array
+
+
+def all_finite(x: NDArray[Any]) -> bool:
+    """Return whether stored elements are finite; uint16 holds the bits of bfloat16."""
+    return bool(((x & 0x7F80) != 0x7F80).all() if x.dtype == np.uint16 else np.isfinite(x).all())
 
 
 def queries(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> NDArray[np.float32]:

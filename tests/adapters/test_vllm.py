@@ -116,6 +116,7 @@ def test_other_releases_are_refused(bench, monkeypatch):
     from saapindex.adapters.vllm import TESTED, register
     from saapindex.errors import InvalidInputError
 
+    monkeypatch.delenv("SAAPINDEX_TEST_VLLM", raising=False)  # no setting of the plugin
     monkeypatch.setenv("SAAPINDEX_CODEBOOK", "codebook.safetensors")
     monkeypatch.setattr(vllm, "__version__", "0.1.2")
     with pytest.raises(InvalidInputError, match=f"vLLM is 0.1.2, expected {TESTED}"):

@@ -409,17 +409,3 @@ class TestBoundary:
         with pytest.raises(InvalidInputError, match="device is 'gpu'"):
             device.to("gpu")
         assert device.lengths.tolist() == [0]
-
-    def test_two_devices(self, make_codebook, data, cupy):
-        if cupy.cuda.runtime.getDeviceCount() < 2:
-            pytest.skip("there is one device")
-        host, device = pair(make_codebook(), "float32")
-        k, v = data(np.random.default_rng(1), 1, 400)
-        other = AttentionIndex(host.codebook, device="cuda:1", **SMALL, dtype="float32")
-        for index in (host, device, other):
-            index.add(k, v)
-        for index in (device, other):
-            same(host, index)
-        q = np.random.default_rng(2).standard_normal((1, 6, 16)).astype(np.float32)
-        for index in (device, other):
-            np.testing.assert_allclose(index.attend(q)[0], host.attend(q)[0], rtol=1e-3, atol=1e-3)

@@ -1,0 +1,195 @@
+// What the phases of an addition share: the state, plans of sequences, rows of keys, barriers and sums.
+
+// Counters of a state; the last block of a launch leaves all but STATUS at zero.
+enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, WORK };
+enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
+
+// Keys of one list that enter in this launch.
+struct Task {
+    int stream, list;
+    int start, count;  // where they stand in the sorted order of the stream
+    int old;           // keys that were in the list
+    int open, base;    // its last page if that has free lanes; the first of its new pages
+    int segment;       // its pages in the list of work if it is coded anew, else -1
+    int heavy;         // whether a whole block moves it
+};
+
+struct State {
+    int *lengths, *first;
+    element *near_keys, *near_values, *keys, *values;
+    u32* codes;
+    u8* exponents;
+    int *ids, *pages, *labels, *orders, *before, *counts, *sizes, *coded, *last;
+    i8* anchors;
+    float *anchor_scales, *sums;
+    i8* means;
+    float *mean_scales, *squares;
+
+    int *holders, *free, *available;  // pages of the pool: how many streams hold each; a stack of free ones; its height
+    const float *forms, *bias;        // (H or S, L, D) and (H or S, L)
+    const float *forward, *step, *base;
+    const int* widths;
+    const double* turns;      // (H, pairs): turns a position of the pairs that the view rotates; null for none
+    const float* amplitudes;  // (H, pairs)
+
+    const element *new_keys, *new_values;
+    const int* fresh;   // (B,): only so many of the new keys, the last ones, belong to a sequence; null for all
+    const int* labels_in;  // (S, M): lists of the entering keys where they are known; null where not
+    u64* best;          // (S, M), zero between launches: score and list of each entering key
+    int *order, *rows;  // (S, M): entering keys sorted by list, and the row that each went to
+    Task* tasks;        // (S * min(M, L))
+    int* heavy;         // (S * min(M, L)): tasks for whole blocks
+    int2* work;         // (S * (P + 4 L)): stream and page to be coded anew
+    int* counters;
+    const int* moved;  // how often arrays have moved; `version` when this launch was prepared
+    i64* stamps;  // with -DSTAMPS: nanoseconds at the beginning of each phase
+
+    i64 key_batch, key_head, key_token, value_batch, value_head, value_token;  // strides in elements
+    int batch, heads, lists, room, ring, sinks, kept, flush, dense_below;
+    int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, version, many;
+};
+
+#ifdef STAMPS
+__device__ __forceinline__ void stamp(const State& a, int phase) {
+    i64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.stamps[phase] = now;
+}
+#define STAMP(phase) stamp(a, phase)
+#else
+#define STAMP(phase)
+#endif
+
+// What one launch does to a sequence: keys `first` to `until` leave the ring.
+struct Plan {
+    int old, now, first, until;
+};
+
+__device__ __forceinline__ Plan plan_of(const State& a, int b) {
+    Plan plan;
+    plan.old = a.lengths[b];
+    plan.now = plan.old + (a.fresh ? a.fresh[b] : a.tokens);
+    plan.first = a.first[b];
+    plan.until = plan.first;
+    const int end = max(plan.now, a.sinks);
+    const bool dense = end < a.dense_below && plan.first == a.sinks;
+    if (!dense && end - plan.first >= a.kept + a.flush)
+        plan.until = a.sinks + (end - a.kept - a.sinks) / LANES * LANES;
+    return plan;
+}
+
+// The most pages that `m` keys entering the lists of a stream may need.
+__device__ __forceinline__ int most_pages(const State& a, int m) { return min(m, m / LANES + min(m, a.lists)); }
+
+__device__ __forceinline__ i64 near_row(const State& a, int s, int p) {
+    const int place = p < a.sinks ? p : a.sinks + (p - a.sinks) % a.ring;
+    return ((i64)s * (a.sinks + a.ring) + place) * D;
+}
+
+__device__ __forceinline__ const element* new_key(const State& a, int s, int t) {
+    return a.new_keys + (s / a.heads) * a.key_batch + (s % a.heads) * a.key_head + t * a.key_token;
+}
+
+__device__ __forceinline__ const element* new_value(const State& a, int s, int t) {
+    return a.new_values + (s / a.heads) * a.value_batch + (s % a.heads) * a.value_head + t * a.value_token;
+}
+
+// Which of the `tokens` new keys is the first of the sequence.
+__device__ __forceinline__ int skipped(const State& a, const Plan& plan) { return a.tokens - (plan.now - plan.old); }
+
+__device__ __forceinline__ const element* entering_key(const State& a, const Plan& plan, int s, int p) {
+    return p < plan.old ? a.near_keys + near_row(a, s, p) : new_key(a, s, p - plan.old + skipped(a, plan));
+}
+
+__device__ __forceinline__ const element* entering_value(const State& a, const Plan& plan, int s, int p) {
+    return p < plan.old ? a.near_values + near_row(a, s, p) : new_value(a, s, p - plan.old + skipped(a, plan));
+}
+
+__device__ __forceinline__ void load_row(const element* row, int lane, u32* words) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+        const int at = lane + w * WARP;
+        words[w] = at < ROW_WORDS ? ((const u32*)row)[at] : 0;
+    }
+}
+
+__device__ __forceinline__ void store_row(element* row, int lane, const u32* words) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+        const int at = lane + w * WARP;
+        if (at < ROW_WORDS) ((u32*)row)[at] = words[w];
+    }
+}
+
+__device__ __forceinline__ float part_of(u32 word, int part) {
+#if ELEMENT == 2
+    return __uint_as_float(word);
+#else
+    return widen((element)(part ? word >> 16 : word));
+#endif
+}
+
+// Number of the element that is `MINE`-th of a lane; may be D or more.
+__device__ __forceinline__ int element_of(int lane, int mine) {
+    return (lane + mine / PART * WARP) * PART + mine % PART;
+}
+
+__device__ __forceinline__ void add_row(const u32* words, double* sum) {
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) sum[i] += (double)part_of(words[i / PART], i % PART);
+}
+
+// Round a row that a warp holds to int8, see saapindex/codes/rows.py.
+__device__ void quantise(const double* x, int lane, i8* row, float* scale) {
+    double most = 0.0;
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) most = fmax(most, fabs(x[i]));
+#pragma unroll
+    for (int step = WARP / 2; step; step >>= 1) most = fmax(most, __shfl_xor_sync(FULL, most, step));
+    const float unit = (float)(most / 127.0);
+    const float inverse = unit > 0.f ? __fdiv_rn(1.f, unit) : 0.f;
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+        const int at = element_of(lane, i);
+        if (at < D) row[at] = (i8)(int)fmin(fmax(rint(x[i] * (double)inverse), -127.0), 127.0);
+    }
+    if (lane == 0) *scale = unit;
+}
+
+// All threads of the grid have come here; what they wrote before can be read behind it.
+__device__ void grid_barrier(const State& a, u32 target) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32* counter = (u32*)a.counters + BARRIER;
+        __threadfence();
+        atomicAdd(counter, 1u);
+        u32 seen;
+        do {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        } while (seen < target);
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// Exclusive sum over the block, and the total; every thread must call it.
+__device__ u64 block_scan(u64 x, u64* scratch, u64* total) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    u64 sum = x;
+#pragma unroll
+    for (int step = 1; step < WARP; step <<= 1) {
+        const u64 left = __shfl_up_sync(FULL, sum, step);
+        if (lane >= step) sum += left;
+    }
+    __syncthreads();
+    if (lane == WARP - 1) scratch[warp] = sum;
+    __syncthreads();
+    u64 before = 0, all = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        if (w < warp) before += scratch[w];
+        all += scratch[w];
+    }
+    *total = all;
+    return before + sum - x;
+}
