@@ -9,7 +9,10 @@ Options of all commands stand first::
 
 What a step may read (``--at``) is a budget in bytes, or fields of `AttendParameters`, or a published method
 that is simulated, see ``bench/peers.py``: ``quest=0.05,page=64`` or ``saap=0.05,file=saap.safetensors``. A
-small run: ``--context 1024 --window 127 --dense-below 0``, and ``perplexity --steps 16``. Each command writes
+small run: ``--context 1024 --window 127 --dense-below 0``, and ``perplexity --steps 16``. With ``--read-on
+cuda`` prompts are read on a GPU and the rest happens where ``--device`` says, so that decoding on a few cores
+can be timed without waiting for them to read prompts; ``--prompts FOLDER`` keeps what a prompt became, for a
+later run that begins with the same. Each command writes
 ``bench/results/generate-<command>.json``; ``bench/generate_plots.py`` joins and draws them.
 """
 
@@ -17,9 +20,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -36,7 +41,8 @@ from peers import Make, PeerCache, PeerMethod, peer_attention
 from retrieval import TASKS, Question
 from rich.console import Console
 from rich.table import Table
-from transformers import StaticCache
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, StaticCache
 
 import saapindex
 from saapindex.adapters.transformers import SaapCache, sparse_attention
@@ -52,6 +58,7 @@ RESULTS = Path(__file__).parent / "results"
 DENSE = "dense"
 SINKS, FLUSH = 1, 256
 """What `SaapCache` keeps by default, and so do the published methods."""
+KEPT = ("keys", "values")
 WARM_UP = 3
 """Steps before those that are timed."""
 
@@ -72,6 +79,10 @@ class Bench:
     rope_scaling: str
     prefill_chunk: int
     out: Path | None
+    reader: Any = None
+    """The model on the device that reads prompts, if that is another one."""
+    prompts: Path | None = None
+    """Where keys and values of prompts are kept."""
 
     def tokens(self, path: Path, count: int) -> list[int]:
         """Return the first `count` tokens of a text."""
@@ -88,9 +99,36 @@ class Bench:
     def read(self, tokens: list[int]) -> SaapCache:
         """Return a cache that has read `tokens` densely."""
         cache = SaapCache(self.codebook, self.model.config, **self.settings)
-        for part in self.parts(tokens, self.prefill_chunk or len(tokens)):
-            self.model(part, past_key_values=cache, logits_to_keep=1)
+        if self.reader is None and self.prompts is None:
+            self._fill(self.model, tokens, cache)
+            return cache
+        for number, pair in enumerate(self._kept(tokens)):
+            cache.update(*(x.to(self.model.device) for x in pair), number)
         return cache
+
+    def _fill(self, model: Any, tokens: list[int], cache: Any) -> None:
+        for part in self.parts(tokens, self.prefill_chunk or len(tokens)):
+            model(part.to(model.device), past_key_values=cache, logits_to_keep=1)
+
+    def _kept(self, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return keys and values of each layer, from the folder of prompts if they are there."""
+        said = [self.codebook.weights_hash, self.context, self.rope_scaling, str(self.model.dtype), tokens]
+        name = f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]}.safetensors"
+        path = None if self.prompts is None else self.prompts / name
+        if path is not None and path.exists():
+            kept = load_file(path)
+            return [(kept[f"{i}.keys"], kept[f"{i}.values"]) for i in range(len(kept) // 2)]
+        model = self.reader or self.model
+        filled = DynamicCache(config=model.config)
+        self._fill(model, tokens, filled)
+        pairs = [(layer.keys, layer.values) for layer in filled.layers]
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            names = [
+                (f"{i}.{name}", x) for i, pair in enumerate(pairs) for name, x in zip(KEPT, pair, strict=True)
+            ]
+            save_file({name: x.cpu().contiguous() for name, x in names}, path)
+        return pairs
 
     def step(self, tokens: torch.Tensor, cache: Any, sparse: bool) -> torch.Tensor:
         """Return the logits of (batch, t) tokens."""
@@ -150,6 +188,7 @@ class Bench:
         described = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else chip,
             "threads": torch.get_num_threads(),
+            "cores": len(os.sched_getaffinity(0)),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "saapindex": saapindex.__version__,
@@ -194,6 +233,8 @@ def common(
     dense_below: Annotated[int, typer.Option(help="Shorter contexts are dense.")] = 4096,
     prefill_chunk: Annotated[int, typer.Option(help="Tokens of a prompt read at a time; 0: all.")] = 0,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
+    read_on: Annotated[str | None, typer.Option(help="Device that reads prompts; default: the same.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Folder that keeps what prompts became.")] = None,
     dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "bfloat16",
     backend: Annotated[str, typer.Option(help="Of the index.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
@@ -201,7 +242,9 @@ def common(
     """Load what all commands need."""
     torch.set_grad_enabled(False)
     methods = {text: parse_method(text) for text in at or ("0.02", "0.05")}
-    loaded = load_model(model, context=context, rope_scaling=rope_scaling, device=device, dtype=dtype)
+    settings: dict[str, Any] = {"context": context, "rope_scaling": rope_scaling, "dtype": dtype}
+    loaded = load_model(model, device=device, **settings)
+    reader = load_model(model, device=read_on, **settings).model if read_on else None
     ctx.obj = Bench(
         loaded.model,
         loaded.tokenizer,
@@ -212,6 +255,8 @@ def common(
         rope_scaling,
         prefill_chunk,
         out,
+        reader,
+        prompts,
     )
 
 
@@ -267,7 +312,7 @@ def perplexity(
         columns = ["perplexity", "above dense", "standard error", "KL", "same token"]
         rows = [[name, *list(values.values())[: len(columns)]] for name, values in found.items()]
         _table(text_name(path), ["", *columns], rows)
-    bench.write("perplexity", steps=steps, chunk=chunk, texts=results)
+        bench.write("perplexity", steps=steps, chunk=chunk, texts=results)
 
 
 @app.command()
@@ -307,7 +352,7 @@ def retrieval(
             for method, pairs in scores.items()
         ]
         _table(f"{name}, {size} tokens", ["", "right", "mean log-probability"], rows)
-    bench.write("retrieval", chunk=chunk, questions=results)
+        bench.write("retrieval", chunk=chunk, questions=results)
 
 
 def _answer(bench: Bench, asked: Question, caches: dict[str, Any], chunk: int) -> dict[str, dict[str, Any]]:

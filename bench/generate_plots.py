@@ -4,9 +4,12 @@
 
     python bench/generate_plots.py perplexity bench/results/part-*.json
     python bench/generate_plots.py retrieval bench/results/part-*.json
+    python bench/generate_plots.py codebooks retrieval-of-one.json retrieval-of-another.json
+    python bench/generate_plots.py views codebook.safetensors
 
-Writes ``bench/results/generate-<command>.json`` and ``.png``. Runs may differ in texts, questions or methods;
-of what several have found about the same thing, the first counts.
+Writes ``bench/results/generate-<command>.json``, the first two a ``.png`` too. Runs may differ in texts,
+questions or methods; of what several have found about the same thing, the first counts. ``codebooks`` sums up
+what retrieval found with each codebook; ``views`` the errors that ``judge=error`` chose views by.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +27,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import typer
 
+from saapindex.attention import AttendParameters
+from saapindex.codebook import Codebook
+
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 RESULTS = Path(__file__).parent / "results"
 DENSE = "dense"
+DEFAULT_SHARE = AttendParameters().scan_share
 TARGETS = {0.02: 0.02, 0.05: 0.005}
 """Perplexity above dense that is aimed at, by share of bytes."""
 LABELS = {
@@ -101,6 +109,9 @@ def perplexity(parts: Parts, out: Out = RESULTS) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for kind in (kind for kind in LABELS if kind in points):
         label, colour, marker = LABELS[kind]
+        fewest = min(map(len, points[kind].values()))
+        if fewest < len(texts):
+            label = f"{label} ({fewest} of the texts)"
         for axis, name, factor in zip(axes, measures, (1, 100), strict=True):
             lists = {b: [factor * one[name] for one in ones] for b, ones in sorted(points[kind].items())}
             means = [statistics.mean(values) for values in lists.values()]
@@ -150,7 +161,9 @@ def retrieval(parts: Parts, out: Out = RESULTS) -> None:
         if name == DENSE:
             return "dense attention"
         kind, budget = family(name, content["methods"])
-        return f"{LABELS[kind][0]}, {100 * budget:g} %"
+        share = content["methods"][name].get("scan_share", DEFAULT_SHARE)
+        more = "" if share == DEFAULT_SHARE else f", {100 * share:g} % of it on codes"
+        return f"{LABELS[kind][0]}, {100 * budget:g} %{more}"
 
     size = (1.3 * len(groups) + 4, 0.42 * len(right) + 1.4)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
@@ -165,6 +178,57 @@ def retrieval(parts: Parts, out: Out = RESULTS) -> None:
     axes.set_title("Right answers, and the mean log-probability of the right one", fontsize=10)
     figure.colorbar(image, label="log-probability")
     figure.savefig(out / "generate-retrieval.png", dpi=150)
+
+
+@app.command()
+def codebooks(parts: Parts, out: Out = RESULTS) -> None:
+    """Count right answers of the index in runs that differ in the codebook."""
+    rows = []
+    for path in parts:
+        run = json.loads(path.read_text())
+        questions, methods = run.pop("questions"), run.pop("methods")
+        groups = sorted({(row["task"], row["length"]) for row in questions})
+        rows += [
+            {
+                "codebook": path.stem,
+                "task": group[0],
+                "length": group[1],
+                **{name: _right(questions, group, name) for name in (DENSE, *methods)},
+            }
+            for group in groups
+        ]
+        described = run
+    write(out, "generate-codebooks", {"run": described, "rows": rows})
+
+
+@app.command()
+def views(codebook: Annotated[Path, typer.Argument(exists=True)], out: Out = RESULTS) -> None:
+    """Sum up the held-out errors of all views and of those that were chosen."""
+    report = Codebook.load(codebook).report
+    errors: dict[str, dict[str, list[float]]] = {"all queries": {}, "lookups": {}}
+    for head in report["heads"]:
+        tried = {**head["errors"], "chosen": head["errors"][head["view"]]}
+        for view, by_sequence in tried.items():
+            for name, error in by_sequence.items():
+                kind = "lookups" if name.endswith(", lookups") else "all queries"
+                errors[kind].setdefault(view, []).append(error)
+    content = {
+        "held_out": report["held_out"],
+        "share": report["share"],
+        "heads": dict(Counter(head["view"] for head in report["heads"])),
+        "errors": {
+            kind: {
+                view: {
+                    "mean": statistics.mean(found),
+                    "geometric_mean": statistics.geometric_mean(found),
+                    "measured": len(found),
+                }
+                for view, found in by_view.items()
+            }
+            for kind, by_view in errors.items()
+        },
+    }
+    write(out, "generate-views", content)
 
 
 def _right(questions: list[dict[str, Any]], group: tuple[str, int], name: str) -> dict[str, Any]:

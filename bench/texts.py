@@ -1,9 +1,15 @@
-"""Collect the texts that the fidelity benchmarks read: manuals from Debian, and Python's own sources.
+"""Collect the texts that the benchmarks read: manuals from Debian, and Python's own sources.
 
-Debian's ``linux-doc-6.1`` and ``python3.11-doc`` hold the manuals; no manual is both trained and tested on::
+Debian's ``linux-doc-6.1`` and ``python3.11-doc`` hold the manuals, ``debian-reference-de``, ``-es`` and
+``-fr`` a book in other languages. No text is both trained and tested on, and nothing Italian or Chinese is
+trained on::
 
     python bench/texts.py /usr/share/doc/linux-doc-6.1/Documentation \\
-        /usr/share/doc/python3.11/html/_sources /usr/lib/python3.11 --out texts
+        /usr/share/doc/python3.11/html/_sources /usr/lib/python3.11 \\
+        --reference /usr/share/debian-reference --out texts
+
+Without ``--reference``, ``train-mix`` and ``valid-mix`` are left out: other kinds of text than manuals, which
+the language-model benchmarks also train on.
 """
 
 from __future__ import annotations
@@ -22,15 +28,18 @@ TRAIN = (
 )  # fmt: skip
 TRAIN_LONG = TRAIN[:3]
 VALID = ("hwmon", "dev-tools")
+MIX = {"packages": ("email", "unittest"), "languages": ("de", "fr")}
+MIX_VALID = {"packages": ("http",), "languages": ("es",)}
+"""Packages of Python's sources and languages of the book, all others than those tested on."""
 KERNEL_TEST, PYTHON_TEST = ("virt", "gpu"), ("library", "c-api")
 
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
 
 
 def collect(folder: Path, suffixes: tuple[str, ...], limit: int) -> str:
-    """Return the texts under `folder` in order of name, up to `limit` characters."""
+    """Return the texts under `folder`, or the one that it is, in order of name, up to `limit` characters."""
     parts, size = [], 0
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
         if set(suffixes) & set(path.suffixes) and path.is_file() and size < limit:
             opener = gzip.open if path.suffix == ".gz" else open
             with opener(path, "rt", errors="ignore") as file:
@@ -39,8 +48,14 @@ def collect(folder: Path, suffixes: tuple[str, ...], limit: int) -> str:
     return "\n\n".join(parts)[:limit]
 
 
-def main(kernel: Folder, python: Folder, sources: Folder, out: Path = Path("texts")) -> None:
-    """Write ``OUT/{train,valid,test,shift,train-long,test-long}/NAME.txt.gz``."""
+def main(
+    kernel: Folder,
+    python: Folder,
+    sources: Folder,
+    reference: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
+    out: Path = Path("texts"),
+) -> None:
+    """Write ``OUT/{train,valid,test,shift,train-long,test-long,train-mix,valid-mix}/NAME.txt.gz``."""
     rst = (".rst", ".txt")
     wanted = {
         **{f"train/{name}": (kernel / name, rst, SHORT) for name in TRAIN},
@@ -54,6 +69,13 @@ def main(kernel: Folder, python: Folder, sources: Folder, out: Path = Path("text
         "shift/italian": (kernel / "translations" / "it_IT", rst, SHORT),
         "shift/chinese": (kernel / "translations" / "zh_CN", rst, SHORT),
     }
+    if reference is not None:
+        for part, kinds in (("train-mix", MIX), ("valid-mix", MIX_VALID)):
+            for name in kinds["packages"]:
+                wanted[f"{part}/python-{name}"] = (sources / name, (".py",), SHORT)
+            for name in kinds["languages"]:
+                book = reference / f"debian-reference.{name}.txt.gz"
+                wanted[f"{part}/debian-{name}"] = (book, (".txt",), SHORT)
     for name, (folder, suffixes, limit) in wanted.items():
         path = out / f"{name}.txt.gz"
         path.parent.mkdir(parents=True, exist_ok=True)

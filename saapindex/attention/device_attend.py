@@ -117,7 +117,16 @@ def workspace(batch: DeviceBatch, group: int, tokens: int, device: int) -> Works
     key = group, tokens
     if key not in batch.spaces:
         xp, streams = batch.keeping.xp, batch.streams
-        shape = launch_shape(streams.pages.shape[0] * tokens, multiprocessors(device), group)
+        code = batch.keeping.book.code
+        shape = launch_shape(
+            streams.pages.shape[0] * tokens,
+            multiprocessors(device),
+            streams.keys.shape[2],
+            group,
+            code.quads.shape[1] // 8,
+            streams.anchors.shape[1],
+            streams.keys.dtype.itemsize,
+        )
         with allocating(f"what attention of {tokens} tokens works in"):
             batch.spaces[key] = Workspace.empty(streams, batch.keeping.book.code, group, tokens, shape, xp)
     space: Workspace = batch.spaces[key]

@@ -49,6 +49,12 @@ def capture(
         str | None, typer.Option(help="Such as cuda:1; cuda by default, if there is one.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling of queries.")] = 0,
+    copies: Annotated[
+        bool,
+        typer.Option(
+            "--copies", help="Repeat passages of each sequence in its second half, so that lookups are seen."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Let a model read texts, and write the keys, values and queries of its attention.
@@ -70,6 +76,7 @@ def capture(
         rope_scaling=parse_rope_scaling(rope_scaling),
         device=device,
         seed=seed,
+        copies=copies,
         show=not as_json,
     )
     if as_json:

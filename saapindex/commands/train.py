@@ -125,7 +125,7 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
     {'hidden': 512, 'routers': ['mean', 'linear'], 'max_position': None}
     """
     known = [field.name for field in fields(TrainingSettings)]
-    lists = ("nlist", "cutoffs", "routers")
+    lists = ("nlist", "cutoffs", "routers", "words")
     settings: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")

@@ -8,18 +8,21 @@
 // below the bound in any case and count at once, during the scan; the few others are deferred.
 //
 // Compiled with -DD (head size), -DG (query heads of a KV head), -DWORDS (of a code), -DELEMENT (stored type),
-// -DQUERY (type of queries and output). The definition is saapindex/backends/reference.
+// -DQUERY (type of queries and output), -DPOLICY (of the group: sum, max or union). The definition is saapindex/backends/reference.
 
+#ifndef POLICY
+#define POLICY 0
+#endif
 #ifndef RESIDENT
 #define RESIDENT 1  // blocks of a multiprocessor
 #endif
 #ifndef THREADS
-#define THREADS 512
+#define THREADS 384  // as many as leave registers enough for all
 #endif
 #define WARPS (THREADS / WARP)
-#define BINS 1024
-#define LOWEST (-40.f)          // log weights below share a bin
-#define PER_NAT (BINS / 44.f)   // bins of a nat
+#define BINS 2048
+#define LOWEST_BITS 0x23800000  // of 2^-56: weights below share a bin
+#define BIN_SHIFT 18            // 32 bins of an octave
 #define ROUND 1024              // pages that a block looks at before it works on those it found
 #define QUEUE 4096              // keys that a block gathers before it attends to them
 #define CHUNK (4 * THREADS)     // places that a block looks at before it makes room in the queue
@@ -34,11 +37,9 @@
 #define POW2(x) ((x) <= 1 ? 1 : (x) <= 2 ? 2 : (x) <= 4 ? 4 : (x) <= 8 ? 8 : (x) <= 16 ? 16 : 32)
 #define TEAM POW2((VECTORS + PER_LANE - 1) / PER_LANE)  // lanes that share a row
 #define TEAMS (WARP / TEAM)
-#define HELD (PER_LANE * VECTOR)                        // elements of a row in a lane
 #define AHEAD 4                                         // rows that a team loads at once
-#define LOGITS (AHEAD * G)                              // ... and their logits,
-#define OWNED ((LOGITS + TEAM - 1) / TEAM)              // of which a lane owns so many
 #define FIELDS (8 * WORDS)                              // the most groups of four fields of a code
+#define QUERY_PARTS (QUERY == ELEMENT && ELEMENT != 2 ? 1 : 3)  // of a 16-bit type, see attend_rows.cuh
 
 struct Step {
     const int *lengths, *first;
@@ -51,7 +52,8 @@ struct Step {
     const i8* means;
     const float *mean_scales, *squares;
     const float *inverse, *steps, *base, *spread, *distortion;  // inverse: (H, R, D)
-    const int *widths, *coded;
+    const int *coded, *slots, *chunks;  // slots: (H, R), chunks: (H,), quads: (H, FIELDS)
+    const u32* quads;
     const void* queries;
     const int* positions;  // (B, t), or none: the newest tokens
     void* out;
@@ -61,7 +63,7 @@ struct Step {
     int2* visited;
     u16* bins;
     u8* kept;
-    int* histogram;
+    int *rows, *histogram;
     float2* candidates;
     u32* counters;
     float* partial;
@@ -69,13 +71,14 @@ struct Step {
     double budget, share;
     float scale, cap, top_p;
     int heads, tokens, lists, ring, sinks, most_pages, coded_most, blocks, width;
-    int code_bytes, row_bytes, nprobe, policy, by_mass, refine, remainder, near, everything, cached;
+    int code_bytes, row_bytes, nprobe, by_mass, refine, remainder, near, everything, cached;
 };
 
 enum { SUM, MAX, UNION };
-// Counters of a unit: barrier, blocks that are done, blocks that deferred something, candidates of each ranker,
+#define RANKERS (POLICY == UNION ? G : 1)  // who chooses, each for itself
+// Counters of a unit: barrier, blocks that are done, blocks that deferred something, rows to fetch, candidates of each ranker,
 // largest near logit of each head, largest exact one.
-enum { BARRIER, DONE, DEFERRED, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NEAREST + G, COUNTERS = LARGEST + G };
+enum { BARRIER, DONE, DEFERRED, ROWS, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NEAREST + G, COUNTERS = LARGEST + G };
 
 #define STAGES 12
 #ifdef STAMPS
@@ -85,114 +88,144 @@ enum { BARRIER, DONE, DEFERRED, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NE
 #define STAMP(i)
 #endif
 
+// Which part of the work a block does.
+struct Part {
+    int unit, block, stream, head, blocks, pages;  // `pages` are those of this block
+    int first_list, last_list;                     // this block's share of the lists, the last one exclusive
+    int places;                                    // lanes of the most pages of a block
+    i64 first_place;
+
+    // A page of this block: pairs of pages go round the blocks, so that all have their share of every list.
+    __device__ __forceinline__ int page(int i) const { return ((i >> 1) * blocks + block) * 2 + (i & 1); }
+};
+
 // What the threads of a block share. Arrays of a length known at run time lie behind it.
 struct Shared {
-    int factors[FIELDS][G];   // four int8 of a rounded query each
-    u32 quads[FIELDS];        // where the fields for them lie
+    union {
+        int2 queue[ROUND];    // page in the pool, label
+        int rows[QUEUE];      // keys to attend to
+    };
+    union {
+        struct {
+            int labels[ROUND], places[ROUND];  // of pages that this block looks at
+        };
+        struct {
+            int own[OWN];     // candidates
+            float own_weights[OWN];
+        };
+    };
+    Part part;                // out of registers, which are scarce
+    int factors[WORDS][4][G][2];  // four int8 of a rounded query each: of chunk, lane of four, head and half
+    int4 places_of[WORDS][4];     // where the fields for them lie: words of both halves, shifts, mask
     float query[G][D];
-    int2 queue[ROUND];        // page in the pool, label
+    u32 pairs[QUERY_PARTS][8][(D + 15) / 16 * 8 + 4];  // the same as matrices of a 16-bit type
+    float scaled[G][WARP * WORDS];
     int histogram[BINS];
-    int rows[QUEUE];          // keys to attend to
-    int own[OWN];             // candidates
-    float own_weights[OWN];
     float reduced[WARPS][2 * G];
     u32 peaks[G], largest[G];
-    float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G];
+    float unit[G], second[G], variance[G], norm[G], reference[G], basis[G], bound[G], lift[G], query_scale[G];
     int offsets[G];           // sum of (2^b - 1) a8
     u32 slot;
-    int chunks, queued, gathered, resolved, owned, visited, boundary, reached, deferred, unit_deferred, last;
-    i64 scan, left, limit;
+    int chunks, queued, gathered, owned, own_count, visited, boundary, reached;
+    int deferred, unit_deferred, last;
+    int scan, limit;          // keys that may be visited and fetched, by each ranker
+    double left;              // bytes
 };
 
 #include "attend_common.cuh"
-#include "attend_select.cuh"
 #include "attend_rows.cuh"
+#include "attend_select.cuh"
+#include "attend_gather.cuh"
 #include "attend_scan.cuh"
+#include "attend_cut.cuh"
+#include "attend_merge.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __grid_constant__ Step p) {
     extern __shared__ __align__(16) u8 memory[];
     Shared& s = *(Shared*)memory;
     int* taken = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16);
-    // Behind it: what is known of the lists, then codes, then what is to be merged.
-    int* behind = taken + (p.lists + 3) / 4 * 4;
+    float* stashed = (float*)(taken + (p.lists + 3) / 4 * 4);
+    // Behind it: what is known of the lists, then codes, then rows, then what is to be merged.
+    int* behind = (int*)(stashed + WARPS * STASH);
+    u8* tiles = (u8*)behind;
     Table table = {(float*)behind, taken, behind + p.lists, (float*)(behind + 2 * p.lists)};
 
     const int unit = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, thread = threadIdx.x;
     const int stream = unit / p.tokens, sequence = stream / p.heads, head = stream % p.heads;
     STAMP(0);
-    const int length = p.lengths[sequence], first = p.first[sequence], pages = p.counts[stream];
+    prefetch_own(p, stream, head, block);
+    load_queries(p, s, unit);
+    const int length = p.lengths[sequence], first = p.first[sequence];
     const int token = unit % p.tokens;
     const int position = p.positions ? p.positions[sequence * p.tokens + token] : length - p.tokens + token;
     const int in_lists = max(0, first - p.sinks);
     const bool everything = p.everything || (in_lists > 0 && position < first - 1);
     const bool sparse = in_lists > 0 && !everything, deciding = p.bits != nullptr, nearby = p.near && !deciding;
     if (!p.cached) table.logits = nullptr, table.sizes = p.sizes + (i64)stream * p.lists;
-    const int most = ((p.most_pages + 7) / 8 + p.blocks - 1) / p.blocks * 8 * LANES;
-    const Part part = {unit, block, stream, head, p.blocks, pages, (i64)blockIdx.x * most};
+    const int places = ((p.most_pages + 1) / 2 + p.blocks - 1) / p.blocks * 2 * LANES;
+    const Part& part = s.part;
+    if (thread == 0)
+        s.part = {
+            unit, block, stream, head, p.blocks, pages_of_block(p.counts[stream], block, p.blocks),
+            share_of(p.lists, block, p.blocks), share_of(p.lists, block + 1, p.blocks), places, (i64)blockIdx.x * places
+        };
     u32* counters = p.counters + (i64)unit * COUNTERS;
     u32 met = 0;
-    // Near keys that the query sees.
+    // Near keys that the query sees, and this block's share of them.
     const int seen = min(position + 1, length);
     const int near = min(p.sinks, max(seen, 0)) + max(0, seen - max(first, p.sinks));
+    int start = share_of(near, block, p.blocks), end = share_of(near, block + 1, p.blocks);
 
-#pragma unroll 1
-    for (int i = thread; i < G * D; i += THREADS) s.query[i / D][i % D] = load_query(p.queries, (i64)unit * G * D + i);
     if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
-    if (thread == 0) s.visited = s.deferred = s.gathered = s.resolved = 0;
+    if (thread == 0) s.visited = s.deferred = s.gathered = 0;
+    if (thread == THREADS - 1) {  // what may be read
+        const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
+        s.left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
+        const double visited = p.refine ? p.share * s.left / p.code_bytes : s.left / p.row_bytes;
+        s.scan = (int)fmin((double)((i64)visited / RANKERS), 2147483647.);
+    }
     __syncthreads();
+    const bool early = sparse && nearby;  // the first near keys are on their way before anything else
+    if (sparse && p.refine) fetch_labels(p, s, part, 0);
+    if (early) {
+        start = gather_near(p, s, start, end, first, position);
+        const int own = thread / WARP * TILE;
+        if (own < s.gathered) fetch_tile(p, s, part, tiles + thread / WARP * TILE_BYTES, own);
+    }
+    commit_copies();
 
     Partial mine;
-    clear(mine);
     if (sparse) {
+        __syncthreads();
         route(p, s, part);
         arrive(counters + BARRIER);
         met += p.blocks;
     }
+    clear(mine);
     STAMP(1);
-    const int rankers = p.policy == UNION ? G : 1;
     bool at_lists = false;
-    for (int start = part.begin(near), ranker = 0;;) {
-        bool done = true;
-        if (!at_lists) {
-            if (nearby) {
-                start = gather_near(p, s, start, part.end(near), first, position);
-                done = start >= part.end(near);
-            }
-        } else if (everything || !p.refine) {
-            start = gather_whole(p, s, part, taken, everything, position, start);
-            done = start >= part.page_count();
-        } else {
-            const int total = s.visited * LANES;
-            start = gather_sure(p, s, part, ranker, start, total);
-            done = start >= total;
-            if (done) {
-                publish_candidates(p, s, part, ranker);
-                arrive(counters + BARRIER);
-                met += p.blocks;
-                wait(counters + BARRIER, met);
-                gather_candidates(p, s, part, ranker);
-                STAMP(7);
-                if (++ranker < rankers) {
-                    find_boundary(p, s, part, 2 * ranker, (int)min(s.limit / rankers, (i64)0x7fffffff));
-                    start = 0;
-                    done = false;
-                }
-            }
-            resolve(p, s, part);
+#pragma unroll 1
+    for (bool fetched = early;; fetched = false) {
+        if (at_lists) {
+            start = everything || !p.refine ? gather_whole(p, s, part, taken, everything, position, start)
+                                            : gather_rows(p, s, part, start, end);
+        } else if (nearby && !fetched) {
+            start = gather_near(p, s, start, end, first, position);
         }
-        if (!deciding) attend_gathered(p, s, part, mine);
-        if (!done) continue;
+        if (!deciding) attend_gathered(p, s, part, mine, tiles, fetched);
+        if (start < end && (at_lists || nearby)) continue;
         if (at_lists || !in_lists) break;
         // The near keys are done: on to the lists.
         at_lists = true;
-        start = 0;
+        start = 0, end = part.pages;
         STAMP(2);
         if (!sparse) continue;
         if (nearby) publish_peaks(mine, s.peaks, counters + NEAREST);
+        stash(mine, stashed);
         wait(counters + BARRIER, met);
         arrive(counters + BARRIER);  // near logits are known when all have come here
         met += p.blocks;
-        prepare(p, s, part, in_lists);
+        prepare(p, s, part);
         STAMP(3);
         select_lists(p, s, part, table);
         STAMP(4);
@@ -202,33 +235,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
         __syncthreads();
         if (p.refine) scan(p, s, part, taken, (u8*)behind);
         STAMP(5);
-        if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
-        arrive(counters + BARRIER);
-        met += p.blocks;
-        wait(counters + BARRIER, met);
-        STAMP(6);
-        if (p.refine) find_boundary(p, s, part, 0, (int)min(s.limit / rankers, (i64)0x7fffffff));
+        if (p.refine) {
+            arrive(counters + BARRIER);
+            met += p.blocks;
+            wait(counters + BARRIER, met);
+            STAMP(6);
+            met = cut(p, s, part, counters + BARRIER, met);
+            if (deciding) {
+                arrive(counters + BARRIER);
+                wait(counters + BARRIER, met + p.blocks);
+                leave_histogram(p, part);
+                break;
+            }
+        }
+        if (p.remainder && !deciding || p.refine) {
+            if (thread == 0 && s.deferred) atomicAdd(counters + DEFERRED, 1u);
+            arrive(counters + BARRIER);  // rows and weights are known when all have come here
+            met += p.blocks;
+            wait(counters + BARRIER, met);
+        }
+        if (p.refine) {
+            leave_histogram(p, part);
+            const int rows = (int)__ldcg(counters + ROWS);
+            start = share_of(rows, block, p.blocks), end = share_of(rows, block + 1, p.blocks);
+        }
+        STAMP(7);
+        take_up(mine, stashed);
     }
     STAMP(8);
-    if (sparse && p.remainder && !deciding) {
+    float *reduction = (float*)behind, *sums = reduction + WARPS * G * (D + 1), *totals = sums + SHARES * G * D;
+    const bool estimating = sparse && p.remainder && !deciding;
+    if (estimating) {
         if (thread == 0) s.unit_deferred = __ldcg(counters + DEFERRED);
         __syncthreads();
         if (s.unit_deferred) {
             publish_peaks(mine, s.largest, counters + LARGEST);
             arrive(counters + BARRIER);
             met += p.blocks;
-            if (s.deferred) {
-                wait(counters + BARRIER, met);
-                find_bounds(s, counters);
-                if (p.refine) attend_deferred_keys(p, s, part);
-            }
+            wait(counters + BARRIER, met);
+            find_bounds(s, counters);
+            if (s.deferred && p.refine) attend_deferred_keys(p, s, part);
+            arrive(counters + BARRIER);
+            met += p.blocks;
+            wait(counters + BARRIER, met);
         }
-        __threadfence();
-        __syncthreads();
-        attend_means(p, s, part, mine, taken);
+        add_means(p, s, part, taken, sums, totals);
     }
     STAMP(9);
-    if (!deciding) reduce_block(p, s, part, mine, (float*)behind);
+    if (!deciding) reduce_block(p, s, part, mine, reduction, sums, totals, estimating ? SHARES : 0);
     else if (sparse && block == 0)  // the last words of a row of bits are for lists
         note_lists(p.bits + ((i64)unit + 1) * p.width - (p.lists + 31) / 32, taken, p.lists);
     STAMP(10);
@@ -240,12 +294,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     __syncthreads();
     if (s.last) {
         __threadfence();
-        if (!deciding) merge_blocks(p, s, part, (float*)behind);
+        if (!deciding) merge_blocks(p, s, part, reduction);
         // The next step finds everything as this one did.
 #pragma unroll 1
         for (int i = thread; i < COUNTERS; i += THREADS) counters[i] = 0;
-#pragma unroll 1
-        for (int i = thread; i < 2 * rankers * BINS; i += THREADS) p.histogram[(i64)unit * 2 * G * BINS + i] = 0;
     }
     STAMP(11);
 }

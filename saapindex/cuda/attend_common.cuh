@@ -1,21 +1,14 @@
 // What the stages of a step share: parts of the work, barriers, small reductions, loads of groups of heads.
 
-// Which part of the work a block does.
-struct Part {
-    int unit, block, stream, head, blocks, pages;
-    i64 first_place;  // of as many as its pages have lanes
-
-    // A page of this block: groups of eight pages go round the blocks, since neighbours are often of one list.
-    __device__ __forceinline__ int page(int i) const { return ((i >> 3) * blocks + block) * 8 + (i & 7); }
-    __device__ __forceinline__ int page_count() const {
-        const int groups = (pages + 7) >> 3, mine = (groups - block + blocks - 1) / blocks;
-        if (mine <= 0) return 0;
-        const int end = ((mine - 1) * blocks + block) * 8 + 8;  // end of the last group
-        return mine * 8 - max(0, end - pages);
-    }
-    __device__ __forceinline__ int begin(int count) const { return (u32)count * block / (u32)blocks; }
-    __device__ __forceinline__ int end(int count) const { return (u32)count * (block + 1) / (u32)blocks; }
-};
+// How many of all pages are of this block.
+__device__ __forceinline__ int pages_of_block(int pages, int block, int blocks) {
+    const int pairs = (pages + 1) >> 1, mine = (pairs - block + blocks - 1) / blocks;
+    if (mine <= 0) return 0;
+    const int end = ((mine - 1) * blocks + block) * 2 + 2;  // end of the last pair
+    return mine * 2 - max(0, end - pages);
+}
+// Where the share of a block in `count` things begins.
+__device__ __forceinline__ int share_of(int count, int block, int blocks) { return (u32)count * (u32)block / (u32)blocks; }
 
 // Order-preserving integers, so that atomicMax works on floats; zero is below all.
 __device__ __forceinline__ u32 ordered(float x) {
@@ -38,14 +31,30 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
     return x;
 }
 
+// Ask for a line of memory that is needed later.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Copy 16 bytes to shared memory without waiting; `wait_copies<N>` waits for all but the last N groups.
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+}
+__device__ __forceinline__ void copy_4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 template <int N>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N));
+}
+
+__device__ __forceinline__ void copy_group(float* to, const float* from) {
+#if G % 4 == 0
+#pragma unroll
+    for (int i = 0; i < G; i += 4) copy_16(to + i, from + i);
+#else
+#pragma unroll
+    for (int i = 0; i < G; ++i) copy_4(to + i, from + i);
+#endif
 }
 
 // Products of small matrices: (16, 32) of unsigned with (32, 8) of signed bytes.
@@ -70,13 +79,17 @@ __device__ __forceinline__ void wait(const u32* counter, u32 wanted) {
     __syncthreads();
 }
 
-__device__ __forceinline__ float load_query(const void* queries, i64 at) {
-#if QUERY == 0
-    return float16_to_float(((const u16*)queries)[at]);
-#elif QUERY == 1
-    return bfloat16_to_float(((const u16*)queries)[at]);
+__device__ __forceinline__ void load_two_queries(const void* queries, i64 at, float& x, float& y) {
+#if QUERY == 2
+    const float2 two = *(const float2*)((const float*)queries + at);
+    x = two.x, y = two.y;
 #else
-    return ((const float*)queries)[at];
+    const u32 two = *(const u32*)((const u16*)queries + at);
+#if QUERY == 0
+    x = float16_to_float((u16)two), y = float16_to_float((u16)(two >> 16));
+#else
+    x = bfloat16_to_float((u16)two), y = bfloat16_to_float((u16)(two >> 16));
+#endif
 #endif
 }
 __device__ __forceinline__ void store_out(void* out, i64 at, float x) {
@@ -117,23 +130,6 @@ __device__ __forceinline__ void store_group(float* at, const float* x) {
 #endif
 }
 
-// Widen VECTOR int8 of a row.
-#if ELEMENT == 2
-typedef u32 Bytes;
-#else
-typedef uint2 Bytes;
-#endif
-__device__ __forceinline__ void widen_bytes(Bytes raw, float* out) {
-    u32 words[2];
-#if ELEMENT == 2
-    words[0] = raw;
-#else
-    words[0] = raw.x, words[1] = raw.y;
-#endif
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) out[i] = (float)(i8)(words[i / 4] >> (8 * (i % 4)));
-}
-
 // The log weight of a group, from those of its heads, as a ranker sees it.
 __device__ __forceinline__ float pooled(const float* weights, int policy, int ranker) {
     if (policy == UNION) {
@@ -152,13 +148,49 @@ __device__ __forceinline__ float pooled(const float* weights, int policy, int ra
     return peak + __logf(sum);
 }
 
-__device__ __forceinline__ int bin_of(float weight) {
-    return min(BINS - 1, max(0, (int)((weight - LOWEST) * PER_NAT)));
+// The same, of weights themselves and as a weight; those too small for that stay in order.
+#define SMALLEST 1e-30f
+__device__ __forceinline__ float pooled_weight(const float* logits, const float* norms, int policy, int ranker) {
+    float weights[G], weight = 0.f;
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        const float one = exponential(fminf(logits[g] - norms[g], 80.f));
+        if (policy == SUM) weight += one;
+        else if (policy == MAX || g == ranker) weight = fmaxf(weight, one);
+    }
+    if (weight < SMALLEST) {
+#pragma unroll
+        for (int g = 0; g < G; ++g) weights[g] = logits[g] - norms[g];
+        weight = 50.f * SMALLEST / fmaxf(-pooled(weights, policy, ranker), 1.f);
+    }
+    return weight;
 }
 
-// The part of a bin.
-__device__ __forceinline__ int fine_bin_of(float weight, int bin) {
-    return min(BINS - 1, max(0, (int)(((weight - LOWEST) * PER_NAT - (float)bin) * BINS)));
+// Add a number for each head to those at an address.
+__device__ __forceinline__ void add_group(float* at, const float* x) {
+#if G % 4 == 0 && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#pragma unroll
+    for (int i = 0; i < G; i += 4)
+        asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at + i), "f"(x[i]), "f"(x[i + 1]),
+                     "f"(x[i + 2]), "f"(x[i + 3]) : "memory");
+#else
+#pragma unroll
+    for (int i = 0; i < G; ++i) atomicAdd(at + i, x[i]);
+#endif
+}
+
+// Bins of weights: 32 of an octave, by their bits; and the parts of a bin.
+__device__ __forceinline__ int bin_of_weight(float weight) {
+    return min(BINS - 1, max(0, (__float_as_int(weight) - LOWEST_BITS) >> BIN_SHIFT));
+}
+__device__ __forceinline__ int fine_bin_of(float log_weight, int bin) {
+    const int fine = (__float_as_int(exponential(fminf(log_weight, 80.f))) - LOWEST_BITS) - (bin << BIN_SHIFT);
+    return min(BINS - 1, max(0, fine >> (BIN_SHIFT - 11)));
+}
+
+__device__ __forceinline__ void clear_histogram(Shared& s) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < BINS / 4; i += THREADS) ((int4*)s.histogram)[i] = make_int4(0, 0, 0, 0);
 }
 
 // Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh

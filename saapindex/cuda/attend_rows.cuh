@@ -1,372 +1,311 @@
-// Attend: exactly to rows, by estimates to the rest; and the merging of what teams, warps and blocks found.
+// Attend exactly to rows, on tensor cores: sixteen keys at a time in each warp, all heads of the group at once.
+//
+// Rows 0 to 7 of a product are the heads, and rows 8 to 15 the same heads again: there the second part of each
+// weight stands, so that weights are rounded to two parts of a 16-bit type together. float32 keys and values, and
+// queries of another type than the keys, come in three parts.
 
-// What a team of lanes has attended to. Weights are relative to exp(reference), which moves only when a logit
-// passes it by SLACK. Each lane holds its part of the output, and owns the sums of some of the team's logits:
-// logit n = AHEAD row * G + head is that of lane n / OWNED.
+#define TILE 16                                            // keys
+#define STEPS ((D + 15) / 16)                              // of sixteen dimensions
+#define PARTS (2 * STEPS)                                  // eight dimensions of the output each
+#define PITCH (STEPS * 16 * (int)sizeof(element) + 16)     // bytes from row to row: no two of eight on the same banks
+#define TILE_BYTES (2 * TILE * PITCH)                      // keys, then values
+#define STASH (PARTS * 8 * G + 2 * WARP)                   // floats of a warp's stashed result, see `stash`
+#if ELEMENT == 2
+#define KEY_PARTS 3
+#else
+#define KEY_PARTS 1
+#endif
+
+// What a warp has attended to, relative to exp(reference), which moves only when a logit passes it by SLACK. A lane
+// holds dimensions 8 i + 2 (lane % 4) and the next of head lane / 4: twice, in two parts that are to be added up.
 struct Partial {
-    float out[G][HELD], reference[G];
-    float extra[G];                     // sums of estimated weights, the same in all lanes
-    float sum[OWNED], peak[OWNED];
-    float owned_reference[OWNED];       // of the heads of these logits
+    float out[PARTS][4], reference, sum, peak;
 };
 
 __device__ __forceinline__ void clear(Partial& mine) {
+    mine.reference = mine.peak = -INFINITE;
+    mine.sum = 0.f;
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
-        mine.reference[g] = -INFINITE;
-        mine.extra[g] = 0.f;
+    for (int i = 0; i < PARTS; ++i)
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) mine.out[g][i] = 0.f;
-    }
-#pragma unroll
-    for (int j = 0; j < OWNED; ++j) {
-        mine.sum[j] = 0.f;
-        mine.peak[j] = mine.owned_reference[j] = -INFINITE;
-    }
+        for (int j = 0; j < 4; ++j) mine.out[i][j] = 0.f;
 }
 
 // Express what was found relative to another reference.
-__device__ __forceinline__ void refer(Partial& mine, int g, float reference) {
-    const int member = threadIdx.x % TEAM;
-    const float shrink = mine.reference[g] > -INFINITE ? exponential(mine.reference[g] - reference) : 0.f;
-    mine.reference[g] = reference;
-    mine.extra[g] *= shrink;
+__device__ __forceinline__ void refer(Partial& mine, float reference) {
+    const float shrink = mine.reference > -INFINITE ? exponential(mine.reference - reference) : 0.f;
+    mine.reference = reference;
+    mine.sum *= shrink;
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) mine.out[g][i] *= shrink;
+    for (int i = 0; i < PARTS; ++i)
 #pragma unroll
-    for (int j = 0; j < OWNED; ++j)
-        if ((member * OWNED + j) % G == g) {
-            mine.sum[j] *= shrink;
-            mine.owned_reference[j] = reference;
-        }
+        for (int j = 0; j < 4; ++j) mine.out[i][j] *= shrink;
 }
 
-// The mean value of a list, as a lane holds it.
-struct Mean {
-    Bytes raw[PER_LANE];
-    float scale;
-};
-__device__ __forceinline__ Mean load_mean(const Step& p, i64 list) {
-    const int member = threadIdx.x % TEAM;
-    Mean mean;
-    mean.scale = p.mean_scales[list];
-#pragma unroll
-    for (int v = 0; v < PER_LANE; ++v) {
-        const int d = (v * TEAM + member) * VECTOR;
-        mean.raw[v] = Bytes();
-        if (d < D) mean.raw[v] = *(const Bytes*)(p.means + list * D + d);
-    }
-    return mean;
+// Two numbers as a pair of a 16-bit type, the first in the lower half; and what the pair leaves of them.
+__device__ __forceinline__ u32 pair_of(float x, float y) {
+    u32 pair;
+#if ELEMENT == 0
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+#endif
+    return pair;
+}
+__device__ __forceinline__ void take_off(u32 pair, float& x, float& y) {
+#if ELEMENT == 0
+    x -= float16_to_float((u16)pair), y -= float16_to_float((u16)(pair >> 16));
+#else
+    x -= __uint_as_float(pair << 16), y -= __uint_as_float(pair & 0xffff0000u);
+#endif
 }
 
-// Add the mean value of a list, with a weight for each head.
-__device__ __forceinline__ void add_mean(Partial& mine, const Mean& mean, const float* weights) {
-#pragma unroll
-    for (int v = 0; v < PER_LANE; ++v) {
-        float x[VECTOR];
-        widen_bytes(mean.raw[v], x);
-#pragma unroll
-        for (int g = 0; g < G; ++g)
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i)
-                mine.out[g][v * VECTOR + i] = fmaf(weights[g] * mean.scale, x[i], mine.out[g][v * VECTOR + i]);
-    }
-#pragma unroll
-    for (int g = 0; g < G; ++g) mine.extra[g] += weights[g];
+// Products of small matrices: (16, 16) with (16, 8).
+__device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
+#if ELEMENT == 0
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
-// Attend to AHEAD rows of each team; a null key is passed over.
-__device__ __forceinline__ void attend_ahead(
-    const Step& p, const Shared& s, Partial& mine, const element* const* keys, const element* const* values
-) {
-    const int member = threadIdx.x % TEAM;
-    uint4 raw_keys[AHEAD][PER_LANE], raw_values[AHEAD][PER_LANE];
-    u32 there = 0;
-#pragma unroll
-    for (int a = 0; a < AHEAD; ++a) {
-        there |= (u32)(keys[a] != nullptr) << a;
-#pragma unroll
-        for (int v = 0; v < PER_LANE; ++v) {
-            const int d = (v * TEAM + member) * VECTOR;
-            const bool load = keys[a] && d < D;
-            raw_keys[a][v] = load ? *(const uint4*)(keys[a] + d) : make_uint4(0, 0, 0, 0);
-            raw_values[a][v] = load ? *(const uint4*)(values[a] + d) : make_uint4(0, 0, 0, 0);
-        }
-    }
-    float logits[TEAM * OWNED];
-#pragma unroll
-    for (int n = 0; n < TEAM * OWNED; ++n) logits[n] = 0.f;
-#pragma unroll
-    for (int a = 0; a < AHEAD; ++a)
-#pragma unroll
-        for (int v = 0; v < PER_LANE; ++v) {
-            const int d = (v * TEAM + member) * VECTOR;
-            float x[VECTOR];
-            widen_vector(raw_keys[a][v], x);
-#pragma unroll
-            for (int g = 0; g < G; ++g)
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i)
-                    logits[a * G + g] = fmaf(d < D ? s.query[g][d + i] : 0.f, x[i], logits[a * G + g]);
-        }
-    // Sum over the team and deal out: at every step a lane gives away half of its logits.
-#pragma unroll
-    for (int step = TEAM / 2; step; step >>= 1) {
-        const bool upper = member & step;
-#pragma unroll
-        for (int i = 0; i < TEAM * OWNED / 2; ++i) {
-            const int other = i + step * OWNED;
-            if (i >= step * OWNED) continue;
-            const float given = upper ? logits[i] : logits[other], kept = upper ? logits[other] : logits[i];
-            logits[i] = kept + __shfl_xor_sync(FULL, given, step);
-        }
-    }
-    bool passes = false;
-#pragma unroll
-    for (int j = 0; j < OWNED; ++j) {
-        const int n = member * OWNED + j;
-        const bool valid = n < LOGITS && (there >> (n / G) & 1);
-        logits[j] = valid ? capped(p.scale * logits[j], p.cap) : -INFINITE;
-        mine.peak[j] = fmaxf(mine.peak[j], logits[j]);
-        passes |= valid && !(logits[j] <= mine.owned_reference[j] + SLACK);
-    }
-    if (__any_sync(FULL, passes)) {
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            float top = -INFINITE;
-#pragma unroll
-            for (int a = 0; a < AHEAD; ++a) {
-                const int n = a * G + g;
-                top = fmaxf(top, __shfl_sync(FULL, logits[n % OWNED], n / OWNED, TEAM));
-            }
-            if (top > mine.reference[g] + SLACK || (mine.reference[g] == -INFINITE && top > -INFINITE))
-                refer(mine, g, top);
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < OWNED; ++j) {
-        logits[j] = logits[j] > -INFINITE ? exponential(logits[j] - mine.owned_reference[j]) : 0.f;
-        mine.sum[j] += logits[j];
-    }
-#pragma unroll
-    for (int a = 0; a < AHEAD; ++a) {
-        float weights[G];
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            const int n = a * G + g;
-            weights[g] = __shfl_sync(FULL, logits[n % OWNED], n / OWNED, TEAM);
-        }
-#pragma unroll
-        for (int v = 0; v < PER_LANE; ++v) {
-            float x[VECTOR];
-            widen_vector(raw_values[a][v], x);
-#pragma unroll
-            for (int g = 0; g < G; ++g)
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i)
-                    mine.out[g][v * VECTOR + i] = fmaf(weights[g], x[i], mine.out[g][v * VECTOR + i]);
-        }
-    }
+// Four matrices of eight by eight: the first eight lanes give the rows of the first one, and so on.
+__device__ __forceinline__ void load_matrices(u32* x, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"((u32)__cvta_generic_to_shared(row)));
+}
+__device__ __forceinline__ void load_transposed(u32* x, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"((u32)__cvta_generic_to_shared(row)));
 }
 
-// Gather this block's share of the sinks and the recent keys that the query sees, from the `start`-th on; returns
-// where it stopped for want of room. Rows below zero stand for places of near keys.
-__device__ __forceinline__ int gather_near(const Step& p, Shared& s, int start, int end, int first, int position) {
-    const int sinks = min(p.sinks, position + 1), recent = max(first, p.sinks), count = min(end - start, QUEUE);
-    const int turned = (u32)(recent - p.sinks) % (u32)p.ring;  // where the first recent key is in the ring
+// What the parts of a head's query are to be multiplied with.
+__device__ __forceinline__ float query_scale(const Shared& s, int head) {
+#if QUERY_PARTS > 1
+    return head < G ? s.query_scale[head] : 0.f;
+#else
+    return 1.f;
+#endif
+}
+
+// Read the queries, as they are and in parts of a 16-bit type as rows of products.
+__device__ __forceinline__ void load_queries(const Step& p, Shared& s, i64 unit) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += THREADS) {
-        int place = start + i;
-        if (place >= sinks) {
-            place += turned - sinks;
-            place += place < p.ring ? p.sinks : p.sinks - p.ring;
+    for (int i = threadIdx.x; i < 8 * STEPS * 8; i += THREADS) {
+        const int g = i / (STEPS * 8), d = i % (STEPS * 8) * 2;
+        float x = 0.f, y = 0.f;
+        if (g < G && d < D) {
+            load_two_queries(p.queries, (unit * G + g) * D + d, x, y);
+            s.query[g][d] = x, s.query[g][d + 1] = y;
         }
-        s.rows[i] = -1 - place;
+        if (QUERY_PARTS == 1) s.pairs[0][g][d / 2] = pair_of(x, y);
     }
-    if (threadIdx.x == 0) s.gathered = max(count, 0);
     __syncthreads();
-    return start + count;
+#if QUERY_PARTS > 1
+    if (threadIdx.x < G) {  // float16 has few exponents: the largest of a head becomes about one
+        float most = 0.f;
+#pragma unroll 1
+        for (int d = 0; d < D; ++d) most = fmaxf(most, fabsf(s.query[threadIdx.x][d]));
+        const int exponent = ELEMENT == 0 ? max(1, __float_as_int(most) >> 23) : 127;
+        s.query_scale[threadIdx.x] = __int_as_float(min(exponent, 252) << 23);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 8 * STEPS * 8; i += THREADS) {
+        const int g = i / (STEPS * 8), d = i % (STEPS * 8) * 2;
+        float x = 0.f, y = 0.f;
+        if (g < G && d < D) x = s.query[g][d] / s.query_scale[g], y = s.query[g][d + 1] / s.query_scale[g];
+#pragma unroll
+        for (int part = 0; part < QUERY_PARTS; ++part) {
+            const u32 pair = pair_of(x, y);
+            take_off(pair, x, y);
+            s.pairs[part][g][d / 2] = pair;
+        }
+    }
+    __syncthreads();
+#endif
 }
 
-// Attend to the rows that were gathered.
-__device__ __forceinline__ void attend_gathered(const Step& p, Shared& s, const Part& part, Partial& mine) {
-    const int warp = threadIdx.x / WARP, team = threadIdx.x % WARP / TEAM, count = s.gathered;
+// Parts of the keys of a tile as the second matrix of products: dimensions 16 `step` and on, of keys 0 to 7 and 8 to
+// 15. And of its values, transposed: dimensions 16 `step` to + 7 and + 8 to + 15, of all keys.
+__device__ __forceinline__ void key_matrices(const u8* tile, int step, u32 (*b)[4]) {
+    const int lane = threadIdx.x % WARP;
+#if KEY_PARTS == 1
+    load_matrices(b[0], tile + (lane / 16 * 8 + lane % 8) * PITCH + step * 32 + lane / 8 % 2 * 16);
+#else
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float* row = (const float*)(tile + (i / 2 * 8 + lane / 4) * PITCH);
+        float x = row[16 * step + i % 2 * 8 + lane % 4 * 2], y = row[16 * step + i % 2 * 8 + lane % 4 * 2 + 1];
+#pragma unroll
+        for (int part = 0; part < KEY_PARTS; ++part) {
+            b[part][i] = pair_of(x, y);
+            take_off(b[part][i], x, y);
+        }
+    }
+#endif
+}
+__device__ __forceinline__ void value_matrices(const u8* tile, int step, u32 (*b)[4]) {
+    const int lane = threadIdx.x % WARP;
+#if KEY_PARTS == 1
+    load_transposed(b[0], tile + (TILE + lane % 16) * PITCH + step * 32 + lane / 16 * 16);
+#else
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u8* row = tile + (TILE + i % 2 * 8 + lane % 4 * 2) * PITCH;
+        const int d = 16 * step + i / 2 * 8 + lane / 4;
+        float x = ((const float*)row)[d], y = ((const float*)(row + PITCH))[d];
+#pragma unroll
+        for (int part = 0; part < KEY_PARTS; ++part) {
+            b[part][i] = pair_of(x, y);
+            take_off(b[part][i], x, y);
+        }
+    }
+#endif
+}
+
+// Fetch the keys and values of the gathered rows `start : start + TILE`; the last one again in the place of those
+// that are missing. Rows below zero stand for places of near keys.
+__device__ __forceinline__ void fetch_tile(const Step& p, const Shared& s, const Part& part, u8* tile, int start) {
+    const int lane = threadIdx.x % WARP, last = s.gathered - 1;
     const i64 near = (i64)part.stream * (p.sinks + p.ring);
-#pragma unroll 1
-    for (int start = warp * AHEAD * TEAMS; start < count; start += WARPS * AHEAD * TEAMS) {
-        const element *keys[AHEAD], *values[AHEAD];
+#pragma unroll 4
+    for (int c = lane; c < TILE * VECTORS; c += WARP) {
+        const int r = c / VECTORS, v = c % VECTORS, row = s.rows[min(start + r, last)];
+        const i64 offset = (row < 0 ? near - 1 - row : (i64)row) * D + v * VECTOR;
+        copy_16(tile + r * PITCH + 16 * v, (row < 0 ? p.near_keys : p.keys) + offset);
+        copy_16(tile + (TILE + r) * PITCH + 16 * v, (row < 0 ? p.near_values : p.values) + offset);
+    }
+#if D % 16
+    const int missing = (STEPS * 16 - D) / VECTOR;
+    for (int c = lane; c < 2 * TILE * missing; c += WARP)
+        *(uint4*)(tile + c / missing * PITCH + 16 * (VECTORS + c % missing)) = make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// Attend to the first `count` keys of a tile.
+__device__ __forceinline__ void attend_tile(const Step& p, const Shared& s, Partial& mine, const u8* tile, int count) {
+    const int lane = threadIdx.x % WARP, head = lane / 4;
+    float x[4], products[2][4] = {};
+#pragma unroll 2
+    for (int step = 0; step < STEPS; ++step) {
+        u32 b[KEY_PARTS][4];
+        key_matrices(tile, step, b);
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int i = start + a * TEAMS + team, row = i < count ? s.rows[i] : 0;
-            const i64 offset = (row < 0 ? near - 1 - row : (i64)row) * D;
-            keys[a] = i < count ? (row < 0 ? p.near_keys : p.keys) + offset : nullptr;
-            values[a] = (row < 0 ? p.near_values : p.values) + offset;
+        for (int part = 0; part < QUERY_PARTS; ++part) {
+            const u32* at = s.pairs[part][head] + 8 * step + lane % 4;
+            const u32 a[4] = {at[0], at[0], at[4], at[4]};
+#pragma unroll
+            for (int other = 0; other < KEY_PARTS && part + other < 3; ++other) {
+                multiply(products[0], a, b[other][0], b[other][1]);
+                multiply(products[1], a, b[other][2], b[other][3]);
+            }
         }
-        attend_ahead(p, s, mine, keys, values);
+    }
+    float top = -INFINITE;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int key = i / 2 * 8 + lane % 4 * 2 + i % 2;
+        float logit = p.scale * products[i / 2][i % 2];
+        logit *= query_scale(s, head);
+        x[i] = key < count && head < G ? capped(logit, p.cap) : -INFINITE;
+        top = fmaxf(top, x[i]);
+    }
+    mine.peak = fmaxf(mine.peak, top);
+    if (__any_sync(FULL, top > mine.reference + SLACK)) {
+        top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(FULL, top, 2));
+        if (top > mine.reference + SLACK) refer(mine, top);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        x[i] = x[i] > -INFINITE ? exponential(x[i] - mine.reference) : 0.f;
+        mine.sum += x[i];
+    }
+    // Weights in two parts (and what float32 leaves, in a product of its own).
+    u32 a[4];
+    a[0] = pair_of(x[0], x[1]), a[2] = pair_of(x[2], x[3]);
+    take_off(a[0], x[0], x[1]), take_off(a[2], x[2], x[3]);
+    a[1] = pair_of(x[0], x[1]), a[3] = pair_of(x[2], x[3]);
+#if KEY_PARTS > 1
+    take_off(a[1], x[0], x[1]), take_off(a[3], x[2], x[3]);
+    const u32 rest[4] = {pair_of(x[0], x[1]), 0, pair_of(x[2], x[3]), 0};
+#endif
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        u32 b[KEY_PARTS][4];
+        value_matrices(tile, step, b);
+#pragma unroll
+        for (int part = 0; part < KEY_PARTS; ++part) {
+            multiply(mine.out[2 * step], a, b[part][0], b[part][1]);
+            multiply(mine.out[2 * step + 1], a, b[part][2], b[part][3]);
+        }
+#if KEY_PARTS > 1
+        multiply(mine.out[2 * step], rest, b[0][0], b[0][1]);
+        multiply(mine.out[2 * step + 1], rest, b[0][2], b[0][3]);
+#endif
+    }
+}
+
+// Attend to the rows that were gathered; `fetched` where the first tile of each warp is on its way already.
+__device__ __forceinline__ void attend_gathered(
+    const Step& p, Shared& s, const Part& part, Partial& mine, u8* tiles, bool fetched
+) {
+    const int warp = threadIdx.x / WARP, count = s.gathered;
+    u8* tile = tiles + warp * TILE_BYTES;
+#pragma unroll 1
+    for (int start = warp * TILE; start < count; start += WARPS * TILE) {
+        if (!fetched) fetch_tile(p, s, part, tile, start);
+        fetched = false;
+        commit_copies();
+        wait_copies<0>();
+        __syncwarp();
+        attend_tile(p, s, mine, tile, count - start);
+        __syncwarp();
     }
     __syncthreads();
-    if (threadIdx.x == 0) s.gathered = s.resolved = 0;
+    if (threadIdx.x == 0) s.gathered = 0;
     __syncthreads();
 }
 
-// Gather the keys of whole pages, from this block's `start`-th page on: of visited lists, or everything up to the
-// position of the query. Returns where it stopped for want of room.
-__device__ __forceinline__ int gather_whole(
-    const Step& p, Shared& s, const Part& part, const int* taken, bool everything, int position, int start
-) {
-    const i64 row = (i64)part.stream * p.most_pages;
-    const int end = min(part.page_count(), start + QUEUE / LANES);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < (end - start) * LANES; i += THREADS) {
-        const int page = part.page(start + i / LANES), label = p.labels[row + page], lane = i % LANES;
-        if (lane >= (label & 31)) continue;
-        if (!everything && p.orders[row + page] * LANES + lane >= taken[label >> 5]) continue;
-        const int at = p.pages[row + page] * LANES + lane;
-        if (everything && p.ids[at] > position) continue;
-        if (p.bits) {
-            const int id = p.ids[at];
-            atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
-        } else {
-            s.rows[atomicAdd(&s.gathered, 1)] = at;
+// Put aside what was found, and take it up again: registers are scarce in between.
+__device__ __forceinline__ void stash(const Partial& mine, float* all) {
+    const int lane = threadIdx.x % WARP;
+    float* own = all + threadIdx.x / WARP * STASH;
+    own[lane] = mine.reference;
+    own[WARP + lane] = mine.sum;
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i)
+        if (lane < 4 * G)
+            *(float2*)(own + 2 * WARP + (i * 4 * G + lane) * 2) =
+                make_float2(mine.out[i][0] + mine.out[i][2], mine.out[i][1] + mine.out[i][3]);
+}
+__device__ __forceinline__ void take_up(Partial& mine, const float* all) {
+    const int lane = threadIdx.x % WARP;
+    const float* own = all + threadIdx.x / WARP * STASH;
+    clear(mine);
+    mine.reference = own[lane];
+    mine.sum = own[WARP + lane];
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i)
+        if (lane < 4 * G) {
+            const float2 two = *(const float2*)(own + 2 * WARP + (i * 4 * G + lane) * 2);
+            mine.out[i][0] = two.x, mine.out[i][1] = two.y;
         }
-    }
-    __syncthreads();
-    return end;
 }
 
 // Tell all blocks the largest logit of each head.
 __device__ __forceinline__ void publish_peaks(const Partial& mine, u32* own, u32* all) {
-    const int member = threadIdx.x % TEAM;
-#pragma unroll
-    for (int j = 0; j < OWNED; ++j)
-        if (mine.peak[j] > -INFINITE) atomicMax(own + (member * OWNED + j) % G, ordered(mine.peak[j]));
+    const int head = threadIdx.x % WARP / 4;
+    if (head < G && mine.peak > -INFINITE) atomicMax(own + head, ordered(mine.peak));
     __syncthreads();
     if (threadIdx.x < G && own[threadIdx.x]) atomicMax(all + threadIdx.x, own[threadIdx.x]);
-}
-
-// Take the largest near logit as the reference: estimates up to it are below the bound. Without it none is known
-// to be, and weights are taken relative to the norm.
-__device__ __forceinline__ void find_reference(const Step& p, Shared& s, const u32* counters) {
-    if (threadIdx.x < G) {
-        const float known = unordered(__ldcg(counters + NEAREST + threadIdx.x));
-        s.reference[threadIdx.x] = known;
-        s.basis[threadIdx.x] = known > -INFINITE ? known : s.norm[threadIdx.x];
-        s.bound[threadIdx.x] = INFINITE;
-    }
-    __syncthreads();
-}
-
-// Estimates count for no more than the largest exact logit.
-__device__ void find_bounds(Shared& s, const u32* counters) {
-    if (threadIdx.x < G) {
-        const u32 largest = __ldcg(counters + LARGEST + threadIdx.x);
-        s.bound[threadIdx.x] = largest ? unordered(largest) : INFINITE;
-    }
-    __syncthreads();
-}
-
-// Add the mean values of lists: with the weight of the keys that were visited and not kept, page by page, and of
-// those that were not visited, of this block's share of the lists.
-__device__ __forceinline__ void attend_means(
-    const Step& p, const Shared& s, const Part& part, Partial& mine, const int* taken
-) {
-    const int warp = threadIdx.x / WARP, team = threadIdx.x % WARP / TEAM, visited = p.refine ? s.visited : 0;
-    const int begin = part.begin(p.lists), count = visited + part.end(p.lists) - begin;
-    const i64 lists = (i64)part.stream * p.lists;
-    float lift[G];
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        refer(mine, g, fmaxf(mine.reference[g], s.basis[g]));
-        lift[g] = exponential(s.basis[g] - mine.reference[g]);
-    }
-#pragma unroll 2
-    for (int i = warp * TEAMS + team; i < count; i += WARPS * TEAMS) {
-        Group weights;
-        int list;
-        if (i < visited) {
-            weights = load_group(p.masses + (part.first_place / LANES + i) * G);
-            list = __ldcg(&p.visited[part.first_place / LANES + i].y) >> 5;
-        } else {
-            list = begin + i - visited;
-            weights = rest_of_list(p, s, part, list, taken[list]);
-        }
-#pragma unroll
-        for (int g = 0; g < G; ++g) weights.x[g] *= lift[g];
-        add_mean(mine, load_mean(p, lists + list), weights.x);
-    }
-}
-
-// Merge what the teams of a block found, and leave it where the last block of the unit finds it.
-__device__ __forceinline__ void reduce_block(const Step& p, Shared& s, const Part& part, Partial& mine, float* reduction) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, member = lane % TEAM;
-    __syncthreads();
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        const float top = warp_max(mine.reference[g]);
-        if (lane == 0) s.reduced[warp][g] = top;
-    }
-    __syncthreads();
-    float* own = reduction + warp * G * (D + 1);
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        const float top = warp_max(lane < WARPS ? s.reduced[lane][g] : -INFINITE);
-        if (threadIdx.x == 0) s.reference[g] = top;
-        refer(mine, g, top > -INFINITE ? top : 0.f);
-        float sum = member == 0 ? mine.extra[g] : 0.f;
-#pragma unroll
-        for (int j = 0; j < OWNED; ++j) sum += (member * OWNED + j) % G == g ? mine.sum[j] : 0.f;
-        sum = warp_sum(sum);
-        if (lane == 0) own[g * (D + 1) + D] = sum;
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            float x = mine.out[g][i];
-#pragma unroll
-            for (int step = TEAM; step < WARP; step <<= 1) x += __shfl_xor_sync(FULL, x, step);
-            const int d = (i / VECTOR * TEAM + member) * VECTOR + i % VECTOR;
-            if (lane < TEAM && d < D) own[g * (D + 1) + d] = x;
-        }
-    }
-    __syncthreads();
-    float* left = p.partial + ((i64)part.unit * part.blocks + part.block) * G * (D + 2);
-    for (int i = threadIdx.x; i < G * (D + 1); i += THREADS) {
-        float sum = 0.f;
-#pragma unroll 4
-        for (int w = 0; w < WARPS; ++w) sum += reduction[w * G * (D + 1) + i];
-        left[i / (D + 1) * (D + 2) + i % (D + 1)] = sum;
-    }
-    if (threadIdx.x < G) left[threadIdx.x * (D + 2) + D + 1] = s.reference[threadIdx.x];
-}
-
-// Merge what the blocks of a unit found, and write the result.
-__device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* weights) {
-    const float* parts = p.partial + (i64)part.unit * part.blocks * G * (D + 2);
-#pragma unroll 1
-    for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
-        const int lane = threadIdx.x % WARP;
-        float peak = -INFINITE, sum = 0.f;
-#pragma unroll 1
-        for (int b = lane; b < part.blocks; b += WARP) peak = fmaxf(peak, __ldcg(parts + (b * G + g) * (D + 2) + D + 1));
-        peak = warp_max(peak);
-#pragma unroll 1
-        for (int b = lane; b < part.blocks; b += WARP) {
-            const float* one = parts + (b * G + g) * (D + 2);
-            const float weight = peak > -INFINITE ? exponential(__ldcg(one + D + 1) - peak) : 0.f;
-            weights[b * G + g] = weight;
-            sum = fmaf(weight, __ldcg(one + D), sum);
-        }
-        sum = warp_sum(sum);
-        if (lane == 0) {
-            s.bound[g] = sum > 0.f ? 1.f / sum : 0.f;
-            p.lse[(i64)part.unit * G + g] = sum > 0.f ? peak + logf(sum) : -INFINITE;
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < G * D; i += THREADS) {
-        const int g = i / D;
-        float out = 0.f;
-#pragma unroll 4
-        for (int b = 0; b < part.blocks; ++b)
-            out = fmaf(weights[b * G + g], __ldcg(parts + (b * G + g) * (D + 2) + i % D), out);
-        store_out(p.out, (i64)part.unit * G * D + i, out * s.bound[g]);
-    }
 }

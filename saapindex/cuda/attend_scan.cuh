@@ -1,4 +1,4 @@
-// Scan the codes of the visited lists, and cut to the budget of keys.
+// Scan the codes of the visited lists.
 //
 // A block writes what it scans one after another, page by page: place 16 e + lane is that of a lane of the e-th
 // page it visited. What is kept for a place is only ever touched by this block.
@@ -7,16 +7,29 @@
 #define OWN_HOT (1 << 30)
 #define HOT 0x4000u  // an estimate may pass the bound: it does not count yet
 
-// Gather the visited ones of the pages `start : start + ROUND` of this block.
+// Begin to fetch labels and places of the pages `start : start + ROUND` of this block.
+__device__ __forceinline__ void fetch_labels(const Step& p, Shared& s, const Part& part, int start) {
+    const i64 row = (i64)part.stream * p.most_pages;
+    const int end = min(start + ROUND, part.pages);
+#pragma unroll 1
+    for (int i = start + threadIdx.x; i < end; i += THREADS) {
+        const int page = part.page(i);
+        copy_4(s.labels + i - start, p.labels + row + page);
+        copy_4(s.places + i - start, p.pages + row + page);
+    }
+}
+
+// Gather the visited ones of these pages.
 __device__ void gather_pages(const Step& p, Shared& s, const Part& part, const int* taken, int start, int count) {
     if (threadIdx.x == 0) s.queued = 0;
+    if (start) fetch_labels(p, s, part, start), commit_copies();
+    wait_copies<0>();
     __syncthreads();
-    const i64 row = (i64)part.stream * p.most_pages;
     const int end = min(start + ROUND, count);
 #pragma unroll 1
     for (int i = start + threadIdx.x; i < end; i += THREADS) {
-        const int page = part.page(i), label = p.labels[row + page], place = p.pages[row + page];
-        if (taken[label >> 5]) s.queue[atomicAdd(&s.queued, 1)] = make_int2(place, label);
+        const int label = s.labels[i - start];
+        if (taken[label >> 5]) s.queue[atomicAdd(&s.queued, 1)] = make_int2(s.places[i - start], label);
     }
     __syncthreads();
 }
@@ -29,156 +42,196 @@ __device__ void gather_pages(const Step& p, Shared& s, const Part& part, const i
 #define DEPTH 4  // pairs of pages that a warp fetches ahead
 static_assert(G <= 8, "at most eight query heads share a KV head");
 
+// What a lane copies of a page: 16 bytes of the codes, or the scales that stand behind them.
+#define PIECES (4 * WORDS + 1)
+#define COPIES ((PIECES + WARP - 1) / WARP)
+#define SIDE_BY_SIDE (PIECES <= WARP / 2)  // half of the lanes take one page, and half the next
+
 // Fetch the codes and scales of two pages.
 __device__ __forceinline__ void fetch_pages(const Step& p, const Shared& s, u8* to, int entry, int queued) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        if (entry + j >= queued) break;
-        const i64 page = s.queue[entry + j].x;
+    for (int j = 0; j < (SIDE_BY_SIDE ? 1 : 2); ++j) {
+        const int half = SIDE_BY_SIDE ? lane / (WARP / 2) : j;
+        if (entry + half >= queued) continue;
+        const i64 page = s.queue[entry + half].x;
 #pragma unroll
-        for (int c = lane; c < 4 * WORDS; c += WARP)
-            copy_16(to + j * PAGE_BYTES + 16 * c, (const u8*)p.codes + page * (WORDS * LANES * 4) + 16 * c);
-        if (lane == 0) copy_16(to + j * PAGE_BYTES + WORDS * LANES * 4, p.exponents + page * LANES);
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int piece = SIDE_BY_SIDE ? lane % (WARP / 2) : copy * WARP + lane;
+            const u8* from = piece < 4 * WORDS ? (const u8*)p.codes + 16 * piece : p.exponents;
+            const int stride = piece < 4 * WORDS ? WORDS * LANES * 4 : LANES;
+            if (piece < PIECES) copy_16(to + half * PAGE_BYTES + 16 * piece, from + page * stride);
+        }
     }
+}
+
+// The weight of a key by its estimate, relative to the norm; infinite `norm` for heads that are not there.
+__device__ __forceinline__ float weight_of(float estimate, float norm) {
+    return power_of_two(fminf(fmaf(estimate, LOG2E, -norm), 115.f));
+}
+
+// Add up products of codes and queries for two pages: in chunks of eight quads, a lane takes one of each half.
+__device__ __forceinline__ void sum_fields(const Shared& s, const u8* pages, int quarter, int column, int (*sums)[4]) {
+    const int chunks = s.chunks;
+#pragma unroll 2
+    for (int c = 0; c < chunks; ++c) {
+        const int4 place = s.places_of[c][quarter];
+        const int2 factors = *(const int2*)s.factors[c][quarter][column];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const u8 *one = pages + j * PAGE_BYTES + place.x, *other = pages + j * PAGE_BYTES + place.y;
+            const u32 mask = place.w, a[4] = {
+                *(const u32*)one >> (place.z & 0xff) & mask, *(const u32*)(one + 32) >> (place.z & 0xff) & mask,
+                *(const u32*)other >> (place.z >> 8) & mask, *(const u32*)(other + 32) >> (place.z >> 8) & mask
+            };
+            multiply_bytes(sums[j], a, factors.x, factors.y);
+        }
+    }
+}
+
+// The sums of weights of estimates of a list, which lanes hold in parts: of the rows of a page, for two heads.
+__device__ __forceinline__ void give_mass(float* masses, int list, int first, float* mass) {
+    // Rows of even number take the first head, the others the second.
+    const int row = threadIdx.x % WARP / 4, own = row % 2;
+    float sum = own ? mass[1] : mass[0];
+    sum += __shfl_xor_sync(FULL, own ? mass[0] : mass[1], 4);
+    sum += __shfl_xor_sync(FULL, sum, 8);
+    sum += __shfl_xor_sync(FULL, sum, 16);
+    if (row < 2 && list >= 0 && first + own < G) atomicAdd(masses + list * G + own, sum);
+    mass[0] = mass[1] = 0.f;
 }
 
 // Estimate the logits of the keys of every visited page of this block, and count them by weight. `stage` is room
 // for DEPTH pairs of pages of each warp.
 __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part, const int* taken, u8* stage) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = lane / 4, quarter = lane % 4;
-    const float base = p.base[part.head];
-    const int rankers = p.policy == UNION ? G : 1, count = part.page_count();
+    const float log_base = log2f(p.base[part.head]) - 8.f;
+    const int count = part.pages;
     const int first = G <= 4 ? quarter % 2 * 2 : quarter * 2;  // the first of the two heads of this lane
     const int column = row % COLUMNS < G ? row % COLUMNS : 0;  // the head that it provides to products
+    const bool weighing = p.remainder && !p.bits;
+    constexpr bool summing = POLICY == SUM;
+    float unit[2], offset[2], seconds[2], norm[2], lift[2], reference[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int g = min(first + i, G - 1);
+        const bool there = first + i < G;
+        unit[i] = s.unit[g], offset[i] = -0.5f * s.unit[g] * (float)s.offsets[g], seconds[i] = s.second[g];
+        norm[i] = there ? s.norm[g] * LOG2E : INFINITE, lift[i] = s.lift[g];
+        reference[i] = there ? s.reference[g] : INFINITE;
+    }
+    // Addresses in registers, since what threads share is read again after every write.
+    const float* const dots_at = p.dots + (i64)part.unit * p.lists * G;
+    float* const masses_at = p.masses + (i64)part.unit * p.lists * G + first;
+    const i64 first_place = part.first_place;
     bool deferred = false;
     stage += warp * DEPTH * 2 * PAGE_BYTES;
-    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+    clear_histogram(s);
+#pragma unroll 1
     for (int start = 0; start < count; start += ROUND) {
         gather_pages(p, s, part, taken, start, count);
-        const int queued = s.queued, before = s.visited;
+        // A warp takes neighbours, which are often of the same list.
+        const int queued = s.queued, before = s.visited, pairs = (queued + 1) / 2;
+        const int begin = share_of(pairs, warp, WARPS), end = share_of(pairs, warp + 1, WARPS);
+        float* const estimates_at = p.estimates + (first_place + before * LANES) * G + first;
+        u16* const bins_at = p.bins + (first_place + before * LANES) * RANKERS;
+        int2* const visited_at = p.visited + first_place / LANES + before;
+        float mass[2] = {0.f, 0.f};
+        int held = -1;
 #pragma unroll 1
         for (int k = 0; k < DEPTH; ++k) {
-            fetch_pages(p, s, stage + k * 2 * PAGE_BYTES, 2 * (warp + k * WARPS), queued);
+            fetch_pages(p, s, stage + k * 2 * PAGE_BYTES, 2 * (begin + k), min(queued, 2 * end));
             commit_copies();
         }
 #pragma unroll 1
-        for (int pair = warp, k = 0; 2 * pair < queued; pair += WARPS, k = (k + 1) % DEPTH) {
+        for (int pair = begin, k = 0; pair < end; ++pair, k = (k + 1) % DEPTH) {
             u8* pages = stage + k * 2 * PAGE_BYTES;
+            int2 page[TURNS];
             float centers[TURNS][2];
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
-                const int e = min(2 * pair + (G <= 4 ? quarter / 2 : turn), queued - 1);
-                const float* dots = p.dots + ((i64)part.unit * p.lists + (s.queue[e].y >> 5)) * G;
+                page[turn] = s.queue[min(2 * pair + (G <= 4 ? quarter / 2 : turn), queued - 1)];
+                const float* dots = dots_at + (page[turn].y >> 5) * G;
 #pragma unroll
-                for (int j = 0; j < 2; ++j) centers[turn][j] = first + j < G ? __ldcg(dots + first + j) : 0.f;
+                for (int i = 0; i < 2; ++i) centers[turn][i] = __ldcg(dots + min(first + i, G - 1));
             }
             wait_copies<DEPTH - 1>();
             __syncwarp();
             int sums[2][4] = {};
-#pragma unroll 1
-            for (int c = 0; c < s.chunks; ++c) {
-                u32 quads[2];
-#pragma unroll
-                for (int h = 0; h < 2; ++h) quads[h] = s.quads[8 * c + 4 * h + quarter];
-                const u32 b0 = s.factors[8 * c + quarter][column], b1 = s.factors[8 * c + 4 + quarter][column];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    u32 a[4];
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const u8* word = pages + j * PAGE_BYTES + (quads[h] & 0xffff) + 4 * row;
-                        const int shift = quads[h] >> 16 & 0xff;
-                        const u32 mask = (quads[h] >> 24) * 0x01010101u;
-                        a[2 * h] = *(const u32*)word >> shift & mask;
-                        a[2 * h + 1] = *(const u32*)(word + 32) >> shift & mask;
-                    }
-                    multiply_bytes(sums[j], a, b0, b1);
-                }
-            }
+            sum_fields(s, pages + 4 * row, quarter, column, sums);
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
-                const int j = G <= 4 ? quarter / 2 : turn, e = 2 * pair + j;
-                const int lanes = e < queued ? s.queue[e].y & 31 : 0;
-                const i64 place = part.first_place + (i64)(before + e) * LANES;
-                float mass[2] = {0.f, 0.f};
+                const int j = G <= 4 ? quarter / 2 : turn, e = 2 * pair + j, list = page[turn].y >> 5;
+                const bool queue_ends = e >= queued;
+                const int lanes = queue_ends ? 0 : page[turn].y & 31;
+                if (weighing && __any_sync(FULL, list != held)) {
+                    give_mass(masses_at, held, first, mass);
+                    held = list;
+                }
+                float* const estimates_to = estimates_at + (e * LANES + row) * G;
+                u16* const bins_to = bins_at + (e * LANES + row) * RANKERS;
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     const int key = row + 8 * r;
                     const bool there = key < lanes;
-                    const int exponent = pages[j * PAGE_BYTES + WORDS * LANES * 4 + key];
-                    const float f = base * power_of_two((exponent - 128) / 16.f);
+                    const float exponent = (float)pages[j * PAGE_BYTES + WORDS * LANES * 4 + key];
+                    const float f = power_of_two(fmaf(exponent, 1.f / 16.f, log_base)), square = f * f;
                     float weights[2], estimates[2];
-                    bool hot = false;
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const int g = min(first + i, G - 1);
-                        const bool mine = there && first + i < G;
                         const int sum = G <= 4 && quarter >= 2 ? sums[1][2 * r + i] : sums[TURNS == 1 ? 0 : turn][2 * r + i];
-                        const float residual = s.unit[g] * f * (0.5f * (2 * sum - s.offsets[g]));
-                        const float second = fminf(s.second[g] * f * f, CORRECTION);
-                        estimates[i] = capped(centers[turn][i] + (residual + second), p.cap);
-                        hot |= mine && estimates[i] > s.reference[g];
-                        weights[i] = mine ? estimates[i] - s.norm[g] : -INFINITE;
+                        const float second = centers[turn][i] + fminf(seconds[i] * square, CORRECTION);
+                        estimates[i] = capped(fmaf(f, fmaf(unit[i], (float)sum, offset[i]), second), p.cap);
+                        weights[i] = weight_of(estimates[i], norm[i]);
                     }
                     // What the lanes of a key know together.
-                    hot = __shfl_xor_sync(FULL, (int)hot, 1) || hot;
-                    if (G > 4) hot = __shfl_xor_sync(FULL, (int)hot, 2) || hot;
-                    float weight = fmaxf(weights[0], weights[1]);
-                    if (p.policy == SUM) {
-                        weight = fminf(weight, 80.f);
-                        weight = weight > -INFINITE ? exponential(fminf(weights[0], 80.f)) + exponential(fminf(weights[1], 80.f)) : 0.f;
-                        weight += __shfl_xor_sync(FULL, weight, 1);
-                        if (G > 4) weight += __shfl_xor_sync(FULL, weight, 2);
-                        weight = __logf(weight);
-                    } else {
-                        weight = fmaxf(weight, __shfl_xor_sync(FULL, weight, 1));
-                        if (G > 4) weight = fmaxf(weight, __shfl_xor_sync(FULL, weight, 2));
-                    }
-                    if (e < queued) {
-#pragma unroll
-                        for (int i = 0; i < 2; ++i)
-                            if (first + i < G) p.estimates[(place + key) * G + first + i] = estimates[i];
-                        if (rankers == 1) {
-                            if (first == 0) {
-                                const int bin = bin_of(weight);
-                                p.bins[place + key] = there ? bin | (hot ? HOT : 0) : NO_KEY;
-                                if (there) atomicAdd(s.histogram + bin, 1);
-                            }
-                        } else {
-#pragma unroll
-                            for (int i = 0; i < 2; ++i)
-                                if (first + i < G)
-                                    p.bins[(place + key) * G + first + i] = there ? bin_of(weights[i]) | (hot ? HOT : 0) : NO_KEY;
-                            if (first == 0) p.kept[place + key] = 0;
-                        }
+                    int hot = estimates[0] > reference[0] || estimates[1] > reference[1];
+                    hot |= __shfl_xor_sync(FULL, hot, 1);
+                    if (G > 4) hot |= __shfl_xor_sync(FULL, hot, 2);
+                    float weight = summing ? weights[0] + weights[1] : fmaxf(weights[0], weights[1]);
+                    const float other = __shfl_xor_sync(FULL, weight, 1);
+                    weight = summing ? weight + other : fmaxf(weight, other);
+                    if (G > 4) {
+                        const float others = __shfl_xor_sync(FULL, weight, 2);
+                        weight = summing ? weight + others : fmaxf(weight, others);
                     }
                     deferred |= there && hot;
+                    const bool counts = there && !hot;
 #pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        if (there && !hot && first + i < G) mass[i] += exponential(estimates[i] - s.basis[first + i]);
+                    for (int i = 0; i < 2; ++i) mass[i] = fmaf(counts ? weights[i] : 0.f, lift[i], mass[i]);
+                    if (!queue_ends && first < G) {
+                        if (G % 2 == 0) {
+                            *(float2*)(estimates_to + 8 * r * G) = make_float2(estimates[0], estimates[1]);
+                        } else {
+                            estimates_to[8 * r * G] = estimates[0];
+                            if (first + 1 < G) estimates_to[8 * r * G + 1] = estimates[1];
+                        }
+                    }
+                    if (RANKERS == 1) {
+                        const int bin = bin_of_weight(weight);
+                        if (!queue_ends && first == 0) bins_to[8 * r] = there ? bin | (hot ? HOT : 0) : NO_KEY;
+                        if (there && first == 0) atomicAdd(s.histogram + bin, 1);
+                    } else if (!queue_ends) {
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            if (first + i < G)
+                                bins_to[8 * r * G + first + i] = there ? bin_of_weight(weights[i]) | (hot ? HOT : 0) : NO_KEY;
+                        if (first == 0) p.kept[first_place + (before + e) * LANES + key] = 0;
+                    }
                 }
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-#pragma unroll
-                    for (int step = 4; step < WARP; step <<= 1) mass[i] += __shfl_xor_sync(FULL, mass[i], step);
-                if (row == 0 && e < queued) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        if (first + i < G) p.masses[place / LANES * G + first + i] = mass[i];
-                    if (first == 0) p.visited[place / LANES] = s.queue[e];
-                }
+                if (row == 0 && first == 0 && !queue_ends) visited_at[e] = page[turn];
             }
             __syncwarp();
-            fetch_pages(p, s, pages, 2 * (pair + DEPTH * WARPS), queued);
+            fetch_pages(p, s, pages, 2 * (pair + DEPTH), min(queued, 2 * end));
             commit_copies();
         }
+        if (weighing) give_mass(masses_at, held, first, mass);
         wait_copies<0>();
         __syncthreads();
         if (threadIdx.x == 0) s.visited = before + queued;
         __syncthreads();
     }
-    if (deferred) s.deferred = 1;
+    if (deferred && POLICY == UNION) s.deferred = 1;
     // All blocks of a unit take the same lists, so each knows how many keys are visited in all.
     int scanned = 0;
 #pragma unroll 1
@@ -187,195 +240,28 @@ __device__ __forceinline__ void scan(const Step& p, Shared& s, const Part& part,
     if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = scanned;
     __syncthreads();
     if (threadIdx.x == 0) {
-        i64 left = s.left;
-        for (int w = 0; w < WARPS; ++w) left -= (i64)((int*)s.reduced)[w] * p.code_bytes;
-        s.limit = max((i64)0, left) / p.row_bytes;
+        double visited = 0.;
+#pragma unroll 1
+        for (int w = 0; w < WARPS; ++w) visited += ((int*)s.reduced)[w];
+        const double left = fmax(s.left - visited * p.code_bytes, 0.);
+        s.limit = (int)fmin((double)((i64)(left / p.row_bytes) / RANKERS), 2147483647.);
     }
-    for (int ranker = 0; ranker < rankers; ++ranker) {
-        if (rankers > 1) {
-            for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+#pragma unroll 1
+    for (int ranker = 0; ranker < RANKERS; ++ranker) {
+        if (RANKERS > 1) {
+            clear_histogram(s);
             __syncthreads();
+#pragma unroll 1
             for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
-                const u32 bin = p.bins[(part.first_place + i) * rankers + ranker];
+                const u32 bin = p.bins[(part.first_place + i) * RANKERS + ranker];
                 if (bin != NO_KEY) atomicAdd(s.histogram + (bin & (BINS - 1)), 1);
             }
             __syncthreads();
         }
-        int* all = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker) * BINS;
+        int* all = p.histogram + ((i64)part.unit * G + ranker) * BINS;
+#pragma unroll 1
         for (int i = threadIdx.x; i < BINS; i += THREADS)
             if (s.histogram[i]) atomicAdd(all + i, s.histogram[i]);
         __syncthreads();
-    }
-}
-
-// Find the bin of a histogram of the unit in which the cut falls: keys of higher bins are kept.
-__device__ __forceinline__ void find_boundary(const Step& p, Shared& s, const Part& part, int number, int limit) {
-    const int* all = p.histogram + ((i64)part.unit * 2 * G + number) * BINS;
-    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = __ldcg(all + i);
-    __syncthreads();
-    find_bin(s, limit);
-}
-
-// Let the key at a place of this block be fetched.
-__device__ __forceinline__ void keep(const Step& p, Shared& s, const Part& part, int at, bool hot) {
-    if (p.policy == UNION) {
-        if (p.kept[part.first_place + at]) return;
-        p.kept[part.first_place + at] = 1;
-    }
-    s.rows[atomicAdd(&s.gathered, 1)] = at | (hot ? OWN_HOT : 0);
-}
-
-// Turn the places that were gathered since the last time into rows, or note their positions. Their estimates do
-// not count any more.
-__device__ void resolve(const Step& p, Shared& s, const Part& part) {
-    const int count = s.gathered;
-#pragma unroll 1
-    for (int i = s.resolved + threadIdx.x; i < count; i += THREADS) {
-        const bool hot = s.rows[i] & OWN_HOT;
-        const int at = s.rows[i] & ~OWN_HOT;
-        const i64 place = part.first_place + at;
-        const int row = __ldcg(&p.visited[place / LANES].x) * LANES + at % LANES;
-        if (p.bits) {
-            const int id = p.ids[row];
-            atomicOr(p.bits + (i64)part.unit * p.width + (id >> 5), 1u << (id & 31));
-            continue;
-        }
-        s.rows[i] = row;
-        if (!p.remainder) continue;
-        if (hot) {
-            p.bins[place * (p.policy == UNION ? G : 1)] = NO_KEY;  // it is not deferred any more
-            continue;
-        }
-        const Group estimates = load_group(p.estimates + place * G);
-#pragma unroll
-        for (int g = 0; g < G; ++g)
-            atomicAdd(p.masses + place / LANES * G + g, -exponential(estimates.x[g] - s.basis[g]));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) s.resolved = s.gathered = p.bits ? 0 : count;
-    __syncthreads();
-}
-
-__device__ __forceinline__ float key_weight(const Step& p, const Shared& s, i64 place, int ranker) {
-    Group weights = load_group(p.estimates + place * G);
-#pragma unroll
-    for (int g = 0; g < G; ++g) weights.x[g] -= s.norm[g];
-    return pooled(weights.x, p.policy, ranker);
-}
-
-// Gather the keys of this block above the cut, from place `start` on, and note those in its bin. Returns where it
-// stopped for want of room, or the end.
-__device__ int gather_sure(const Step& p, Shared& s, const Part& part, int ranker, int start, int total) {
-    const i64 places = part.first_place;
-    const int rankers = p.policy == UNION ? G : 1, boundary = s.boundary;
-    const bool open = s.limit / rankers > s.reached;
-#pragma unroll 1
-    for (; start < total && s.gathered <= QUEUE - CHUNK - OWN; start += CHUNK) {
-        u16 bins[4];
-        const int begin = start + 4 * threadIdx.x;
-        if (begin < total) {
-            if (rankers == 1) {
-                const uint2 four = *(const uint2*)(p.bins + places + begin);
-                bins[0] = (u16)four.x, bins[1] = (u16)(four.x >> 16);
-                bins[2] = (u16)four.y, bins[3] = (u16)(four.y >> 16);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    bins[i] = p.bins[(places + begin + i) * rankers + ranker];
-                    // Whether a key is deferred still, the first ranker knows.
-                    if (bins[i] != NO_KEY && p.bins[(places + begin + i) * rankers] == NO_KEY) bins[i] &= ~HOT;
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int bin = bins[i] & (BINS - 1);
-                if (bins[i] == NO_KEY) continue;
-                if (bin > boundary) {
-                    keep(p, s, part, begin + i, bins[i] & HOT);
-                } else if (bin == boundary && open) {
-                    const int own = atomicAdd(&s.owned, 1);
-                    if (own < OWN) s.own[own] = (begin + i) | (bins[i] & HOT ? OWN_HOT : 0);
-                }
-            }
-        }
-        __syncthreads();
-    }
-    return start;
-}
-
-// Hand the keys in the bin of the cut to all blocks.
-__device__ void publish_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
-    float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
-    int* fine = p.histogram + ((i64)part.unit * 2 * G + 2 * ranker + 1) * BINS;
-    const int owned = min(s.owned, OWN);
-    if (!owned) return;  // the same in all threads
-    if (threadIdx.x == 0)
-        s.slot = atomicAdd(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker, (u32)owned);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < owned; i += THREADS) {
-        const u32 slot = s.slot + i;
-        const int at = s.own[i] & ~OWN_HOT;
-        const i64 place = part.first_place + at;
-        const int row = __ldcg(&p.visited[place / LANES].x) * LANES + at % LANES;
-        const float weight = key_weight(p, s, place, ranker);
-        s.own_weights[i] = weight;
-        if (slot >= CANDIDATES) {
-            s.own[i] = -1;
-            continue;
-        }
-        candidates[slot] = make_float2(weight, __int_as_float(p.ids[row]));
-        atomicAdd(fine + fine_bin_of(weight, s.boundary), 1);
-    }
-}
-
-// Gather the best candidates of this block, judged against those of all blocks: first by their counts in fine
-// bins, and in the bin in which the cut falls one by one.
-__device__ void gather_candidates(const Step& p, Shared& s, const Part& part, int ranker) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const i64 places = part.first_place;
-    const int boundary = s.boundary, owned = min(s.owned, OWN);
-    const int open = (int)min(s.limit / (p.policy == UNION ? G : 1), (i64)0x7fffffff) - s.reached;
-    const u32 written = __ldcg(p.counters + (i64)part.unit * COUNTERS + CANDIDATE + ranker);
-    const int count = (int)min(written, (u32)CANDIDATES);
-    if (!count) return;  // the same in all threads
-    const float2* candidates = p.candidates + ((i64)part.unit * G + ranker) * CANDIDATES;
-    find_boundary(p, s, part, 2 * ranker + 1, open);
-    const int fine = s.boundary, left = open - s.reached;
-#pragma unroll 1
-    for (int i = warp; i < owned; i += WARPS) {
-        if (s.own[i] < 0) continue;
-        const float weight = s.own_weights[i];
-        const int bin = fine_bin_of(weight, boundary);
-        bool kept = bin > fine;
-        if (bin == fine) {
-            const int at = s.own[i] & ~OWN_HOT;
-            const int id = p.ids[p.visited[(places + at) / LANES].x * LANES + at % LANES];
-            int better = 0;
-#pragma unroll 2
-            for (int c = lane; c < count; c += WARP) {
-                const float2 other = __ldcg(candidates + c);
-                if (fine_bin_of(other.x, boundary) == fine)
-                    better += other.x > weight || (other.x == weight && __float_as_int(other.y) < id);
-            }
-            kept = warp_sum_int(better) < left;
-        }
-        if (kept && lane == 0) keep(p, s, part, s.own[i] & ~OWN_HOT, s.own[i] & OWN_HOT);
-    }
-    __syncthreads();
-}
-
-// The keys of this block that were deferred and not kept.
-__device__ void attend_deferred_keys(const Step& p, const Shared& s, const Part& part) {
-    const int rankers = p.policy == UNION ? G : 1;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < s.visited * LANES; i += THREADS) {
-        const i64 place = part.first_place + i;
-        const u32 bin = p.bins[place * rankers];
-        if (bin == NO_KEY || !(bin & HOT)) continue;
-        const Group estimates = load_group(p.estimates + place * G);
-#pragma unroll
-        for (int g = 0; g < G; ++g)
-            atomicAdd(p.masses + place / LANES * G + g, exponential(fminf(estimates.x[g], s.bound[g]) - s.basis[g]));
     }
 }

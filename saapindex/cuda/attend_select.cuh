@@ -1,57 +1,66 @@
 // Route and select: logits of all lists, and the lists that are visited.
 
-// This block's share of the inner products of queries with anchors, and of the rotated queries.
-__device__ void route(const Step& p, Shared& s, const Part& part) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, member = lane % TEAM, team = lane / TEAM;
-    const i64 row = (i64)part.stream * p.lists;
-    const int begin = part.begin(p.lists), end = part.end(p.lists);
+// Ask for what this block is going to read, whatever is chosen: memory is slow to begin.
+__device__ __forceinline__ void prefetch_own(const Step& p, int stream, int head, int block) {
+    const int first = share_of(p.lists, block, p.blocks), last = share_of(p.lists, block + 1, p.blocks);
 #pragma unroll 1
-    for (int start = begin + warp * TEAMS * AHEAD; start < end; start += WARPS * TEAMS * AHEAD) {
-        Bytes raw[AHEAD][PER_LANE];
-        float scales[AHEAD];
+    for (int list = first + threadIdx.x; list < last; list += THREADS) {
+        const i64 row = (i64)stream * p.lists + list;
+        prefetch(p.anchor_scales + row), prefetch(p.mean_scales + row);
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int list = start + a * TEAMS + team;
+        for (int d = 0; d < D; d += 128) prefetch(p.anchors + row * D + d), prefetch(p.means + row * D + d);
+    }
+#pragma unroll 1
+    for (int list = 32 * (THREADS - 1 - threadIdx.x); list < p.lists; list += 32 * THREADS)
+        prefetch(p.sizes + (i64)stream * p.lists + list), prefetch(p.squares + (i64)stream * p.lists + list);
+    const int begin = share_of(p.coded_most, block, p.blocks), end = share_of(p.coded_most, block + 1, p.blocks);
+    const i64 own = (i64)head * p.coded_most;
+#pragma unroll 1
+    for (int i = THREADS - 1 - threadIdx.x; i < (end - begin) * ((D + 31) / 32); i += THREADS)
+        prefetch(p.inverse + (own + begin) * D + 32 * i);
+    const int r = 32 * ((int)threadIdx.x - THREADS / 2);
+    if (r >= 0 && r < p.coded_most)
+        prefetch(p.steps + own + r), prefetch(p.spread + own + r), prefetch(p.distortion + own + r), prefetch(p.slots + own + r);
+}
+
+// This block's share of the inner products of queries with anchors, and of the rotated queries.
+__device__ __forceinline__ void route(const Step& p, Shared& s, const Part& part) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
+    const i64 row = (i64)part.stream * p.lists;
+    // Eight lists a warp; in a step, a lane takes four dimensions of one of them.
+#pragma unroll 1
+    for (int start = part.first_list + warp * 8; start < part.last_list; start += WARPS * 8) {
+        const int list = min(start + lane / 4, part.last_list - 1);
+        const i8* anchor = p.anchors + (row + list) * D + 4 * quarter;
+        u32 raw[STEPS];
 #pragma unroll
-            for (int v = 0; v < PER_LANE; ++v) {
-                const int d = (v * TEAM + member) * VECTOR;
-                raw[a][v] = Bytes();
-                if (list < end && d < D) raw[a][v] = *(const Bytes*)(p.anchors + (row + list) * D + d);
+        for (int step = 0; step < STEPS; ++step)
+            raw[step] = 16 * step + 4 * quarter < D ? *(const u32*)(anchor + 16 * step) : 0;
+        float products[4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            const u32 x = raw[step];
+            const u32 b0 = pair_of((float)(i8)x, (float)(i8)(x >> 8)), b1 = pair_of((float)(i8)(x >> 16), (float)(i8)(x >> 24));
+#pragma unroll
+            for (int i = 0; i < QUERY_PARTS; ++i) {
+                const uint2 pairs = *(const uint2*)(s.pairs[i][head] + 8 * step + 2 * quarter);
+                const u32 a[4] = {pairs.x, pairs.x, pairs.y, pairs.y};
+                multiply(products, a, b0, b1);
             }
-            scales[a] = list < end ? p.scale * p.anchor_scales[row + list] : 0.f;
         }
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            float dot[G];
-#pragma unroll
-            for (int g = 0; g < G; ++g) dot[g] = 0.f;
-#pragma unroll
-            for (int v = 0; v < PER_LANE; ++v) {
-                const int d = (v * TEAM + member) * VECTOR;
-                float anchor[VECTOR];
-                widen_bytes(raw[a][v], anchor);
-#pragma unroll
-                for (int g = 0; g < G; ++g)
-#pragma unroll
-                    for (int i = 0; i < VECTOR; ++i)
-                        dot[g] = fmaf(d < D ? s.query[g][d + i] : 0.f, anchor[i], dot[g]);
-            }
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-#pragma unroll
-                for (int step = TEAM / 2; step; step >>= 1) dot[g] += __shfl_xor_sync(FULL, dot[g], step);
-                dot[g] *= scales[a];
-            }
-            const int list = start + a * TEAMS + team;
-            if (list < end && member == 0) store_group(p.dots + ((i64)part.unit * p.lists + list) * G, dot);
+        for (int i = 0; i < 2; ++i) {
+            const int one = start + 2 * quarter + i;
+            if (head < G && one < part.last_list)
+                p.dots[((i64)part.unit * p.lists + one) * G + head] =
+                    products[i] * p.scale * p.anchor_scales[row + one] * query_scale(s, head);
         }
     }
     // The last warps begin here, since the first have more lists.
+    const int last = share_of(p.coded_most, part.block + 1, part.blocks);
 #pragma unroll 1
-    for (int r = part.begin(p.coded_most) + WARPS - 1 - warp; r < part.end(p.coded_most); r += WARPS) {
-        float dot[G];
-#pragma unroll
-        for (int g = 0; g < G; ++g) dot[g] = 0.f;
+    for (int r = share_of(p.coded_most, part.block, part.blocks) + WARPS - 1 - warp; r < last; r += WARPS) {
+        float dot[G] = {};
 #pragma unroll
         for (int d = lane; d < D; d += WARP) {
             const float x = p.inverse[((i64)part.head * p.coded_most + r) * D + d];
@@ -67,73 +76,56 @@ __device__ void route(const Step& p, Shared& s, const Part& part) {
 }
 
 // What every block needs of a query: its rounded form, second orders, and the limits of the step.
-__device__ void prepare(const Step& p, Shared& s, const Part& part, int in_lists) {
-    const int coded = p.coded[part.head], padded = (p.coded_most + WARP - 1) / WARP * WARP;
+__device__ __forceinline__ void prepare(const Step& p, Shared& s, const Part& part) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, coded = p.coded[part.head];
     const i64 own = (i64)part.head * p.coded_most;
-    for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0])[i] = 0;
-    if (threadIdx.x < FIELDS) {  // where the quads of fields lie: offset of the word, shift, mask
-        int left = threadIdx.x, quad = 0, total = 0;
 #pragma unroll 1
-        for (int w = 0; w < WORDS; ++w) {
-            const int bits = p.widths[part.head * WORDS + w], quads = 8 / bits;
-            if (left >= 0 && left < quads) quad = w * LANES * 4 | bits * left << 16 | ((1 << bits) - 1) << 24;
-            left -= quads;
-            total += quads;
-        }
-        s.quads[threadIdx.x] = quad;
-        if (threadIdx.x == 0) s.chunks = (total + 7) / 8;
+    for (int i = threadIdx.x; i < FIELDS * G; i += THREADS) (&s.factors[0][0][0][0])[i] = 0;
+    if (threadIdx.x < 4 * WORDS) {
+        const int c = threadIdx.x / 4, quarter = threadIdx.x % 4;
+        const u32* quads = p.quads + part.head * FIELDS + 8 * c + quarter;
+        const u32 one = quads[0], other = quads[4];
+        s.places_of[c][quarter] = make_int4(
+            one & 0xffff, other & 0xffff, (one >> 16 & 0xff) | (other >> 16 & 0xff) << 8, (int)((one >> 24) * 0x01010101u)
+        );
     }
     if (threadIdx.x < G) s.unit[threadIdx.x] = s.variance[threadIdx.x] = s.second[threadIdx.x] = 0.f;
     if (threadIdx.x < G) s.offsets[threadIdx.x] = 0;
-    if (threadIdx.x == 0) {
-        const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * coded;
-        const double left = fmax(p.budget * in_lists * p.row_bytes - fixed, 0.0);
-        s.left = (i64)left;
-        s.scan = (i64)(p.refine ? p.share * left / p.code_bytes : left / p.row_bytes);
-    }
+    if (threadIdx.x == 0) s.chunks = p.chunks[part.head];
     __syncthreads();
-    // A warp works on one head at a time, since `padded` is a multiple of its width.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < padded * G; i += THREADS) {
-        const int g = i / padded, r = i % padded;
+    for (int task = warp; task < WORDS * G; task += WARPS) {
+        const int g = task % G, r = task / G * WARP + lane;
         float u = 0.f, a = 0.f, variance = 0.f, second = 0.f;
         if (r < p.coded_most) {
             u = __ldcg(p.rotated + ((i64)part.unit * G + g) * p.coded_most + r);
             variance = u * u * p.spread[own + r];
             if (r < coded) {
                 second = u * u * p.distortion[own + r];
-                a = fabsf(u * p.steps[own + r] * p.scale);
+                a = u * p.steps[own + r] * p.scale;
             }
         }
-        a = warp_max(a);
+        s.scaled[g][r] = a;
+        a = warp_max(fabsf(a));
         variance = warp_sum(variance);
         second = warp_sum(second);
-        if (threadIdx.x % WARP == 0) {
+        if (lane == 0) {
             atomicMax((int*)&s.unit[g], __float_as_int(a));  // not negative
             atomicAdd(&s.variance[g], p.scale * p.scale / 2.f * variance);
             atomicAdd(&s.second[g], p.scale * p.scale / 2.f * second);
         }
     }
     __syncthreads();
-    // Field 4 k + c of a word with fields of b bits lies in byte c, bits b k and up.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < padded * G; i += THREADS) {
-        const int g = i / padded, r = i % padded;
-        if (r >= coded) continue;
-        int start = 0, group = 0, width = 0;
-#pragma unroll 1
-        for (int w = 0; w < WORDS; ++w) {
-            const int bits = p.widths[part.head * WORDS + w];
-            if (width == 0) {
-                if (r < start + 32 / bits) width = bits;
-                else start += 32 / bits, group += 8 / bits;
-            }
-        }
-        const float u = __ldcg(p.rotated + ((i64)part.unit * G + g) * p.coded_most + r);
+    for (int task = warp; task < WORDS * G; task += WARPS) {
+        const int g = task % G, r = task / G * WARP + lane;
+        const int slot = r < coded ? p.slots[own + r] : 0;  // four times the quad plus the byte, and the mask
         const float unit = fmaxf(s.unit[g], 1e-30f) / 127.f;
-        const int a = (int)rintf(u * p.steps[own + r] * p.scale / unit), local = r - start;
-        atomicOr(&s.factors[group + local / 4][g], (a & 255) << (8 * (local % 4)));
-        atomicAdd(&s.offsets[g], ((1 << width) - 1) * a);
+        const int a = r < coded ? (int)rintf(s.scaled[g][r] / unit) : 0;
+        const int quad = (slot & 0xffff) / 4;
+        if (r < coded) atomicOr(&s.factors[quad / 8][quad % 4][g][quad / 4 % 2], (a & 255) << (8 * (slot % 4)));
+        const int offset = warp_sum_int((slot >> 16) * a);
+        if (lane == 0) atomicAdd(&s.offsets[g], offset);
     }
     __syncthreads();
     if (threadIdx.x < G) s.unit[threadIdx.x] = fmaxf(s.unit[threadIdx.x], 1e-30f) / 127.f;
@@ -172,64 +164,77 @@ __device__ __forceinline__ Group list_logits(
 // Log of the sum of exponentials over all keys in lists, for each head; fills the table.
 __device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part& part, const Table& table) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int* sizes = p.sizes + (i64)part.stream * p.lists;
-    float peak[G], sum[G];
-#pragma unroll
-    for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
+    const i64 row = (i64)part.stream * p.lists;
+    // All that is needed of several lists is loaded at once.
 #pragma unroll 1
     for (int start = threadIdx.x; start < p.lists; start += AHEAD * THREADS) {
-        int size[AHEAD];
-        Group dots[AHEAD];
-        float squares[AHEAD];
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int list = start + a * THREADS, there = min(list, p.lists - 1);
-            size[a] = list < p.lists ? sizes[there] : 0;
-            dots[a] = load_group(p.dots + ((i64)part.unit * p.lists + there) * G);
-            squares[a] = p.squares[(i64)part.stream * p.lists + there];
-        }
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
             const int list = start + a * THREADS;
-            if (list >= p.lists) continue;
-            table.taken[list] = 0;
-            if (table.logits) const_cast<int*>(table.sizes)[list] = size[a];
-            if (!size[a]) continue;
-            const Group logits = corrected(p, s, dots[a], squares[a], size[a]);
-            const float more = __logf((float)size[a]);
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-                if (table.logits) table.logits[list * G + g] = logits.x[g];
-                const float x = logits.x[g] + more, top = fmaxf(peak[g], x);
-                sum[g] = sum[g] * exponential(peak[g] - top) + exponential(x - top);
-                peak[g] = top;
-            }
+            if (list >= p.lists) break;
+            copy_4((void*)(table.ranks + list), p.squares + row + list);
+            if (!table.logits) continue;
+            copy_4((void*)(table.sizes + list), p.sizes + row + list);
+            copy_group(table.logits + list * G, p.dots + ((i64)part.unit * p.lists + list) * G);
         }
+        commit_copies();
+    }
+    if (threadIdx.x < G) s.largest[threadIdx.x] = 0;
+    wait_copies<0>();
+    __syncthreads();
+    float peak[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) peak[g] = -INFINITE;
+#pragma unroll 1
+    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+        const int size = table.sizes[list];
+        table.taken[list] = 0;
+        if (!size) continue;
+        Group logits = table.logits ? *(const Group*)(table.logits + list * G)
+                                    : load_group(p.dots + ((i64)part.unit * p.lists + list) * G);
+        logits = corrected(p, s, logits, table.ranks[list], size);
+        if (table.logits) store_group(table.logits + list * G, logits.x);
+#pragma unroll
+        for (int g = 0; g < G; ++g) peak[g] = fmaxf(peak[g], logits.x[g]);
     }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        const float top = warp_max(peak[g]);
-        const float all = warp_sum(top > -INFINITE ? sum[g] * exponential(peak[g] - top) : 0.f);
-        if (lane == 0) s.reduced[warp][g] = top, s.reduced[warp][G + g] = all;
+        const u32 top = __reduce_max_sync(FULL, peak[g] > -INFINITE ? ordered(peak[g]) : 0);
+        if (lane == 0) atomicMax(s.largest + g, top);
     }
     __syncthreads();
-    for (int g = warp; g < G; g += WARPS) {
-        const float one = lane < WARPS ? s.reduced[lane][g] : -INFINITE, top = warp_max(one);
-        const float all = warp_sum(lane < WARPS && one > -INFINITE ? s.reduced[lane][G + g] * exponential(one - top) : 0.f);
-        if (lane == 0) s.norm[g] = top + __logf(all);
+    float sum[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) peak[g] = unordered(s.largest[g]), sum[g] = 0.f;
+#pragma unroll 1
+    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+        const int size = table.sizes[list];
+        if (!size) continue;
+        const Group logits = list_logits(p, s, part, table, list, size);
+#pragma unroll
+        for (int g = 0; g < G; ++g) sum[g] = fmaf((float)size, exponential(logits.x[g] - peak[g]), sum[g]);
     }
+    // Lanes, then warps, in an order that is the same in all blocks.
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        sum[g] = warp_sum(sum[g]);
+        if (lane == 0) s.reduced[warp][g] = sum[g];
+    }
+    __syncthreads();
+    if (threadIdx.x < G) {
+        float all = 0.f;
+#pragma unroll 4
+        for (int w = 0; w < WARPS; ++w) all += s.reduced[w][threadIdx.x];
+        s.norm[threadIdx.x] = unordered(s.largest[threadIdx.x]) + __logf(all);
+        s.largest[threadIdx.x] = 0;
+    }
+    __syncthreads();
 }
 
 // How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
-__device__ __forceinline__ int list_weight(
-    const Step& p, const Shared& s, const Part& part, const Table& table, int list, int size, int ranker, float masses
-) {
+__device__ __forceinline__ int list_weight(const Step& p, float weight, int size, float masses) {
     if (p.nprobe) return 1;
-    if (p.top_p <= 0.f) return size;
-    Group mass = list_logits(p, s, part, table, list, size);
-#pragma unroll
-    for (int g = 0; g < G; ++g) mass.x[g] += __logf((float)size) - s.norm[g];
-    return (int)(exponential(pooled(mass.x, p.policy, ranker)) * masses);
+    return p.top_p > 0.f ? (int)(fminf(weight * (float)size, (float)G) * masses) : size;
 }
 
 // Fill `taken`: how many keys of each list are visited, from its beginning.
@@ -238,34 +243,34 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     int* taken = table.taken;
     const int* sizes = table.sizes;
     find_norms(p, s, part, table);
-    const int rankers = p.policy == UNION ? G : 1;
     // The masses of "sum" add up to G, those of others to something between one and G.
     const float masses = (float)(1 << 30) / G;
-    for (int ranker = 0; ranker < rankers; ++ranker) {
-        for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+    for (int ranker = 0; ranker < RANKERS; ++ranker) {
+        clear_histogram(s);
         __syncthreads();
 #pragma unroll 1
         for (int list = threadIdx.x; list < p.lists; list += THREADS) {
             const int size = sizes[list];
             ranks[list] = -INFINITE;
             if (!size) continue;
-            Group weights = list_logits(p, s, part, table, list, size);
-#pragma unroll
-            for (int g = 0; g < G; ++g) weights.x[g] += (p.by_mass ? __logf((float)size) : 0.f) - s.norm[g];
-            const float rank = fmaxf(pooled(weights.x, p.policy, ranker), -1e30f);
+            const Group logits = list_logits(p, s, part, table, list, size);
+            const float weight = pooled_weight(logits.x, s.norm, POLICY, ranker);
+            const float rank = p.by_mass ? weight * (float)size : weight;
             ranks[list] = rank;
-            atomicAdd(s.histogram + bin_of(rank), list_weight(p, s, part, table, list, size, ranker, masses));
+            atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, weight, size, masses));
         }
         __syncthreads();
-        int limit = (int)min(s.scan / rankers, (i64)0x7fffffff);
+        int limit = s.scan;
         if (p.nprobe) limit = p.nprobe;
         if (p.top_p > 0.f) {
             int total = 0;
+#pragma unroll 1
             for (int i = threadIdx.x; i < BINS; i += THREADS) total += s.histogram[i];
             total = warp_sum_int(total);
             if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = total;
             __syncthreads();
             total = 0;
+#pragma unroll 1
             for (int w = 0; w < WARPS; ++w) total += ((int*)s.reduced)[w];
             __syncthreads();
             limit = p.top_p >= 1.f ? 0x7fffffff : (int)(p.top_p * (float)total);
@@ -275,26 +280,34 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
 #pragma unroll 1
         for (int list = threadIdx.x; list < p.lists; list += THREADS) {
             if (ranks[list] == -INFINITE) continue;
-            const int bin = bin_of(ranks[list]);
+            const int bin = bin_of_weight(ranks[list]);
             if (bin > boundary) {
                 taken[list] = sizes[list];
             } else if (bin == boundary) {
                 const int own = atomicAdd(&s.owned, 1);
-                if (own < OWN) s.own[own] = list;
+                if (own < OWN) {
+                    s.rows[own] = list;
+                    s.rows[OWN + own] = __float_as_int(ranks[list]);
+                    const float weight = p.by_mass ? ranks[list] / (float)sizes[list] : ranks[list];
+                    s.rows[2 * OWN + own] = list_weight(p, weight, sizes[list], masses);
+                }
             }
         }
         __syncthreads();
         // In the bin of the cut, lists come one after another; of equal rank the lower first.
-        const int owned = min(s.owned, OWN);
-        for (int i = threadIdx.x; i < owned; i += THREADS) {
-            const int list = s.own[i], size = sizes[list];
-            int before = s.reached;
+        const int owned = min(s.owned, OWN), lane = threadIdx.x % WARP;
 #pragma unroll 1
-            for (int j = 0; j < owned; ++j) {
-                const int other = s.own[j];
-                if (ranks[other] > ranks[list] || (ranks[other] == ranks[list] && other < list))
-                    before += list_weight(p, s, part, table, other, sizes[other], ranker, masses);
+        for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
+            const int list = s.rows[i], size = sizes[list];
+            const float rank = __int_as_float(s.rows[OWN + i]);
+            int before = 0;
+#pragma unroll 1
+            for (int j = lane; j < owned; j += WARP) {
+                const float other = __int_as_float(s.rows[OWN + j]);
+                before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
             }
+            before = warp_sum_int(before) + s.reached;
+            if (lane) continue;
             int visit = 0;
             if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;
             else if (before + size <= limit) visit = size;
@@ -325,7 +338,7 @@ __device__ __forceinline__ Group rest_of_list(const Step& p, const Shared& s, co
 // Whether a list of this block's share may count for more than the bound: note that it is deferred.
 __device__ __forceinline__ void find_deferred_lists(const Step& p, Shared& s, const Part& part, const Table& table) {
 #pragma unroll 1
-    for (int list = part.begin(p.lists) + threadIdx.x; list < part.end(p.lists); list += THREADS) {
+    for (int list = part.first_list + threadIdx.x; list < part.last_list; list += THREADS) {
         const int size = table.sizes[list];
         if (size <= table.taken[list]) continue;
         const Group logits = list_logits(p, s, part, table, list, size);

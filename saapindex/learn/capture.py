@@ -109,6 +109,7 @@ def capture(
     rope_scaling: str | Mapping[str, Any] | None = None,
     device: str | None = None,
     seed: int = 0,
+    copies: bool = False,
     show: bool = False,
 ) -> CaptureReport:
     """Let a model read texts and write what its attention sees, one trace for each sequence and layer.
@@ -144,7 +145,10 @@ def capture(
     device
         Where the model runs. Default: ``"cuda"`` where there is one, else ``"cpu"``.
     seed
-        Of the sampling of queries.
+        Of the sampling of queries, and of what is repeated.
+    copies
+        Repeat passages in the second half of every sequence, which makes the model look them up: see
+        `saapindex.learn.texts.with_copies`. The folder of a sequence is then called ``TEXT-SEQUENCE-copies``.
     show
         Whether progress is shown.
 
@@ -164,7 +168,7 @@ def capture(
         If torch, transformers or gguf is needed and not installed.
     """
     start = time.perf_counter()
-    settings = plan.Settings(context, queries, sequences, dtype, seed)
+    settings = plan.Settings(context, queries, sequences, dtype, seed, copies)
     sources = plan.read_texts(texts)
     if isinstance(model, LoadedModel):
         if rope_scaling is not None or device is not None:

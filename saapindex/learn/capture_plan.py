@@ -13,7 +13,7 @@ from typing import Any
 from saapindex.errors import InvalidInputError
 from saapindex.learn.layers import Layer, Layers
 from saapindex.learn.models import LoadedModel, decoder_of, weights_hash
-from saapindex.learn.texts import cut_sequences, read_text, text_name, tokens_hash
+from saapindex.learn.texts import cut_sequences, read_text, text_name, tokens_hash, with_copies
 from saapindex.learn.traces import read_trace_header
 from saapindex.rope_scaling import whole_number
 
@@ -35,6 +35,7 @@ class Settings:
     sequences: int = 1
     dtype: str = "float16"
     seed: int = 0
+    copies: bool = False
 
     def __post_init__(self) -> None:
         for name, minimum in (("context", 1), ("sequences", 1), ("seed", 0)):
@@ -45,6 +46,8 @@ class Settings:
                     f"queries is {self.queries!r}, expected a number of positions, or 'all'"
                 )
             whole_number(self.queries, "queries", minimum=1)
+        if not isinstance(self.copies, bool):
+            raise InvalidInputError(f"copies is {self.copies!r}, expected True or False")
         if self.dtype not in ("float16", "bfloat16"):
             raise InvalidInputError(f"dtype is {self.dtype!r}, expected 'float16' or 'bfloat16'")
 
@@ -57,9 +60,10 @@ class Settings:
         """Return what headers say of these settings."""
         sampled = self.query_count is not None and self.query_count < self.context
         return {
+            **({"copies": True} if self.copies else {}),
             "context": self.context,
             "queries": self.queries if sampled else "all",
-            "seed": self.seed if sampled else None,
+            "seed": self.seed if sampled or self.copies else None,
             "dtype": self.dtype,
         }
 
@@ -123,13 +127,15 @@ def cut_texts(tokenizer: Any, texts: Mapping[str, str], settings: Settings) -> l
             )
         text_hash = hashlib.sha256(text.encode()).hexdigest()
         for number, tokens in enumerate(cut):
+            if settings.copies:
+                tokens = with_copies(tokens, seed=settings.seed)
             info = {
                 "text": name,
                 "text_hash": text_hash,
                 "sequence": number,
                 "tokens_hash": tokens_hash(tokens),
             }
-            stretches.append(Stretch(f"{name}-{number}", tokens, info))
+            stretches.append(Stretch(f"{name}-{number}" + "-copies" * settings.copies, tokens, info))
     return stretches
 
 

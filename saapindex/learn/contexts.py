@@ -49,6 +49,8 @@ class Context:
         Floats, (kv_heads, group_size, m, d), in order of position.
     key_positions, query_positions
         int64, (n,) and (m,), rising.
+    sinks
+        Keys and values of the sinks, (kv_heads, s, d) each, or None.
 
     Raises
     ------
@@ -62,6 +64,7 @@ class Context:
     key_positions: torch.Tensor
     query_positions: torch.Tensor
     values: torch.Tensor | None = None
+    sinks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         heads, n, d = self.keys.shape
@@ -96,14 +99,14 @@ class Context:
         name
             Of the sequence.
         sinks
-            Keys at positions below this are left out: they are always attended and never in a list.
+            Keys at positions below this are kept apart: they are always attended and never in a list.
         max_queries
             Query positions to keep, spread evenly; None for all.
         device
             Where the tensors go.
         """
         keys = np.argsort(trace.key_positions, kind="stable")
-        keys = keys[trace.key_positions[keys] >= sinks]
+        first, keys = np.split(keys, [int((trace.key_positions < sinks).sum())])
         rows = np.argsort(trace.query_positions, kind="stable")
         heads = trace.keys.shape[0]
         grouped = trace.queries.reshape(heads, trace.group_size, -1, trace.d)
@@ -118,6 +121,7 @@ class Context:
             tensor(trace.key_positions[keys]),
             tensor(trace.query_positions[rows]),
             tensor(trace.values[:, keys]),
+            (tensor(trace.keys[:, first]), tensor(trace.values[:, first])),
         )
         return context if max_queries is None else context.thinned(max_queries)
 
@@ -141,11 +145,14 @@ class Context:
         if len(parts) == 1:
             return first
         values = [part.values for part in parts if part.values is not None]
+        sinks = [part.sinks for part in parts if part.sinks is not None]
+        keys_of_sinks, values_of_sinks = zip(*sinks, strict=True) if len(sinks) == len(parts) else ((), ())
         return replace(
             first,
             keys=torch.cat([part.keys for part in parts]),
             queries=torch.cat([part.queries for part in parts]),
             values=torch.cat(values) if len(values) == len(parts) else None,
+            sinks=(torch.cat(keys_of_sinks), torch.cat(values_of_sinks)) if keys_of_sinks else None,
         )
 
     def thinned(self, max_queries: int) -> Context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,8 +65,12 @@ class LayerJob:
         For each number of lists: float32, (heads, nlist, d), and the routers.
     extra
         Tensors that further stages add to the codebook, each with the heads first.
+    layer_extra
+        More tensors of each of `layers`, which may differ in shape.
     tried_views
         Recall of each view that was tried, (heads,).
+    view_errors
+        Where views are judged by it, error of the output in each, (held-out sequences, 2, heads).
     lists
         For each number of lists, the report of every head.
     notes
@@ -87,7 +92,9 @@ class LayerJob:
     centroids: dict[int, torch.Tensor] = field(default_factory=dict)
     routers: dict[int, ListRouters] = field(default_factory=dict)
     extra: dict[str, NDArray[Any]] = field(default_factory=dict)
+    layer_extra: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     tried_views: dict[str, list[float]] = field(default_factory=dict)
+    view_errors: dict[str, torch.Tensor] = field(default_factory=dict)
     lists: dict[int, list[ListsReport]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -151,6 +158,7 @@ class LayerJob:
     def results(self) -> list[tuple[CodebookLayer, TrainingReport]]:
         """Return each layer with its report."""
         per = len(self.head_numbers)
+        held_out = [context.name for context in self.held_out]
         parts = []
         for at, layer in enumerate(self.layers):
             own = slice(at * per, (at + 1) * per)
@@ -163,16 +171,21 @@ class LayerJob:
                         _named(self.views[head]),
                         {name: recall[head] for name, recall in self.tried_views.items()},
                         {nlist: reports[head] for nlist, reports in self.lists.items()},
+                        {
+                            name: _by_sequence(held_out, errors[..., head])
+                            for name, errors in self.view_errors.items()
+                        },
                     )
                 )
             seconds = {name: spent / len(self.layers) for name, spent in self.seconds.items()}
             notes = {str(layer): dict(self.notes)} if self.notes else {}
-            held_out = [context.name for context in self.held_out]
             report = TrainingReport(heads, held_out, self.settings.share, seconds, notes)
-            parts.append((self._layer(layer, own), report))
+            more = self.layer_extra[at] if self.layer_extra else {}
+            parts.append((self._layer(layer, own, more), report))
         return parts
 
-    def _layer(self, layer: int, own: slice) -> CodebookLayer:
+    def _layer(self, layer: int, own: slice, more: dict[str, NDArray[Any]]) -> CodebookLayer:
+        extra = {name: part[own] for name, part in self.extra.items()} | more
         views = self.views[own]
         rotated = any(view.keeps_rotation for view in views)
         return CodebookLayer(
@@ -187,8 +200,18 @@ class LayerJob:
             max_position=self.max_position if rotated else None,
             softcap=self.softcap,
             heads=self.head_numbers,
-            extra={name: np.ascontiguousarray(part[own]) for name, part in self.extra.items()},
+            extra={name: np.ascontiguousarray(part) for name, part in extra.items()},
         )
+
+
+def _by_sequence(names: Sequence[str], errors: torch.Tensor) -> dict[str, float]:
+    """Return the errors of one head as a report has them."""
+    named = {}
+    for name, (every, lookups) in zip(names, errors.tolist(), strict=True):
+        named[name] = every
+        if not math.isnan(lookups):
+            named[f"{name}, lookups"] = lookups
+    return named
 
 
 def _named(view: View) -> str:

@@ -49,6 +49,9 @@ class HeadReport:
         Recall of the `mean` router in each view that was tried.
     lists
         For each number of lists.
+    errors
+        Where views were judged by it: the error of the output in each view, by held-out sequence; also of
+        lookups, where a sequence has some (``NAME, lookups``).
     """
 
     layer: int
@@ -56,6 +59,7 @@ class HeadReport:
     view: str
     views: Mapping[str, float]
     lists: Mapping[int, ListsReport]
+    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

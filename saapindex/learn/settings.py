@@ -29,6 +29,12 @@ class TrainingSettings:
     view
         ``"auto"`` measures all on the held-out sequences and picks one for every head; otherwise
         ``"rotated"``, ``"unrotated"`` or ``"windowed"`` (at the first cut-off) for all.
+    judge
+        What picks the view. ``"recall"``: the attention mass that whole lists find at `share` of the keys,
+        mean over the held-out sequences. ``"error"``: the error of the output of the index at `share` of the
+        bytes, of all queries and of those that look something up, a geometric mean; slower, and for what
+        `AttentionIndex` is to serve. Hold out sequences that make the model look things up, see
+        `saapindex.learn.texts.with_copies`.
     cutoffs
         Wavelengths in tokens below which ``"windowed"`` un-rotates; ``"auto"`` tries each.
     metric
@@ -53,7 +59,8 @@ class TrainingSettings:
     fallback
         Rung that a head has unless a learned one beats it.
     min_gain
-        Recall that a learned router, or a view other than the first, must add to be kept.
+        Recall that a learned router, or a view other than the first, must add to be kept; of the error, the
+        share by which such a view must lower it.
     share
         Of the keys that may be read where recall is measured.
     shared_selection
@@ -75,7 +82,11 @@ class TrainingSettings:
     stored
         ``"float16"`` or ``"float32"``: what centroids and routers are stored, and measured, as.
     words
-        Size of a key's code, in words of 32 bits.
+        Size of a key's code, in words of 32 bits; of several, each layer takes the best, if `judge` is
+        ``"error"``.
+    scan_share
+        Share of the budget that the index will spend on codes, where `judge` simulates it: as in
+        `saapindex.AttendParameters`.
     seed
         Of every random choice.
 
@@ -87,6 +98,7 @@ class TrainingSettings:
 
     nlist: Sequence[int] = (64, 256, 1024)
     view: Literal["auto", "rotated", "unrotated", "windowed"] = "auto"
+    judge: Literal["recall", "error"] = "recall"
     cutoffs: Sequence[float] = (300.0, 1000.0, 3000.0)
     metric: Literal["queries", "unit-queries", "euclidean"] = "unit-queries"
     shrinkage: float = 1e-3
@@ -113,7 +125,8 @@ class TrainingSettings:
     window: int = 2047
     sinks: int = 1
     stored: Literal["float16", "float32"] = "float16"
-    words: int = 3
+    words: Sequence[int] = (3,)
+    scan_share: float = 0.4
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -124,6 +137,7 @@ class TrainingSettings:
             check_integer("nlist", nlist, 1)
         object.__setattr__(self, "nlist", tuple(sorted({int(nlist) for nlist in lists})))
         check_choice("view", self.view, ("auto", "rotated", "unrotated", "windowed"))
+        check_choice("judge", self.judge, ("recall", "error"))
         check_choice("metric", self.metric, ("queries", "unit-queries", "euclidean"))
         check_choice("stored", self.stored, ("float16", "float32"))
         check_choice("fallback", self.fallback, _RUNGS)
@@ -137,9 +151,20 @@ class TrainingSettings:
             ("sinks", 0), ("seed", 0),
         ):  # fmt: skip
             check_integer(name, getattr(self, name), minimum)
-        check_integer("words", self.words, 1)
-        if self.words > 8:
-            raise InvalidInputError(f"words is {self.words}, expected at most 8")
+        sizes = self.words if isinstance(self.words, Sequence) else (self.words,)
+        if not sizes:
+            raise InvalidInputError("words is empty, expected at least one size of codes")
+        for words in sizes:
+            check_integer("words", words, 1)
+            if words > 8:
+                raise InvalidInputError(f"words is {words}, expected at most 8")
+        object.__setattr__(self, "words", tuple(sorted({int(words) for words in sizes})))
+        if len(self.words) > 1 and self.judge != "error":
+            raise InvalidInputError(
+                f"words is {self.words}, expected one size, or judge='error' to choose by"
+            )
+        if not (_above_zero(self.scan_share) and self.scan_share < 1):
+            raise InvalidInputError(f"scan_share is {self.scan_share!r}, expected a share in (0, 1)")
         if self.max_position is not None:
             check_integer("max_position", self.max_position, 1)
         cutoffs = tuple(self.cutoffs)

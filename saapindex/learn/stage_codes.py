@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from saapindex.codes import fit_codes
+from saapindex.codes import TransformCode, fit_codes
 from saapindex.learn.contexts import Context
 from saapindex.learn.head_views import HeadViews
+from saapindex.learn.judging import Candidate, index_errors, log_errors
 from saapindex.learn.kmeans import assign, query_metric, segment_sums
 from saapindex.learn.layer_job import LayerJob
 from saapindex.partition import View
 
-__all__ = ["fit_layer_codes"]
+__all__ = ["codes_of", "fit_layer_codes"]
 
 # Keys of all training contexts that the codes of a head are fitted on.
 _KEYS = 16384
@@ -19,6 +22,34 @@ _KEYS = 16384
 
 def fit_layer_codes(job: LayerJob) -> None:
     """Fit codes to what remains of rotated keys once the mean of their list is taken off.
+
+    Of several sizes, a layer takes that of the least error of the index, mean over its heads, judged as views
+    are.
+    """
+    settings = job.settings
+    codes = codes_of(job, settings.words, settings.nlist)
+    finest, per = settings.nlist[-1], len(job.head_numbers)
+    words = [settings.words[0]] * len(job.layers)
+    if len(settings.words) > 1:
+        candidate = Candidate(job.views, job.metric, job.centroids[finest])
+        errors = [index_errors(job, candidate, codes[size, finest]) for size in settings.words]
+        means = log_errors(errors).reshape(len(errors), len(job.layers), per).mean(dim=2)
+        words = [settings.words[at] for at in means.argmin(dim=0).tolist()]
+    for at, size in enumerate(words):
+        own = slice(at * per, (at + 1) * per)
+        job.layer_extra.append(
+            {
+                f"codes.{nlist}.{name}": tensor[own]
+                for nlist in settings.nlist
+                for name, tensor in codes[size, nlist].tensors().items()
+            }
+        )
+
+
+def codes_of(
+    job: LayerJob, words: Sequence[int], nlists: Sequence[int]
+) -> dict[tuple[int, int], TransformCode]:
+    """Return codes of all heads for each size and number of lists.
 
     Codes see keys and queries as they are cached, whatever the view of the partition. Where a partition
     serves positions that it was not trained at, so do its codes: keys and queries are moved alike.
@@ -30,12 +61,13 @@ def fit_layer_codes(job: LayerJob) -> None:
         queries.append(rotated.apply(context.queries, context.query_positions, to).flatten(1, 2))
     unit = job.settings.metric == "unit-queries"
     metric = query_metric(torch.cat(queries, dim=1), shrinkage=job.settings.shrinkage, unit=unit)
-    for nlist in job.settings.nlist:
+    found = {}
+    for nlist in nlists:
         parts = [_residuals(job, rotated, context, nlist, number) for number, context in enumerate(job.train)]
         residuals = torch.cat(parts, dim=1).cpu().numpy()
-        code = fit_codes(residuals, metric.cpu().numpy(), job.settings.words)
-        for name, tensor in code.tensors().items():
-            job.extra[f"codes.{nlist}.{name}"] = tensor
+        for size in words:
+            found[size, nlist] = fit_codes(residuals, metric.cpu().numpy(), size)
+    return found
 
 
 def _target(job: LayerJob, positions: torch.Tensor, number: int) -> torch.Tensor | None:

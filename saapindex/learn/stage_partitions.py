@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
 from saapindex.errors import InvalidInputError
 from saapindex.learn.contexts import snapshots
 from saapindex.learn.head_views import HeadViews
+from saapindex.learn.judging import Candidate, chosen, index_errors
 from saapindex.learn.kmeans import assign, assignment_form, kmeans, query_metric
 from saapindex.learn.layer_job import LayerJob
 from saapindex.learn.router_data import routing
 from saapindex.learn.scoring import mass_recall
+from saapindex.learn.stage_codes import codes_of
 from saapindex.partition import View
 
 __all__ = ["fit_partitions"]
@@ -21,21 +23,11 @@ __all__ = ["fit_partitions"]
 _VIEW_QUERIES = 512
 
 
-@dataclass
-class _Candidate:
-    """A view for all heads, and what was trained in it."""
-
-    views: list[View]
-    metric: torch.Tensor | None
-    centroids: torch.Tensor
-
-
 def fit_partitions(job: LayerJob) -> None:
     """Choose the view of each head and train its partitions.
 
-    Every view is tried with the largest number of lists. A head keeps the first unless another finds
-    ``settings.min_gain`` more of the mass of the held-out sequences with the `mean` router: so heads that do
-    not care share one view.
+    Every view is tried with the largest number of lists. A head keeps the first unless another is better by
+    ``settings.min_gain``, by what ``settings.judge`` says: so heads that do not care share one view.
     """
     settings = job.settings
     finest = settings.nlist[-1]
@@ -44,15 +36,20 @@ def fit_partitions(job: LayerJob) -> None:
     for kind, cutoff in kinds:
         views = [View(kind, cutoff, job.rope)] * job.heads
         metric = _metric(job, views)
-        candidates.append(_Candidate(views, metric, _centroids(job, views, metric, finest)))
+        candidates.append(Candidate(views, metric, _centroids(job, views, metric, finest)))
     best = [0] * job.heads
     if len(candidates) > 1:
         recall = torch.stack(_recalls(job, candidates))
-        recall[0] += settings.min_gain
-        best = recall.argmax(dim=0).tolist()
-        recall[0] -= settings.min_gain
-        for (kind, cutoff), found in zip(kinds, recall, strict=True):
-            job.tried_views[f"{kind} {cutoff:g}" if kind == "windowed" else kind] = found.tolist()
+        names = [f"{kind} {cutoff:g}" if kind == "windowed" else kind for kind, cutoff in kinds]
+        for name, found in zip(names, recall, strict=True):
+            job.tried_views[name] = found.tolist()
+        if settings.judge == "error":
+            errors = [_errors(job, candidate) for candidate in candidates]
+            best = chosen(errors, settings.min_gain)
+            job.view_errors.update(zip(names, errors, strict=True))
+        else:
+            recall[0] += settings.min_gain
+            best = recall.argmax(dim=0).tolist()
     job.views = [candidates[at].views[head] for head, at in enumerate(best)]
     metrics = [candidates[at].metric for at in best]
     job.metric = (
@@ -117,7 +114,15 @@ def _centroids(job: LayerJob, views: list[View], metric: torch.Tensor | None, nl
     return job.rounded(centroids)
 
 
-def _recalls(job: LayerJob, candidates: list[_Candidate]) -> list[torch.Tensor]:
+def _errors(job: LayerJob, candidate: Candidate) -> torch.Tensor:
+    """What `index_errors` says of the candidate with codes of its own, of the largest size that is tried."""
+    finest, words = job.settings.nlist[-1], max(job.settings.words)
+    centroids = {finest: candidate.centroids}
+    trial = replace(job, views=candidate.views, metric=candidate.metric, centroids=centroids)
+    return index_errors(job, candidate, codes_of(trial, [words], [finest])[words, finest])
+
+
+def _recalls(job: LayerJob, candidates: list[Candidate]) -> list[torch.Tensor]:
     """Mass recall of the `mean` router in each view, (heads,), mean over the held-out sequences."""
     settings, finest = job.settings, job.settings.nlist[-1]
     total = [torch.zeros(job.heads, device=job.device) for _ in candidates]

@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 
 from saapindex.errors import InvalidInputError
 
-__all__ = ["cut_sequences", "query_positions", "read_text", "text_name", "tokens_hash"]
+__all__ = ["cut_sequences", "query_positions", "read_text", "text_name", "tokens_hash", "with_copies"]
 
 _SUFFIXES = {".txt", ".rst", ".md", ".py"}
 TAIL, TAIL_QUERIES = 2048, 512
 """At the end of a sequence, where evaluation asks: so many positions, and so many queries from them."""
+_PASSAGE, _ODD, _ODD_EVERY = (32, 256), (8, 32), 512
+"""Least and most tokens of what is repeated: of text, and of tokens in random order, one string in so many
+tokens.
+"""
 _LONGEST_TOKEN = 10
 """Characters to tokenize for each token wanted: twice what text usually needs."""
 
@@ -114,6 +118,49 @@ def cut_sequences(tokenizer: Any, text: str, context: int, count: int) -> list[l
         tokens = ids(text[:size], add_special_tokens=False)
     whole = min(count, len(tokens) // length)
     return [prefix + tokens[number * length : (number + 1) * length] for number in range(whole)]
+
+
+def with_copies(tokens: Sequence[int], *, seed: int = 0) -> list[int]:
+    """Return as many tokens, in whose second half passages of what came before are repeated.
+
+    Running text seldom makes a model look something up far back. Where a passage is repeated it does so at
+    every token: so a codebook can be trained, and judged, on lookups too. Half of the copies are of text, 32
+    to 256 tokens that begin anywhere. The others are of something odd: 8 to 32 tokens in random order, one in
+    every 512 of the first half, of which nothing but a lookup can tell how they go on. As many tokens of text
+    that is not repeated lie before each copy.
+
+    Parameters
+    ----------
+    tokens
+        Of a text.
+    seed
+        Of what is repeated, and where.
+
+    Examples
+    --------
+    >>> copied = with_copies(range(4000))
+    >>> len(copied), copied[0], len(set(copied)) < 3600
+    (4000, 0, True)
+    """
+    rng, given = np.random.default_rng(seed), list(tokens)
+    at = len(given) // 2
+    out, odd = given[:at], []
+    for start in range(1, at - _ODD_EVERY + 1, _ODD_EVERY):
+        size = int(rng.integers(*_ODD, endpoint=True))
+        place = start + int(rng.integers(_ODD_EVERY - size))
+        odd.append([given[i] for i in rng.integers(1, len(given), size)])
+        out[place : place + size] = odd[-1]
+    while len(out) < len(given):
+        size = int(rng.integers(*_PASSAGE, endpoint=True))
+        start = int(rng.integers(1, max(len(out) - size, 1), endpoint=True))  # not the BOS token
+        copy = out[start : start + size]
+        if odd and rng.integers(2):
+            copy = odd[int(rng.integers(len(odd)))]
+        fresh = max(len(copy), 1)
+        out += given[at : at + fresh]
+        at += fresh
+        out += copy
+    return out[: len(given)]
 
 
 def tokens_hash(tokens: Sequence[int]) -> str:

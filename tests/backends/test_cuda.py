@@ -59,7 +59,7 @@ def problem(n=300, d=24, nlist=9, q=7, p=4, seed=0):
 
 def moved(value, change):
     if isinstance(value, Lists):
-        return Lists(*map(change, value))
+        return Lists(*(moved(array, change) for array in value))
     return change(value) if isinstance(value, np.ndarray) else value
 
 

@@ -12,7 +12,7 @@ from saapindex.errors import InvalidInputError, SaapIndexError
 from saapindex.learn import capture as capture_module
 from saapindex.learn.capture import capture, capture_tokens
 from saapindex.learn.models import LoadedModel, weights_hash
-from saapindex.learn.texts import query_positions
+from saapindex.learn.texts import query_positions, tokens_hash, with_copies
 from saapindex.learn.traces import find_traces, read_trace, read_trace_header
 from saapindex.rope import Rope
 
@@ -75,6 +75,22 @@ def test_files_of_a_capture(model, text, tmp_path, dtype, device, letters):
     assert len({header.info["text_hash"] for header in headers}) == 1
     assert report.nbytes == sum(path.stat().st_size for path in out.glob("*/*"))
     assert json.loads(json.dumps(report.to_dict()))["sequences"][1]["written"] == [0, 1, 2]
+
+
+def test_passages_are_repeated(model, text, tmp_path, letters):
+    capture(model, [text], context=CONTEXT, out=tmp_path, layers=[0])
+    capture(model, [text], context=CONTEXT, out=tmp_path, layers=[0], copies=True, seed=3)
+    plain, copied = (
+        read_trace_header(tmp_path / name / "layer-00.safetensors").info
+        for name in ("manual-0", "manual-0-copies")
+    )
+    ids = [1, *letters(text.read_text(), add_special_tokens=False).input_ids[:99]]
+    assert (plain["tokens_hash"], copied["tokens_hash"]) == (
+        tokens_hash(ids),
+        tokens_hash(with_copies(ids, seed=3)),
+    )
+    assert (copied["copies"], copied["seed"]) == (True, 3)
+    assert "copies" not in plain
 
 
 def test_an_interrupted_capture_goes_on_where_it_stopped(model, text, tmp_path, monkeypatch):
@@ -170,6 +186,7 @@ def test_a_foreign_file_in_the_way_is_refused(model, text, tmp_path):
         ({"sequences": 0}, "sequences is 0"),
         ({"dtype": "float32"}, "dtype is 'float32'"),
         ({"seed": -1}, "seed is -1"),
+        ({"copies": "yes"}, "copies is 'yes'"),
         ({"texts": []}, "texts is empty"),
         ({"texts": "manual.txt"}, "expected a list"),
         ({"texts": ["none.txt"]}, "there is no text none.txt"),

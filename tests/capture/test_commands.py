@@ -66,6 +66,8 @@ def test_capture_prints_json_and_then_finds_its_files(folder, texts, tmp_path):
     }
     again = json.loads(run(*command).stdout)
     assert all(part["written"] == [] and part["present"] == [0, 2] for part in again["sequences"])
+    copies = json.loads(run(*command, "--copies").stdout)
+    assert copies["sequences"][0]["name"] == "manual-0-copies"
 
 
 @pytest.mark.torch

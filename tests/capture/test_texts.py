@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saapindex.errors import InvalidInputError
-from saapindex.learn.texts import cut_sequences, query_positions, read_text
+from saapindex.learn.texts import cut_sequences, query_positions, read_text, with_copies
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,23 @@ def test_texts_packed_and_in_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidInputError, match="no text in the folder"):
         read_text(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 50, 1000, 20_000])
+def test_copies_are_passages_of_what_came_before(length):
+    tokens = list(range(length))
+    copied = with_copies(tokens, seed=5)
+    half = length // 2
+    assert len(copied) == length
+    assert set(copied) <= set(tokens)
+    assert copied[:1] == tokens[:1]
+    assert copied.count(0) == min(length, 1)
+    odd = sum(copied[i] != i for i in range(half))
+    assert odd <= 32 * (half // 512)
+    assert with_copies(tokens, seed=5) == copied
+    later = [token for token in copied[half:] if token < half]
+    assert set(later) <= set(copied[:half])
+    if length == 20_000:
+        assert odd >= 8 * (half // 512)
+        assert with_copies(tokens, seed=6) != copied
+        assert 0.7 < len(set(copied)) / length < 0.8

@@ -32,6 +32,7 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -111,6 +112,21 @@ inline bool __any_sync(unsigned, int x) {
     return any;
 }
 
+inline unsigned __ballot_sync(unsigned, int x) {
+    unsigned all = 0;
+    Warp& warp = this_warp();
+    warp.slots[this_lane()] = x != 0;
+    __syncwarp();
+    for (int lane = 0; lane < 32; ++lane) all |= (unsigned)(warp.slots[lane] != 0) << lane;
+    __syncwarp();
+    return all;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+    unsigned most = 0;
+    for (int lane = 0; lane < 32; ++lane) most = max(most, from_lane(x, lane));
+    return most;
+}
+
 template <typename T>
 inline T __ldcg(const T* p) { return *p; }
 template <typename T, typename U>
@@ -146,6 +162,61 @@ inline void multiply_fragments(int* c, const uint32_t* a, uint32_t b0, uint32_t 
             const uint32_t y = warp.b[column * 4 + quad][k >= 16];
             c[i] += (int)(uint8_t)(x >> shift) * (int)(int8_t)(y >> shift);
         }
+    }
+    __syncwarp();
+}
+
+inline uint32_t pair_of_bits(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
+
+// mma.sync.m16n8k16 of pairs of a 16-bit type, which `widen` turns into float.
+template <typename Widen>
+inline void multiply_pairs(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Widen widen) {
+    Warp& warp = this_warp();
+    const int lane = this_lane();
+    memcpy(warp.a[lane], a, sizeof warp.a[lane]);
+    warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const int from = k % 8 / 2, shift = 16 * (k % 2);
+            const uint32_t x = warp.a[row % 8 * 4 + from][(k >= 8 ? 2 : 0) + (row >= 8)];
+            const uint32_t y = warp.b[column * 4 + from][k >= 8];
+            c[i] += widen((uint16_t)(x >> shift)) * widen((uint16_t)(y >> shift));
+        }
+    }
+    __syncwarp();
+}
+
+// mma.sync.m16n8k8 of tf32.
+inline void multiply_tf32(float* c, const float* a, float b0, float b1) {
+    Warp& warp = this_warp();
+    const int lane = this_lane();
+    const auto rounded = [](float x) { return same_bits<float>(same_bits<unsigned>(x) & 0xffffe000u); };
+    for (int i = 0; i < 4; ++i) warp.a[lane][i] = same_bits<unsigned>(rounded(a[i]));
+    warp.b[lane][0] = same_bits<unsigned>(rounded(b0)), warp.b[lane][1] = same_bits<unsigned>(rounded(b1));
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 8; ++k) {
+            const float x = same_bits<float>(warp.a[row % 8 * 4 + k % 4][(k >= 4 ? 2 : 0) + (row >= 8)]);
+            c[i] += x * same_bits<float>(warp.b[column * 4 + k % 4][k >= 4]);
+        }
+    }
+    __syncwarp();
+}
+
+// ldmatrix.m8n8.x4: eight lanes give the rows of each matrix.
+inline void load_fragments(uint32_t* x, const void* row, bool transposed) {
+    Warp& warp = this_warp();
+    const int lane = this_lane();
+    warp.slots[lane] = (uint64_t)row;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        const int at = lane / 4, pair = lane % 4 * 2;
+        const uint16_t* rows[2];
+        for (int j = 0; j < 2; ++j) rows[j] = (const uint16_t*)warp.slots[8 * i + (transposed ? pair + j : at)];
+        x[i] = transposed ? pair_of_bits(rows[0][at], rows[1][at]) : pair_of_bits(rows[0][pair], rows[0][pair + 1]);
     }
     __syncwarp();
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import pytest
 from saapindex.attention import AttendParameters, AttentionIndex, fit_layer
 from saapindex.attention.streams import to_streams
 from saapindex.backends.cuda import step as launched
+from saapindex.backends.cuda.attend import attend_streams
 from saapindex.backends.cuda.chosen import Bits, Chosen, chosen_step, most_chosen
-from saapindex.backends.paged import Scaling
+from saapindex.backends.paged import Scaling, widened
 
 SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent / "emulation.py")
 emulation = importlib.util.module_from_spec(SPEC)
@@ -60,40 +62,93 @@ class Case:
         self.macros = {"D": d, "G": group, "WORDS": words, "ELEMENT": ELEMENTS[dtype], "QUERY": 2}
         self.macros |= {"CAPPED": 1} if softcap else {}
 
+    def builder(self, folder, threads):
+        """What gives the kernel for the limits of a step."""
+
+        @functools.cache
+        def build(policy):
+            macros = {**self.macros, "POLICY": launched.POLICIES[policy], "THREADS": threads}
+            return emulation.build(folder, "attend", **macros)
+
+        return lambda limits: build(limits.policy if self.macros["G"] > 1 else "sum")
+
+    def limits(self, way):
+        """A way as the reference takes it, and as the kernel does."""
+        params = AttendParameters(slopes=False, **way)
+        reading = self.index._batch.reading(params)
+        limits = launched.Limits(
+            params.budget or 0.0,
+            params.scan_share,
+            reading.nprobe,
+            reading.top_p,
+            reading.policy,
+            reading.by_mass,
+            reading.refine,
+            reading.remainder,
+        )
+        return params, limits, {"everything": params.budget == 1}
+
+    def compare_on_device(self, cupy, blocks, ways):
+        """The same on a GPU, with queries as keys are stored and in float32."""
+        x, group = self.index._grouped(self.q)
+        batch, tokens = self.index._batch, x.shape[1]
+        streams, code = (
+            type(held)(*(cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in held))
+            for held in (self.streams, self.code)
+        )
+        lists, d = streams.anchors.shape[1:]
+        itemsize = streams.keys.dtype.itemsize
+        shape = launched.launch_shape(len(x) * tokens, 132, d, group, self.macros["WORDS"], lists, itemsize)
+        space = launched.Workspace.empty(
+            streams, code, group, tokens, (min(blocks, shape[0]), shape[1]), cupy
+        )
+        for way in ways:
+            params, limits, how = self.limits(way)
+            for kind in {"float32", self.index.dtype}:
+                asked, plain = queries_as(x, kind)
+                want, want_lse = self.index._attend(
+                    batch, plain, self.index._last(None, tokens), params, True
+                )
+                for _ in range(2):
+                    out = cupy.full(x.shape, np.nan, np.float32) if kind == "float32" else None
+                    out = cupy.full(x.shape, 0x7FFF, np.uint16).view(asked.dtype) if out is None else out
+                    lse = cupy.full(x.shape[:3], np.nan, np.float32)
+                    common = cupy.asarray(asked), streams, code, self.scaling, limits, space, out, lse
+                    attend_streams(*common, **how)
+                    rough = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 8e-3}[kind]
+                    label = f"{way} {kind}"
+                    found = widened(out.get(), np.float32)
+                    np.testing.assert_allclose(found, want, rtol=max(rough, 1e-4), atol=rough, err_msg=label)
+                    np.testing.assert_allclose(lse.get(), want_lse, rtol=1e-4, atol=1e-4, err_msg=label)
+                    assert not any(x.any() for x in (space.counters, space.histogram, space.masses))
+
     def compare(self, run, blocks, threads, ways, listing=None):
         """The kernel and the reference agree, twice in a row, in each of these ways."""
         x, group = self.index._grouped(self.q)
         tokens, lists = x.shape[1], self.index.codebook.nlist
         space = launched.Workspace.empty(self.streams, self.code, group, tokens, (blocks, threads), np)
-        shared = launched.shared_bytes(x.shape[3], group, self.macros["WORDS"], lists, threads)
+        shared = launched.shared_bytes(
+            x.shape[3], group, self.macros["WORDS"], lists, threads, self.streams.keys.dtype.itemsize
+        )
         batch = self.index._batch
         for way in ways:
-            params = AttendParameters(slopes=False, **way)
-            reading = batch.reading(params)
-            limits = launched.Limits(
-                params.budget or 0.0,
-                params.scan_share,
-                reading.nprobe,
-                reading.top_p,
-                reading.policy,
-                reading.by_mass,
-                reading.refine,
-                reading.remainder,
-            )
-            how = {"everything": params.budget == 1}
+            params, limits, how = self.limits(way)
             want, want_lse = self.index._attend(batch, x, self.index._last(None, tokens), params, True)
             for _ in range(2):
                 out, lse = np.full_like(x, np.nan), np.full(x.shape[:3], np.nan, np.float32)
                 common = (x, self.streams, self.code, self.scaling, limits, space)
                 argument = launched.step(*common, out, lse, **how)
-                run(len(x) * tokens * blocks, threads, shared, argument)
+                run(limits)(len(x) * tokens * blocks, threads, shared, argument)
                 np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5, err_msg=str(way))
                 np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-4, err_msg=str(way))
                 assert not space.counters.any()
                 assert not space.histogram.any()
+                assert not space.masses.any()
             if listing is not None:
                 for _ in range(2):
-                    out = self.choose(run, listing, common, limits, (len(x) * blocks, threads, shared), how)
+                    out = self.choose(
+                        run(limits), listing, common, limits, (len(x) * blocks, threads, shared), how
+                    )
                     compare_selections(out, self.index.select(self.q[:, :, 0], params=params), str(way))
 
     def choose(self, run, listing, common, limits, shape, how):
@@ -108,6 +163,15 @@ class Case:
         listing(count * int(argument["blocks"][0]), 64, 1024, argument)
         assert not any(array.any() for array in bits)
         return out
+
+
+def queries_as(x, kind):
+    """Queries of a type, bfloat16 by its bits, and what they are."""
+    if kind == "bfloat16":
+        bits = (x.view(np.uint32) >> 16).astype(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32)
+    asked = x.astype(kind)
+    return asked, asked.astype(np.float32)
 
 
 def compare_selections(out, expected, way):
@@ -131,7 +195,7 @@ def test_every_way(folder, monkeypatch, cached):
     if not cached:
         monkeypatch.setattr(launched, "_TABLE_MOST", 0)
     case = Case(16, 2, 2, 900, 8, 1, "float32", 1)
-    run = emulation.build(folder, "attend", **case.macros, THREADS=128)
+    run = case.builder(folder, 128)
     listing = emulation.build(folder, "chosen", THREADS=64)
     case.compare(run, 2, 128, WAYS if cached else WAYS[:5], listing)
 
@@ -149,7 +213,7 @@ def test_every_way(folder, monkeypatch, cached):
 )
 def test_shapes_and_types(folder, shape, blocks, threads, options):
     case = Case(*shape, **options)
-    run = emulation.build(folder, "attend", **case.macros, THREADS=threads)
+    run = case.builder(folder, threads)
     ways = WAYS[:3] if case.macros["G"] > 1 else [WAYS[0], WAYS[1]]
     listing = emulation.build(folder, "chosen", THREADS=64) if shape[-1] == 1 else None
     case.compare(run, blocks, threads, [*ways, {"budget": 1.0}], listing)
@@ -192,3 +256,26 @@ def test_rows_of_any_bits(folder, most, everything):
     assert out.starts.tolist() == [5, 4]
     assert out.ends.tolist() == [9, 8]
     assert not any(array.any() for array in bits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "blocks", "options"),
+    [
+        ((64, 3, 2, 3000, 24, 3, "float16", 1), 132, {}),
+        ((128, 4, 2, 5000, 32, 6, "bfloat16", 1), 132, {}),
+        ((128, 4, 2, 5000, 32, 6, "bfloat16", 2), 3, {}),
+        ((80, 8, 1, 2000, 16, 3, "bfloat16", 1), 7, {}),
+        ((96, 2, 2, 2000, 16, 4, "float16", 1), 16, {"batch": 2}),
+        ((256, 4, 1, 2000, 16, 3, "bfloat16", 1), 132, {}),
+        ((64, 3, 1, 2000, 16, 3, "float32", 2), 5, {}),
+        ((128, 8, 1, 2000, 16, 3, "float32", 1), 132, {}),
+        ((16, 1, 1, 900, 8, 1, "float16", 1), 1, {"softcap": 5.0}),
+    ],
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else "",
+)
+def test_on_a_device(shape, blocks, options):
+    cupy = pytest.importorskip("cupy")
+    case = Case(*shape, **options)
+    ways = WAYS if case.macros["G"] > 1 else [way for way in WAYS if "policy" not in way]
+    case.compare_on_device(cupy, blocks, ways)

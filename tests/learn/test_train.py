@@ -336,6 +336,9 @@ def test_traces_of_different_models_are_refused(tmp_path, make_trace, change, me
         ({"spherical": True}, "a metric of their own"),
         ({"stored": "int8"}, "stored is 'int8'"),
         ({"words": 9}, "words is 9"),
+        ({"words": []}, "words is empty"),
+        ({"words": [2, 3]}, "expected one size, or judge='error'"),
+        ({"scan_share": 1.0}, "scan_share is 1.0"),
     ],
 )
 def test_bad_settings_are_named(change, message):

@@ -8,7 +8,15 @@ from numpy.typing import NDArray
 
 from saapindex.backends.cuda.launch import element
 from saapindex.backends.cuda.module import kernel
-from saapindex.backends.cuda.step import DeviceCode, Limits, Workspace, launch_shape, shared_bytes, step
+from saapindex.backends.cuda.step import (
+    POLICIES,
+    DeviceCode,
+    Limits,
+    Workspace,
+    launch_shape,
+    shared_bytes,
+    step,
+)
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
 
@@ -71,7 +79,8 @@ def attend_streams(
         everything=everything,
         stamps=stamps,
     )
-    _launch(argument, queries, streams, code, space, scaling, {} if stamps is None else {"STAMPS": 1})
+    macros = {} if stamps is None else {"STAMPS": 1}
+    _launch(argument, queries, streams, code, space, scaling, limits, macros)
 
 
 def select_streams(
@@ -88,7 +97,7 @@ def select_streams(
     argument = step(
         queries, streams, code, scaling, limits, space, queries, queries, everything=everything, deciding=True
     )
-    _launch(argument, queries, streams, code, space, scaling, {})
+    _launch(argument, queries, streams, code, space, scaling, limits, {})
 
 
 def _launch(
@@ -98,11 +107,12 @@ def _launch(
     code: DeviceCode,
     space: Workspace,
     scaling: Scaling,
+    limits: Limits,
     macros: dict[str, int],
 ) -> None:
     units, (group, d) = queries.shape[0] * queries.shape[1], queries.shape[2:]
-    words, lists = code.widths.shape[1], streams.anchors.shape[1]
-    shared = shared_bytes(d, group, words, lists, space.threads)
+    words, lists = code.quads.shape[1] // 8, streams.anchors.shape[1]
+    shared = shared_bytes(d, group, words, lists, space.threads, streams.keys.dtype.itemsize)
     run = kernel(
         "attend",
         "attend",
@@ -113,6 +123,7 @@ def _launch(
         ELEMENT=element(streams.keys),
         QUERY=element(queries),
         THREADS=space.threads,
+        POLICY=POLICIES[limits.policy] if group > 1 else 0,
         **({"CAPPED": 1} if scaling.softcap else {}),
         **macros,
     )

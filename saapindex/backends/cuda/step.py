@@ -7,30 +7,34 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from saapindex.backends.base import LANES
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Code, Scaling
 
-__all__ = ["DeviceCode", "Limits", "Workspace", "launch_shape", "shared_bytes", "step"]
+__all__ = ["POLICIES", "DeviceCode", "Limits", "Workspace", "launch_shape", "shared_bytes", "step"]
 
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 POLICIES = {"sum": 0, "max": 1, "union": 2}
+"""What the macro POLICY stands for."""
 # As in cuda/attend.cu.
-BINS, CANDIDATES, ROUND, QUEUE, OWN = 1024, 4096, 1024, 4096, 1024
+BINS, CANDIDATES, ROUND, QUEUE, OWN = 2048, 4096, 1024, 4096, 1024
 # What is known of the lists stays in shared memory if it takes no more than this.
 _TABLE_MOST = 120 * 1024
+# The shared memory that a block may have: on an A100 163 KiB, on an H100 227.
+_SHARED_MOST = 227 * 1024
 
 # The members of the struct `Step` of cuda/attend.cu.
 # fmt: off
 _POINTERS = (
-    "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids", "pages",
-    "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales", "squares",
-    "inverse", "steps", "base", "spread", "distortion", "widths", "coded", "queries", "positions", "out",
-    "lse", "bits", "dots", "rotated", "estimates", "masses", "visited", "bins", "kept", "histogram",
-    "candidates", "counters", "partial", "stamps",
+    "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids",
+    "pages", "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales",
+    "squares", "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads",
+    "queries", "positions", "out", "lse", "bits", "dots", "rotated", "estimates", "masses", "visited",
+    "bins", "kept", "rows", "histogram", "candidates", "counters", "partial", "stamps",
 )
 _INTEGERS = (
     "heads", "tokens", "lists", "ring", "sinks", "most_pages", "coded_most", "blocks", "width",
-    "code_bytes", "row_bytes", "nprobe", "policy", "by_mass", "refine", "remainder", "near", "everything",
+    "code_bytes", "row_bytes", "nprobe", "by_mass", "refine", "remainder", "near", "everything",
     "cached",
 )
 # fmt: on
@@ -54,10 +58,16 @@ class DeviceCode(NamedTuple):
         (H, R) float32.
     base
         (H,) float32.
-    widths
-        (H, W) int32.
     coded
         (H,) int32, dimensions that each head codes.
+    slots
+        (H, R) int32: where the factor of a dimension stands among those of its head, and in the upper half
+        the mask of its field.
+    chunks
+        (H,) int32: products of eight quads.
+    quads
+        (H, 8 W) int32: offset in a page, shift (from bit 16) and mask (from bit 24) of four fields that lie
+        in the four bytes of a word.
     """
 
     inverse: Array
@@ -65,8 +75,10 @@ class DeviceCode(NamedTuple):
     base: Array
     spread: Array
     distortion: Array
-    widths: Array
     coded: Array
+    slots: Array
+    chunks: Array
+    quads: Array
 
     @classmethod
     def of(cls, code: Code, coded: Any, xp: Any) -> DeviceCode:
@@ -79,8 +91,33 @@ class DeviceCode(NamedTuple):
         floats = [
             np.ascontiguousarray(array, np.float32) for array in (rows, steps, code.base, spread, distortion)
         ]
-        whole = [np.ascontiguousarray(array, np.int32) for array in (code.widths, coded)]
+        plans = [_plan(widths, rows.shape[1]) for widths in code.widths.tolist()]
+        plan = (np.stack([one[i] for one in plans]) for i in range(3))
+        whole = [np.ascontiguousarray(array, np.int32) for array in (coded, *plan)]
         return cls(*(xp.asarray(array) for array in (*floats, *whole)))
+
+
+def _plan(widths: list[int], dimensions: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return slots, chunks and quads of one head: its words in the order in which products take them.
+
+    Field ``4 k + c`` of a word with fields of `b` bits lies in byte `c`, bits ``b k`` and up. Narrow words
+    come first: one of one-bit fields fills a product alone.
+    """
+    begins = np.cumsum([0, *(32 // bits for bits in widths)])
+    slots = np.zeros(dimensions, np.int64)
+    quads: list[int] = []
+    for bits in sorted(set(widths)):
+        mask = (1 << bits) - 1
+        for word in (word for word, other in enumerate(widths) if other == bits):
+            for field in range(32 // bits):
+                if begins[word] + field < dimensions:
+                    slots[begins[word] + field] = 4 * len(quads) + field | mask << 16
+            quads += [word * LANES * 4 | bits * k << 16 | mask << 24 for k in range(8 // bits)]
+        # A product holds fields of one width.
+        quads += [bits * (k % (8 // bits)) << 16 | mask << 24 for k in range(-len(quads) % 8)]
+    chunks = len(quads) // 8
+    quads += [0] * (8 * len(widths) - len(quads))
+    return slots, np.asarray(chunks), np.asarray(quads)
 
 
 class Limits(NamedTuple):
@@ -116,6 +153,7 @@ class Workspace(NamedTuple):
     visited: Array
     bins: Array
     kept: Array
+    rows: Array
     histogram: Array
     candidates: Array
     counters: Array
@@ -139,19 +177,20 @@ class Workspace(NamedTuple):
         blocks, threads = shape
         units = streams.pages.shape[0] * tokens
         lists, d = streams.anchors.shape[1:]
-        groups = (streams.pages.shape[1] + 7) // 8
-        most = (groups + blocks - 1) // blocks * 8 * blocks
+        pairs = (streams.pages.shape[1] + 1) // 2
+        most = (pairs + blocks - 1) // blocks * 2 * blocks
         return cls(
             dots=xp.empty((units, lists, group), np.float32),
             rotated=xp.empty((units, group, code.inverse.shape[1]), np.float32),
             estimates=xp.empty((units, most * 16, group), np.float32),
-            masses=xp.empty((units, most, group), np.float32),
+            masses=xp.zeros((units, lists, group), np.float32),
             visited=xp.empty((units, most, 2), np.int32),
             bins=xp.empty((units, most * 16, group), np.uint16),
             kept=xp.empty((units, most * 16), np.uint8),
-            histogram=xp.zeros((units, group, 2, BINS), np.int32),
+            rows=xp.empty((units, most * 16), np.int32),
+            histogram=xp.zeros((units, group, BINS), np.int32),
             candidates=xp.empty((units, group, CANDIDATES, 2), np.float32),
-            counters=xp.zeros((units, 3 + 3 * group), np.uint32),
+            counters=xp.zeros((units, 4 + 3 * group), np.uint32),
             partial=xp.empty((units, blocks, group, d + 2), np.float32),
             bits=xp.zeros((units, 0), np.uint32),
             blocks=blocks,
@@ -160,19 +199,22 @@ class Workspace(NamedTuple):
         )
 
 
-def shared_bytes(d: int, group: int, words: int, lists: int, threads: int) -> int:
+def shared_bytes(d: int, group: int, words: int, lists: int, threads: int, itemsize: int) -> int:
     """Return the shared memory of a block in bytes."""
-    warps = threads // 32
+    warps, steps, shares = threads // 32, -(-d // 16), max(1, threads // 32 // (d // 8))
     fixed = (
-        4 * (BINS + 2 * ROUND + QUEUE + 2 * OWN)
+        4 * (BINS + QUEUE + 2 * max(ROUND, OWN))
+        + 4 * group * (d + 8 * words + 32 * words + 2 * warps + 12)
+        + 64 * words
+        + 3 * 32 * (8 * steps + 4)
         + 256
-        + 4 * group * (d + 8 * words + 2 * warps + 16)
-        + 32 * words
     )
+    kept = 4 * lists + 16 + 4 * warps * (16 * steps * group + 64)
     table = 4 * lists * (2 + group if _cached(lists, group) else 1)
     codes = warps * 8 * (64 * words + 16)
-    merged = 4 * warps * group * (d + 1)
-    return fixed + 4 * lists + 64 + max(table, codes, merged)
+    rows = warps * 32 * (16 * steps * itemsize + 16)
+    merged = 4 * (warps * group * (d + 1) + shares * group * d + group)
+    return fixed + kept + max(table, codes, rows, merged)
 
 
 def _cached(lists: int, group: int) -> bool:
@@ -180,12 +222,17 @@ def _cached(lists: int, group: int) -> bool:
     return 4 * lists * (2 + group) <= _TABLE_MOST
 
 
-def launch_shape(units: int, multiprocessors: int, group: int) -> tuple[int, int]:
+def launch_shape(
+    units: int, multiprocessors: int, d: int, group: int, words: int, lists: int, itemsize: int
+) -> tuple[int, int]:
     """Return the blocks of a unit, and the threads of a block.
 
     All blocks of a unit wait for each other, so where there are several all must be resident at once.
     """
-    return max(1, multiprocessors // units), 512 if group <= 4 else 256
+    threads = 384 if d <= 128 else 256  # registers enough for all
+    while threads > 64 and shared_bytes(d, group, words, lists, threads, itemsize) > _SHARED_MOST:
+        threads -= 64
+    return max(1, multiprocessors // units), threads
 
 
 def step(
@@ -233,10 +280,9 @@ def step(
         "coded_most": code.inverse.shape[1],
         "blocks": space.blocks,
         "width": space.width,
-        "code_bytes": 4 * code.widths.shape[1] + 1,
+        "code_bytes": code.quads.shape[1] // 2 + 1,
         "row_bytes": 2 * d * streams.keys.dtype.itemsize,
         "nprobe": limits.nprobe,
-        "policy": POLICIES[limits.policy if queries.shape[2] > 1 else "sum"],
         "by_mass": limits.by_mass,
         "refine": limits.refine,
         "remainder": limits.remainder,

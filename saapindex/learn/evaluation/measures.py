@@ -13,7 +13,7 @@ from saapindex.errors import InvalidInputError
 from saapindex.learn.evaluation.snapshot import Snapshot
 from saapindex.learn.peers.base import Peer, Queries, Read
 
-__all__ = ["MODES", "Mode", "Record", "measure"]
+__all__ = ["MODES", "Mode", "Record", "measure", "query_errors"]
 
 Mode: TypeAlias = Literal["group", "per_head"]
 MODES: tuple[Mode, ...] = ("group", "per_head")
@@ -172,6 +172,37 @@ def measure(
             )
         )
     return records
+
+
+@torch.no_grad()
+def query_errors(peer: Peer, snapshot: Snapshot, budget: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `measure` takes the mean of, and how much each query looks something up.
+
+    Parameters
+    ----------
+    peer
+        Built on ``snapshot.context``.
+    budget
+        Share of the long-range bytes.
+
+    Returns
+    -------
+    errors
+        float32, (g, m): ``||o - o_dense|| / ||o_dense||``.
+    peaks
+        float32, (g, m): of all the attention, the share of the long-range key that has the most.
+    """
+    g, m, _ = snapshot.queries.x.shape
+    total = len(snapshot.context.keys) * snapshot.context.row
+    errors, peaks = [], []
+    step = max(1, _HELD // (g * len(snapshot.context.keys)))
+    for rows in torch.split(torch.arange(m, device=snapshot.queries.x.device), step):
+        truth = _Truth(snapshot, rows)
+        read = peer.read(Queries(truth.queries.x, truth.queries.positions, truth.peaks), budget * total)
+        errors.append(torch.stack([part[0] for part in truth.compare(read, slice(0, g))]))
+        weights = torch.softmax(torch.stack([truth.near[0], truth.far[0]]), 0)[1]
+        peaks.append(weights * truth.shares.amax(-1))
+    return torch.cat(errors, 1), torch.cat(peaks, 1)
 
 
 def _attend(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
