@@ -41,9 +41,11 @@ def least(
             seen[place] = recall(built.search(queries, k, built.ladder[place]), truth)
         return seen[place]
 
-    low = 0
+    low, last = 0, len(built.ladder) - 1
     for target in targets:
-        high = len(built.ladder) - 1
+        high, step = low, 1
+        while at(high) < target and high < last:  # from below, since the top of the ladder reads everything
+            low, high, step = min(high + 1, last), min(high + step, last), 2 * step
         if at(high) < target:
             break
         while low < high:
@@ -54,19 +56,33 @@ def least(
 
 
 def measure(
-    data: Dataset, methods: list[Method], *, repeats: int, single: int, show: bool = True
+    data: Dataset,
+    methods: list[Method],
+    *,
+    repeats: int,
+    single: int,
+    targets: tuple[float, ...] = TARGETS,
+    limit: float = float("inf"),
+    show: bool = True,
 ) -> dict[str, Any]:
-    """Build every method on `data`, find its operating points and time them in turn."""
+    """Build every method on `data`, find its operating points and time them in turn.
+
+    Methods whose turn to be built has not come after `limit` seconds are left out, and named.
+    """
+    begin, left_out = time.perf_counter(), []
     truths = {k: data.truth(k) for k in KS}
     points: list[Point] = []
     short: list[dict[str, Any]] = []
     runs: dict[str, Any] = {}
     for method in track(methods, data.name, show=show):
         start = time.perf_counter()
+        if start - begin > limit:
+            left_out.append(f"{method.group}: {method.setting}")
+            continue
         built = method.make(data)
         seconds = time.perf_counter() - start
         for k, truth in truths.items():
-            reached = least(built, data.queries, truth, TARGETS)
+            reached = least(built, data.queries, truth, targets)
             if not reached:
                 found = recall(built.search(data.queries, k, built.ladder[-1]), truth)
                 short.append({"group": method.group, "setting": method.setting, "k": k, "most": float(found)})
@@ -99,6 +115,8 @@ def measure(
         **sizes,
         "points": points,
         "short of every target": short,
+        "left out": left_out,
+        "seconds": time.perf_counter() - begin,
     }
 
 
@@ -131,7 +149,7 @@ def _mean(values: list[Any]) -> float | None:
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Geometric means over the data sets of a kind, of the best point of each group at the target recall."""
+    """Geometric means of the best point of each group, over the data sets of a kind where it has one."""
     out: dict[str, Any] = {}
     for kind in dict.fromkeys(result["kind"] for result in results):
         alike = [result for result in results if result["kind"] == kind]
@@ -141,35 +159,51 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
             for k in KS:
                 for key in ("queries/s, batch", "queries/s, batch 1"):
                     found = [best(result, group, k, key) for result in alike]
-                    row[f"recall@{k}, {key}"] = _mean([p and p[key] for p in found])
+                    row[f"recall@{k}, {key}"] = _mean([p[key] for p in found if p])
             found = [best(result, group) for result in alike]
             row["data sets that reach it"] = sum(p is not None for p in found)
             for key in ("keys read", "build seconds", "bytes a key"):
-                row[key] = _mean([p and p[key] for p in found])
-            row[f"seconds for the build and {SERVED} queries"] = _mean([served(r, group) for r in alike])
+                row[key] = _mean([p and p[key] for p in found if p])
+            seconds = [served(r, group) for r in alike]
+            row[f"seconds for the build and {SERVED} queries"] = _mean([s for s in seconds if s])
             rows[group] = row
-        out[kind] = {"data sets": len(alike), "groups": rows, "ratios": _ratios(rows)}
+        out[kind] = {"data sets": len(alike), "groups": rows, "ratios": _ratios(alike, list(rows))}
     return out
 
 
-def _ratios(rows: dict[str, Any]) -> dict[str, Any]:
-    """How many times faster the better of ours is than each other group, at the target recall."""
-    ours = [row for group, row in rows.items() if group.startswith("saapindex")]
+def _fastest(result: dict[str, Any], names: list[str], k: int, key: str) -> float | None:
+    found = [best(result, name, k, key) for name in names]
+    return max((point[key] for point in found if point is not None), default=None)
+
+
+def _least_served(result: dict[str, Any], names: list[str]) -> float | None:
+    found = [served(result, name) for name in names]
+    return min((seconds for seconds in found if seconds is not None), default=None)
+
+
+def _ratios(results: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """How many times faster the best of ours is than each other group, at the target recall.
+
+    Geometric means, and the extremes, over the data sets where both reach it.
+    """
+    ours = [name for name in names if name.startswith("saapindex")]
     ratios: dict[str, Any] = {}
-    for group, row in rows.items():
-        if group.startswith("saapindex"):
-            continue
+    for group in (name for name in names if name not in ours):
         ratios[group] = {}
-        for key, mine_first in (
-            *((f"recall@{k}, queries/s, {b}", True) for k in KS for b in ("batch", "batch 1")),
-            (f"seconds for the build and {SERVED} queries", False),
-        ):
-            mine = [other[key] for other in ours if other[key] is not None]
-            if mine and row[key] is not None:
-                ratios[group][key] = max(mine) / row[key] if mine_first else row[key] / min(mine)
-            else:
-                ratios[group][key] = None
+        for k in KS:
+            for key in ("queries/s, batch", "queries/s, batch 1"):
+                pairs = [(_fastest(r, ours, k, key), _fastest(r, [group], k, key)) for r in results]
+                ratios[group][f"recall@{k}, {key}"] = _spread([a / b for a, b in pairs if a and b])
+        pairs = [(_least_served(r, [group]), _least_served(r, ours)) for r in results]
+        key = f"seconds for the build and {SERVED} queries"
+        ratios[group][key] = _spread([a / b for a, b in pairs if a and b])
     return ratios
+
+
+def _spread(values: list[float]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    return {"mean": _mean(values), "least": min(values), "most": max(values), "data sets": len(values)}
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

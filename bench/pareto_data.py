@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -62,28 +63,34 @@ def _cut(trace: Trace, head: int) -> tuple[Vectors, Vectors]:
     return trace.keys[head, :n].astype(np.float32), queries[at >= n + WINDOW]
 
 
-def attention(traces: Path, heads: tuple[int, ...], queries: int, *, together: bool) -> Iterator[Dataset]:
-    """Yield one data set a head of every captured layer: one context, or all of them together.
+def attention(
+    traces: Path, heads: tuple[int, ...], queries: int, *, together: bool
+) -> Iterator[Callable[[], Dataset]]:
+    """Yield what makes a data set of each head of every captured layer: of one context, or of all together.
 
     `traces` is what ``saapindex capture`` wrote: ``traces/{train,test}/TEXT-N/layer-LL.safetensors``.
     """
-    for layer in _layers(traces):
-        trains, tests = _read(traces, "train", layer), _read(traces, "test", layer)
-        if not trains:
-            raise FileNotFoundError(f"{traces}/train holds no {layer}: no queries to train with")
-        for head in heads:
-            cuts = [_cut(test, head) for test in (tests if together else tests[:1])]
-            keys, asked = [keys for keys, _ in cuts], np.concatenate([asked for _, asked in cuts])
-            if together:
-                keys += [train.keys[head].astype(np.float32) for train in trains]
-            contexts = f"{len(keys)} contexts" if together else "one context"
-            yield Dataset(
-                f"{layer.split('.')[0]} head {head}, {contexts}",
-                "attention, contexts together" if together else "attention, one context",
-                np.concatenate(keys),
-                np.concatenate([train.head_queries(head)[0] for train in trains]),
-                _some(asked, queries),
-            )
+    for head in heads:
+        for layer in _layers(traces):
+            yield partial(_attention, traces, layer, head, queries, together)
+
+
+def _attention(traces: Path, layer: str, head: int, queries: int, together: bool) -> Dataset:
+    trains, tests = _read(traces, "train", layer), _read(traces, "test", layer)
+    if not trains:
+        raise FileNotFoundError(f"{traces}/train holds no {layer}: no queries to train with")
+    cuts = [_cut(test, head) for test in (tests if together else tests[:1])]
+    keys, asked = [keys for keys, _ in cuts], np.concatenate([asked for _, asked in cuts])
+    if together:
+        keys += [train.keys[head].astype(np.float32) for train in trains]
+    contexts = f"{len(keys)} contexts" if together else "one context"
+    return Dataset(
+        f"{layer.split('.')[0]} head {head}, {contexts}",
+        "attention, contexts together" if together else "attention, one context",
+        np.concatenate(keys),
+        np.concatenate([train.head_queries(head)[0] for train in trains]),
+        _some(asked, queries),
+    )
 
 
 def _unit(x: NDArray[np.float64]) -> Vectors:

@@ -54,15 +54,21 @@ def steps(last: int) -> list[int]:
     return sorted({*np.unique(np.geomspace(1, last, 8 * int(np.log2(last)) + 1).astype(int)).tolist(), last})
 
 
+BUILD = 100
+"""Size of the beam that graphs are built with."""
 BEAMS = [ef for ef in steps(1024) if ef >= 8]
 """Sizes of the beam that graphs are searched with."""
 
 
-def make_saap(data: Dataset, *, storage: str, nlist: int, factor: int | None = None) -> Built:
-    """Build an index of ours, trained on the keys and the training queries."""
-    index = sx.index_factory(
-        data.keys.shape[1], f"SAAP{nlist},{storage}", params=sx.IndexParameters(augment=0)
-    )
+def make_saap(
+    data: Dataset, *, storage: str, nlist: int, factor: int | None = None, aware: bool = True
+) -> Built:
+    """Build an index of ours, trained on keys and training queries; with Faiss's partition unless `aware`."""
+    d = data.keys.shape[1]
+    if aware:
+        index = sx.index_factory(d, f"SAAP{nlist},{storage}", params=sx.IndexParameters(augment=0))
+    else:
+        index = sx.index_factory(d, f"IVF{nlist},{storage}")
     index.train(data.keys, xq_train=data.train)
     index.add(data.keys)
 
@@ -126,7 +132,7 @@ def _fast_scan(data: Dataset, *, nlist: int, factor: int) -> Built:
 
 def _hnsw(data: Dataset, *, m: int) -> Built:
     index: Any = faiss.IndexHNSWFlat(data.keys.shape[1], m, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = 200
+    index.hnsw.efConstruction = BUILD
     index.add(data.keys)
     params: Any = _FAISS.SearchParametersHNSW()
 
@@ -150,7 +156,7 @@ def _refine_parameters(factor: int) -> Any:
 def _hnswlib(data: Dataset, *, m: int, threads: int) -> Built:
     hnswlib: Any = importlib.import_module("hnswlib")
     index = hnswlib.Index(space="ip", dim=data.keys.shape[1])
-    index.init_index(max_elements=len(data.keys), ef_construction=200, M=m, random_seed=0)
+    index.init_index(max_elements=len(data.keys), ef_construction=BUILD, M=m, random_seed=0)
     index.set_num_threads(threads)
     index.add_items(data.keys)
 
@@ -164,7 +170,7 @@ def _hnswlib(data: Dataset, *, m: int, threads: int) -> Built:
 def _usearch(data: Dataset, *, m: int, threads: int) -> Built:
     usearch: Any = importlib.import_module("usearch.index")
     index = usearch.Index(
-        ndim=data.keys.shape[1], metric="ip", dtype="f32", connectivity=m, expansion_add=200
+        ndim=data.keys.shape[1], metric="ip", dtype="f32", connectivity=m, expansion_add=BUILD
     )
     index.add(np.arange(len(data.keys)), data.keys, threads=threads)
 
@@ -221,34 +227,41 @@ def installed() -> dict[str, str | None]:
 
 
 def methods(nlists: tuple[int, ...], degrees: tuple[int, ...], threads: int) -> Iterator[Method]:
-    """Yield every method that is installed, at each number of lists or degree of a graph."""
+    """Yield every method that is installed, at each number of lists or degree of a graph.
+
+    What is slower at equal recall nearly always (codes, the slower storages) is tried at one number of lists.
+    """
     for nlist in nlists:
-        for storage in ("Flat", "SQfp16"):
-            make = partial(make_saap, storage=storage, nlist=nlist)
-            yield Method("saapindex", f"SAAP{nlist},{storage}", make)
         for plain in (False, True):
             name = f"IVF{nlist},Flat, {'plain' if plain else 'spherical'} k-means"
             yield Method("Faiss IVFFlat", name, partial(make_ivf, storage="Flat", nlist=nlist, plain=plain))
-    for nlist in nlists[:2]:
-        for bits, factor in ((1, 8), (2, 4)):
-            coded = partial(make_saap, storage=f"Bits{bits},RFlat", nlist=nlist, factor=factor)
-            yield Method("saapindex, codes", f"SAAP{nlist},Bits{bits},RFlat, k_factor {factor}", coded)
-        for factor in (4, 16):
-            yield Method(
-                "Faiss IVFPQ fast-scan",
-                f"IVF{nlist},PQ(d/2)x4fs,RFlat, k_factor {factor}",
-                partial(_fast_scan, nlist=nlist, factor=factor),
-            )
+        for lists in ("SAAP", "IVF"):
+            make = partial(make_saap, storage="SQfp16", nlist=nlist, aware=lists == "SAAP")
+            yield Method("saapindex", f"{lists}{nlist},SQfp16", make)
+    middle = nlists[len(nlists) // 2]
+    for factor in (4, 16):
+        yield Method(
+            "Faiss IVFPQ fast-scan",
+            f"IVF{middle},PQ(d/2)x4fs,RFlat, k_factor {factor}",
+            partial(_fast_scan, nlist=middle, factor=factor),
+        )
+    flat = partial(make_saap, storage="Flat", nlist=middle)
+    yield Method("saapindex", f"SAAP{middle},Flat", flat)
+    for storage in ("SQfp16", "SQ8"):
+        quantised = partial(make_ivf, storage=storage, nlist=middle)
+        yield Method("Faiss IVF, quantised", f"IVF{middle},{storage}", quantised)
     found = installed()
-    if found["scann"]:
-        for factor in (4, 16):
-            leaves = partial(_scann, nlist=nlists[0], factor=factor, threads=threads)
-            yield Method("ScaNN", f"{nlists[0]} leaves, reorder {factor}", leaves)
-    for m in degrees:
-        yield Method("Faiss HNSW", f"M {m}, efConstruction 200", partial(_hnsw, m=m))
+    for m in (m for m in degrees if m):
+        yield Method("Faiss HNSW", f"M {m}, efConstruction {BUILD}", partial(_hnsw, m=m))
         if found["hnswlib"]:
             graph = partial(_hnswlib, m=m, threads=threads)
-            yield Method("hnswlib", f"M {m}, ef_construction 200", graph)
-    if found["usearch"]:
-        graph = partial(_usearch, m=16, threads=threads)
-        yield Method("usearch", "connectivity 16, expansion_add 200", graph)
+            yield Method("hnswlib", f"M {m}, ef_construction {BUILD}", graph)
+        if found["usearch"]:
+            graph = partial(_usearch, m=m, threads=threads)
+            yield Method("usearch", f"connectivity {m}, expansion_add {BUILD}", graph)
+    if found["scann"]:
+        for factor in (4, 16):
+            leaves = partial(_scann, nlist=middle, factor=factor, threads=threads)
+            yield Method("ScaNN", f"{middle} leaves, reorder {factor}", leaves)
+    coded = partial(make_saap, storage="Bits2,RFlat", nlist=nlists[0], factor=4)
+    yield Method("saapindex, codes", f"SAAP{nlists[0]},Bits2,RFlat, k_factor 4", coded)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import keys_read as reading
 import pareto as bench
 import pareto_data as sources
+import pareto_jobs
 import pareto_methods
 import training_queries as shifted
 import typer
@@ -25,39 +26,60 @@ Traces = Annotated[Path, typer.Option(help="Where saapindex capture wrote train/
 @app.command()
 def pareto(
     traces: Traces = Path("traces"),
-    threads: Annotated[int, typer.Option(help="For every method.")] = 2,
+    threads: Annotated[int, typer.Option(help="For every method.")] = 1,
     heads: Annotated[list[int], typer.Option(help="KV heads of each layer.")] = [0, 1, 2],  # noqa: B006
     together: Annotated[list[int], typer.Option(help="Heads searched in all contexts.")] = [0, 1, 2],  # noqa: B006
     keys: Annotated[int, typer.Option(help="Of the made-up data sets.")] = 200_000,
     queries: Annotated[int, typer.Option(help="Asked of each data set, at most.")] = 1000,
     repeats: Annotated[int, typer.Option(help="Timings of each point; the median counts.")] = 5,
     single: Annotated[int, typer.Option(help="Queries that are timed one by one.")] = 100,
+    targets: Annotated[list[float], typer.Option(help="Recalls to be reached.")] = list(bench.TARGETS),  # noqa: B006
     degrees: Annotated[list[int], typer.Option(help="M of the graphs.")] = [16, 32],  # noqa: B006
-    lists: Annotated[list[int], typer.Option(help="Numbers of lists.")] = [256, 512, 1024],  # noqa: B006
+    lists: Annotated[list[int], typer.Option(help="Lists, below 100,000 keys.")] = [256, 512, 1024],  # noqa: B006
+    many_lists: Annotated[list[int], typer.Option(help="The same, from 100,000 keys.")] = [512, 1024, 2048],  # noqa: B006
+    many_degrees: Annotated[list[int], typer.Option(help="The same, from 100,000 keys; 0 for none.")] = [16],  # noqa: B006
+    jobs: Annotated[int, typer.Option(help="Data sets at once, on processors of their own.")] = 1,
+    limit: Annotated[float, typer.Option(help="Seconds after which what is not measured is left out.")] = 1e9,
+    only: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Recall against speed, keys read, build time and memory, beside Faiss, HNSW and others."""
-    use_threads(threads)
     found = pareto_methods.installed()
+    makers = list(_datasets(traces, tuple(heads), tuple(together), keys, queries))
+    parts = [RESULTS / "parts" / f"pareto-{number}.json" for number in range(len(makers))]
+    parts[0].parent.mkdir(exist_ok=True)
+    if only >= 0:
+        use_threads(threads)
+        data = makers[only]()
+        small = len(data.keys) < 100_000
+        nlists, ms = tuple(lists if small else many_lists), tuple(degrees if small else many_degrees)
+        result = bench.measure(
+            data,
+            list(pareto_methods.methods(nlists, ms, threads)),
+            repeats=repeats,
+            single=single,
+            targets=tuple(sorted(targets)),
+            limit=limit / 2,
+        )
+        parts[only].write_text(json.dumps(result))
+        return
     for name in bench.missing(found):
         console.print(f"{name} is not installed: pip install 'saapindex[bench]' compares it too")
-    chosen = list(pareto_methods.methods(tuple(lists), tuple(degrees), threads))
-    warm = sources.in_distribution(4096, 2048, 64, 64)
+    use_threads(threads)
+    warm = sources.in_distribution(4096, 2048, 64, 64)  # kernels are compiled once, for all processes
     bench.measure(warm, list(pareto_methods.methods((16, 32), (8,), threads)), repeats=1, single=2)
-    results = []
-    for data in _datasets(traces, tuple(heads), tuple(together), keys, queries):
-        results.append(bench.measure(data, chosen, repeats=repeats, single=single))
-        summary = bench.summary(results)
-        save(
-            "pareto",
-            {
-                "machine": {**machine(threads), **found},
-                "command": " ".join(["python", *sys.argv]),
-                "missing": bench.missing(found),
-                "summary": summary,
-                "data sets": results,
-            },
-        )
-        bench.draw(results, RESULTS / "pareto.png")
+    commands = [[*sys.argv, "--only", str(number)] for number in range(len(makers))]
+    results = pareto_jobs.run(commands, parts, jobs, limit)
+    save(
+        "pareto",
+        {
+            "machine": {**machine(threads), **found},
+            "command": " ".join(["python", *sys.argv]),
+            "missing": bench.missing(found),
+            "summary": bench.summary(results),
+            "data sets": results,
+        },
+    )
+    bench.draw(results, RESULTS / "pareto.png")
     for kind, part in bench.summary(results).items():
         console.print(_table(kind, part))
         console.print_json(json.dumps(part["ratios"]))
@@ -65,16 +87,12 @@ def pareto(
 
 def _datasets(
     traces: Path, heads: tuple[int, ...], together: tuple[int, ...], keys: int, queries: int
-) -> Iterator[sources.Dataset]:
-    """Yield one data set of each kind in turn, so that a run that is cut short has some of each."""
-    kinds = (
-        sources.attention(traces, heads, queries, together=False),
-        iter([sources.text_to_image_like(keys, 20_000, queries)]),
-        iter([sources.in_distribution(keys, 20_000, queries)]),
-        sources.attention(traces, together, queries, together=True),
-    )
-    for turn in itertools.zip_longest(*kinds):
-        yield from (data for data in turn if data is not None)
+) -> Iterator[Callable[[], sources.Dataset]]:
+    """Yield what makes each data set, the largest ones first, so that none is waited for in the end."""
+    yield from sources.attention(traces, together, queries, together=True)
+    yield partial(sources.text_to_image_like, keys, 20_000, queries)
+    yield partial(sources.in_distribution, keys, 20_000, queries)
+    yield from sources.attention(traces, heads, queries, together=False)
 
 
 def _table(kind: str, part: dict[str, Any]) -> Table:
@@ -127,8 +145,8 @@ def keys_read(
     """Keys that saapindex and Faiss IVFFlat must read for a recall: the speed-up without a clock."""
     use_threads(threads)
     rows = []
-    for data in _datasets(traces, tuple(heads), tuple(heads), keys, queries):
-        rows += reading.measure(data, tuple(lists))
+    for make in _datasets(traces, tuple(heads), tuple(heads), keys, queries):
+        rows += reading.measure(make(), tuple(lists))
         save("keys-read", {"machine": machine(threads), "summary": reading.summary(rows), "rows": rows})
     means = reading.summary(rows)
     table = Table(*means[0], title="Keys read a query, geometric means")

@@ -79,7 +79,7 @@ def measure(traces: Path, keys: int) -> dict[str, Any]:
     rng = np.random.default_rng(SEED)
     number, shift = [], []
     made = text_to_image_like(keys, max(COUNTS), 1000, seed=SEED)
-    cases = [made, *list(attention(traces, (0,), 1000, together=False))]
+    cases = [made, *(make() for make in attention(traces, (0,), 1000, together=False))]
     for data in cases:
         truth = data.truth(10)
         base = _base(data, truth)
@@ -107,7 +107,7 @@ def measure(traces: Path, keys: int) -> dict[str, Any]:
 def _other_head(traces: Path, data: Dataset) -> Vectors:
     """Training queries of the next head of the same layer."""
     layer = data.name.split()[0]
-    others = attention(traces, (1,), 1, together=False)
+    others = (make() for make in attention(traces, (1,), 1, together=False))
     return next(other.train for other in others if other.name.startswith(layer))
 
 

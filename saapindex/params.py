@@ -236,6 +236,11 @@ class SearchParameters:
         if self.rank is not None:
             check_choice("rank", self.rank, ("key", "mass"))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether lists are visited by `nprobe`, and every key in them may be found."""
+        return self.budget is None and self.top_p is None and self.sel is None
+
     def keys(self, ntotal: int) -> int:
         """Return the budget as a count of keys, at least 1."""
         if self.budget is None:

@@ -7,7 +7,8 @@ query. The reference computes in the precision of its inputs; the other backends
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from saapindex.backends.attention_ops import AttentionOps
 from saapindex.backends.common import LANES, Floats, Ints
 
-__all__ = ["LANES", "CodedLists", "FieldCode", "Floats", "Ints", "Lists", "Ops", "to_blocks"]
+__all__ = ["LANES", "CodedLists", "FieldCode", "Floats", "Ints", "Lists", "Ops", "QuickSearch", "to_blocks"]
 
 
 def to_blocks(x: Floats) -> Floats:
@@ -59,6 +60,10 @@ class Lists(NamedTuple):
         """Return the keys at `rows`, (n, d)."""
         keys: Floats = self.vectors[rows // LANES, :, rows % LANES]
         return keys
+
+
+QuickSearch: TypeAlias = Callable[[NDArray[np.float32], int, int], tuple[Floats, Ints] | None]
+"""What `Ops.prepare` returns."""
 
 
 class FieldCode(NamedTuple):
@@ -242,6 +247,14 @@ class Ops(AttentionOps):
         probes, _ = self.route(features, table, bias, p)
         limits = np.full(len(queries), len(lists.ids), np.int64)
         return self.scan(queries, lists, probes, limits, k, l2)
+
+    def prepare(self, table: Floats, bias: Floats, lists: Lists, l2: bool) -> QuickSearch | None:
+        """Return `search` for a few queries at a time, which are their own features; None if there is none.
+
+        What it returns takes queries (q, d), float32 and C-contiguous, `p` and `k`, and answers as `search`;
+        it answers None, having done nothing, if queries are not finite. It holds on to the arrays.
+        """
+        return None
 
     @abstractmethod
     def range_scan(

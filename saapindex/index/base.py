@@ -37,6 +37,9 @@ class IndexBase:
     and never between. Changes wait for each other.
     """
 
+    _short: Any = None
+    """Short searches of what is held, see `Searcher`."""
+
     def __init__(
         self,
         d: int,
@@ -288,7 +291,7 @@ class IndexBase:
         """Make these what is searched, in one step."""
         held = Held.of(partition, router, coder, state, self._l2)
         hold_on_device(self.ops, state)
-        self._held = held
+        self._held, self._short = held, None  # not to hold on to what was searched before
 
     def _publish(self, state: State) -> None:
         """Make `state` the one that is searched."""

@@ -82,7 +82,7 @@ def on_any_device(
             raise InvalidInputError(f"x is on cuda:{place}, but the index is on {self.device}")
         if device is None:
             return method(self, x, *args, **kwargs)
-        with current(device if place is None else x), device_memory(self, method.__name__):
+        with current(device if place is None else x), device_memory(self, method.__name__.strip("_")):
             if place is None or _is_plain(self, method.__name__, kwargs):
                 return method(self, x, *map(_to_host, args), **_hosted(kwargs))
             buffers = {name: kwargs[name] for name in ("D", "I") if kwargs.get(name) is not None}
@@ -140,7 +140,7 @@ def _is_plain(index: Any, name: str, kwargs: dict[str, Any]) -> bool:
     params = kwargs.get("params")
     other = [getattr(params, setting, None) for setting in ("budget", "top_p", "sel")]
     return (
-        name == "search"
+        name == "_search"
         and index.can_search_in_place
         and all(value is None for value in (kwargs.get("stats"), *other))
     )

@@ -16,6 +16,7 @@ from saapindex.devices import device_of
 from saapindex.errors import InvalidInputError
 from saapindex.index.device import on_any_device, placed_router
 from saapindex.index.probing import Probes, choose_lists, same_limit
+from saapindex.index.quick import Quick
 from saapindex.index.scanning import Allowed, Scanner
 from saapindex.index.state import Held, Routing, keys_at
 from saapindex.index.statistics import SearchStatistics
@@ -36,13 +37,13 @@ class Searcher(KeyStore):
     """What a trained index answers; base of `IndexSAAP`."""
 
     _allowed: Allowed | None = None
+    _short: Quick | None = None
 
     @property
     def can_search_in_place(self) -> bool:
         """Whether a search by `nprobe` reads nothing but keys, so that a device can do all of it."""
         return self._coder is None
 
-    @on_any_device
     def search(
         self,
         x: ArrayLike,
@@ -80,13 +81,47 @@ class Searcher(KeyStore):
         I : int64 (n, k)
             Ids; -1 where there are fewer.
         """
+        if D is None and I is None and positions is None and stats is None:
+            found = self._search_shortly(x, k, params)
+            if found is not None:
+                return found
+        return self._search(x, k, params=params, D=D, I=I, positions=positions, stats=stats)
+
+    def _search_shortly(
+        self, x: ArrayLike, k: int, params: SearchParameters | None
+    ) -> tuple[ArrayLike, ArrayLike] | None:
+        """Search for a few plain queries; None for others, of which the general way says what is wrong."""
+        quick, held = self._short, self._held
+        if quick is None or quick.held is not held or quick.ops is not self.ops:
+            l2, rank = self._l2, self.params.rank
+            quick = self._short = Quick(held, self.ops, self.d, self.nlist, l2, rank)
+        if quick.run is None or not quick.fits(x, k):
+            return None
+        p = self._nprobe
+        if params is not None:
+            if type(params) is not SearchParameters or not params.is_plain or params.rank is not None:
+                return None
+            p = params.nprobe or p
+        return quick.run(x, min(p, quick.nlist), k)
+
+    @on_any_device
+    def _search(
+        self,
+        x: ArrayLike,
+        k: int,
+        *,
+        params: SearchParameters | None,
+        D: ArrayLike | None,
+        I: ArrayLike | None,  # noqa: E741  Faiss's name
+        positions: ArrayLike | None,
+        stats: SearchStatistics | None,
+    ) -> tuple[ArrayLike, ArrayLike]:
         check_integer("k", k, 1)
         held, routing = self._ready()
         queries, seen = self._queries(x, positions, held)
         params = self._checked(params)
         out = _buffers(D, I, (len(queries), k))
-        plain = held.coder is None and params.sel is None and stats is None
-        if plain and params.budget is None and params.top_p is None:
+        if held.coder is None and params.is_plain and stats is None:
             p = min(params.nprobe or self.nprobe, self.nlist)
             found = self.ops.search(
                 placed_router(routing.router, seen, self.ops).features(seen),

@@ -10,7 +10,7 @@ from saapindex.backends.cpu.rescore import rescore
 from saapindex.backends.cpu.rope import rotate
 from saapindex.backends.cpu.route import route
 from saapindex.backends.cpu.scan import range_scan, scan
-from saapindex.backends.cpu.search import search
+from saapindex.backends.cpu.search import prepare, search
 from saapindex.backends.cpu.select import rank_lists, select_keys, select_lists
 from saapindex.backends.cpu.step import attend_all, attend_lists, attend_slots
 from saapindex.backends.reference import ReferenceOps
@@ -32,6 +32,7 @@ class CpuOps(ReferenceOps):
     range_scan_coded = staticmethod(range_scan_coded)
     rescore = staticmethod(rescore)
     search = staticmethod(search)
+    prepare = staticmethod(prepare)
     encode = staticmethod(encode)
     rank_lists = staticmethod(rank_lists)
     select_lists = staticmethod(select_lists)

@@ -9,8 +9,8 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats, Ints, Lists
+from saapindex.backends.cpu.best import LOWEST, deliver, keep_best, make_room, take
 from saapindex.backends.cpu.block import block_distances, block_products
-from saapindex.backends.cpu.heap import replace_root, sort_heap
 from saapindex.backends.cpu.threads import launch
 
 # Starting the threads costs more than a few queries.
@@ -22,32 +22,31 @@ EVERY_LANE = np.zeros(0, np.uint16)
 
 
 @njit(cache=True, nogil=True)
-def _scan_query(query, vectors, ids, offsets, sizes, probes, limit, best, found, l2):  # type: ignore[no-untyped-def]
+def _scan_query(  # type: ignore[no-untyped-def]
+    query, vectors, ids, offsets, sizes, probes, limit, kept, names, spare, scores, best, found, l2
+):
     """Visit the lists of one query, and sort what is best into `best` and `found`."""
-    best[:] = -np.inf
-    found[:] = -1
-    scores = np.empty(LANES, np.float32)
+    k, count, worst = best.shape[0], 0, LOWEST
     for list_ in probes:
         if list_ < 0:
             continue
-        take = min(sizes[list_], limit)
-        limit -= take
-        for start in range(offsets[list_], offsets[list_] + take, LANES):
-            block = start // LANES
+        read = min(sizes[list_], limit)
+        limit -= read
+        end = offsets[list_] + read
+        for start in range(offsets[list_], end, LANES):
             if l2:
-                reached = block_distances(query, vectors, block, best[0], scores)
+                lanes = block_distances(query, vectors, start // LANES, worst, scores)
             else:
-                reached = block_products(query, vectors, block, best[0], scores)
-            if not reached:
+                lanes = block_products(query, vectors, start // LANES, worst, scores)
+            if not lanes:
                 continue
-            for lane in range(min(LANES, offsets[list_] + take - start)):
-                score, id = scores[lane], ids[start + lane]
-                if score > best[0] or (score == best[0] and id < found[0]):
-                    replace_root(best, found, best.shape[0], score, id)
-    sort_heap(best, found)
-    if l2:
-        for i in range(best.shape[0]):
-            best[i] = -best[i]
+            if end - start < LANES:
+                lanes &= (1 << (end - start)) - 1
+            if count + LANES > kept.shape[0]:
+                worst = keep_best(kept, names, count, k, spare)
+                count = k
+            count = take(lanes, scores, ids, start, kept, names, count)
+    deliver(kept, names, count, spare, best, found, l2)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -74,9 +73,8 @@ def allowed_lanes(allowed, start, end, limit):  # type: ignore[no-untyped-def]
 def _scan_allowed(query, lists, probes, limit, best, found, l2):  # type: ignore[no-untyped-def]
     """As `_scan_query`, of the keys that may be read alone; blocks without any are not touched."""
     vectors, ids, offsets, sizes, allowed = lists
-    best[:] = -np.inf
-    found[:] = -1
-    scores = np.empty(LANES, np.float32)
+    k, count, worst = best.shape[0], 0, LOWEST
+    kept, names, spare, scores = make_room(k)
     for list_ in probes:
         if list_ < 0 or limit <= 0:
             continue
@@ -87,17 +85,14 @@ def _scan_allowed(query, lists, probes, limit, best, found, l2):  # type: ignore
                 continue
             limit -= read
             if l2:
-                lanes &= block_distances(query, vectors, start // LANES, best[0], scores)
+                lanes &= block_distances(query, vectors, start // LANES, worst, scores)
             else:
-                lanes &= block_products(query, vectors, start // LANES, best[0], scores)
-            for lane in range(LANES if lanes else 0):
-                score, id = scores[lane], ids[start + lane]
-                if (lanes >> lane) & 1 and (score > best[0] or (score == best[0] and id < found[0])):
-                    replace_root(best, found, best.shape[0], score, id)
-    sort_heap(best, found)
-    if l2:
-        for i in range(best.shape[0]):
-            best[i] = -best[i]
+                lanes &= block_products(query, vectors, start // LANES, worst, scores)
+            if count + LANES > kept.shape[0]:
+                worst = keep_best(kept, names, count, k, spare)
+                count = k
+            count = take(lanes, scores, ids, start, kept, names, count)
+    deliver(kept, names, count, spare, best, found, l2)
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -109,17 +104,20 @@ def _scan_many_allowed(queries, lists, probes, limits, best, found, l2):  # type
 @njit(cache=True, nogil=True)
 def scan_some(queries, vectors, ids, offsets, sizes, probes, limits, best, found, l2):  # type: ignore[no-untyped-def]
     """Scan for a few queries, one after the other."""
+    kept, names, spare, scores = make_room(best.shape[1])
     # With the metric a constant, each branch is compiled to its own loop.
     if l2:
         for i in range(queries.shape[0]):
             _scan_query(
-                queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], True
-            )
+                queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], kept, names, spare, scores,
+                best[i], found[i], True,
+            )  # fmt: skip
     else:
         for i in range(queries.shape[0]):
             _scan_query(
-                queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], best[i], found[i], False
-            )
+                queries[i], vectors, ids, offsets, sizes, probes[i], limits[i], kept, names, spare, scores,
+                best[i], found[i], False,
+            )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, parallel=True)
