@@ -22,6 +22,9 @@ Ints = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 OPTIONAL = {"hnswlib": "hnswlib", "usearch": "usearch", "scann": "ScaNN"}
 """Packages of the extra ``bench``, and what their methods are called here."""
+FAISS = ("Faiss IVFFlat", "Faiss IVFPQ fast-scan", "Faiss IVF, quantised", "Faiss HNSW")
+GROUPS = ("saapindex", "saapindex, codes", *FAISS, *OPTIONAL.values())
+"""Names of the groups of methods."""
 
 _FAISS: Any = faiss  # for what its type stubs leave out
 
