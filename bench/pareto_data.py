@@ -22,6 +22,7 @@ from saapindex.learn import Trace, read_trace
 
 Vectors = NDArray[np.float32]
 WINDOW = 2048
+KINDS = ("attention, one context", "attention, contexts together", "text-to-image-like", "in-distribution")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _attention(traces: Path, layer: str, head: int, queries: int, together: bool
     contexts = f"{len(keys)} contexts" if together else "one context"
     return Dataset(
         f"{layer.split('.')[0]} head {head}, {contexts}",
-        "attention, contexts together" if together else "attention, one context",
+        KINDS[1] if together else KINDS[0],
         np.concatenate(keys),
         np.concatenate([train.head_queries(head)[0] for train in trains]),
         _some(asked, queries),
@@ -134,7 +135,7 @@ def text_to_image_like(keys: int, train: int, queries: int, d: int = 128, seed: 
     """Keys of one modality of `cross_modal`, queries of the other."""
     return Dataset(
         f"text-to-image-like, {d} dimensions",
-        "text-to-image-like",
+        KINDS[2],
         cross_modal(keys, d, seed, shift=0, which=0),
         cross_modal(train, d, seed, shift=1, which=1),
         cross_modal(queries, d, seed, shift=1, which=2),
@@ -152,6 +153,6 @@ def in_distribution(keys: int, train: int, queries: int, d: int = 128, seed: int
     """Keys and queries of one `mixture`."""
     return Dataset(
         f"in-distribution, {d} dimensions",
-        "in-distribution",
+        KINDS[3],
         *(mixture(count, d, seed, which) for which, count in enumerate((keys, train, queries))),
     )

@@ -22,6 +22,9 @@ Ints = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 OPTIONAL = {"hnswlib": "hnswlib", "usearch": "usearch", "scann": "ScaNN"}
 """Packages of the extra ``bench``, and what their methods are called here."""
+FAISS = ("Faiss IVFFlat", "Faiss IVFPQ fast-scan", "Faiss IVF, quantised", "Faiss HNSW")
+GROUPS = ("saapindex", "saapindex, codes", *FAISS, *OPTIONAL.values())
+"""Names of the groups of methods."""
 
 _FAISS: Any = faiss  # for what its type stubs leave out
 
@@ -239,7 +242,7 @@ def methods(nlists: tuple[int, ...], degrees: tuple[int, ...], threads: int) -> 
             make = partial(make_saap, storage="SQfp16", nlist=nlist, aware=lists == "SAAP")
             yield Method("saapindex", f"{lists}{nlist},SQfp16", make)
     middle = nlists[len(nlists) // 2]
-    for factor in (4, 16):
+    for factor in (4, 16, 64, 256):
         yield Method(
             "Faiss IVFPQ fast-scan",
             f"IVF{middle},PQ(d/2)x4fs,RFlat, k_factor {factor}",

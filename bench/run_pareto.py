@@ -40,12 +40,22 @@ def pareto(
     many_degrees: Annotated[list[int], typer.Option(help="The same, from 100,000 keys; 0 for none.")] = [16],  # noqa: B006
     jobs: Annotated[int, typer.Option(help="Data sets at once, on processors of their own.")] = 1,
     limit: Annotated[float, typer.Option(help="Seconds after which what is not measured is left out.")] = 1e9,
+    kinds: Annotated[list[str], typer.Option(help="Of data sets; all unless given.")] = [],  # noqa: B006
+    groups: Annotated[list[str], typer.Option(help="Of methods, by name; all unless given.")] = [],  # noqa: B006
+    name: Annotated[str, typer.Option(help="Of the files of results.")] = "pareto",
     only: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Recall against speed, keys read, build time and memory, beside Faiss, HNSW and others."""
     found = pareto_methods.installed()
-    makers = list(_datasets(traces, tuple(heads), tuple(together), keys, queries))
-    parts = [RESULTS / "parts" / f"pareto-{number}.json" for number in range(len(makers))]
+    if unknown := [kind for kind in kinds if kind not in sources.KINDS]:
+        raise typer.BadParameter(f"no kind of data set is {unknown[0]!r}: one of {', '.join(sources.KINDS)}")
+    if unknown := [group for group in groups if group not in pareto_methods.GROUPS]:
+        raise typer.BadParameter(f"no method is {unknown[0]!r}: one of {', '.join(pareto_methods.GROUPS)}")
+    chosen = _datasets(traces, tuple(heads), tuple(together), keys, queries)
+    makers = [make for kind, make in chosen if kind in (kinds or sources.KINDS)]
+    if not makers:
+        raise typer.BadParameter(f"{traces} holds no traces of {', '.join(kinds)}: see docs/search.md")
+    parts = [RESULTS / "parts" / f"{name}-{number}.json" for number in range(len(makers))]
     parts[0].parent.mkdir(exist_ok=True)
     if only >= 0:
         use_threads(threads)
@@ -54,7 +64,7 @@ def pareto(
         nlists, ms = tuple(lists if small else many_lists), tuple(degrees if small else many_degrees)
         result = bench.measure(
             data,
-            list(pareto_methods.methods(nlists, ms, threads)),
+            _methods(nlists, ms, threads, groups),
             repeats=repeats,
             single=single,
             targets=tuple(sorted(targets)),
@@ -62,15 +72,15 @@ def pareto(
         )
         parts[only].write_text(json.dumps(result))
         return
-    for name in bench.missing(found):
-        console.print(f"{name} is not installed: pip install 'saapindex[bench]' compares it too")
+    for absent in bench.missing(found):
+        console.print(f"{absent} is not installed: pip install 'saapindex[bench]' compares it too")
     use_threads(threads)
     warm = sources.in_distribution(4096, 2048, 64, 64)  # kernels are compiled once, for all processes
-    bench.measure(warm, list(pareto_methods.methods((16, 32), (8,), threads)), repeats=1, single=2)
+    bench.measure(warm, _methods((16, 32), (8,), threads, groups), repeats=1, single=2)
     commands = [[*sys.argv, "--only", str(number)] for number in range(len(makers))]
     results = pareto_jobs.run(commands, parts, jobs, limit)
     save(
-        "pareto",
+        name,
         {
             "machine": {**machine(threads), **found},
             "command": " ".join(["python", *sys.argv]),
@@ -79,20 +89,29 @@ def pareto(
             "data sets": results,
         },
     )
-    bench.draw(results, RESULTS / "pareto.png")
+    bench.draw(results, RESULTS / f"{name}.png")
     for kind, part in bench.summary(results).items():
         console.print(_table(kind, part))
         console.print_json(json.dumps(part["ratios"]))
 
 
+def _methods(
+    nlists: tuple[int, ...], degrees: tuple[int, ...], threads: int, groups: list[str]
+) -> list[pareto_methods.Method]:
+    """Every method of `groups`, of all where none is given."""
+    methods = pareto_methods.methods(nlists, degrees, threads)
+    return [method for method in methods if method.group in (groups or pareto_methods.GROUPS)]
+
+
 def _datasets(
     traces: Path, heads: tuple[int, ...], together: tuple[int, ...], keys: int, queries: int
-) -> Iterator[Callable[[], sources.Dataset]]:
-    """Yield what makes each data set, the largest ones first, so that none is waited for in the end."""
-    yield from sources.attention(traces, together, queries, together=True)
-    yield partial(sources.text_to_image_like, keys, 20_000, queries)
-    yield partial(sources.in_distribution, keys, 20_000, queries)
-    yield from sources.attention(traces, heads, queries, together=False)
+) -> Iterator[tuple[str, Callable[[], sources.Dataset]]]:
+    """Yield the kind of each data set and what makes it, the largest first, so that none is waited for."""
+    one, all_, image, inside = sources.KINDS
+    yield from ((all_, make) for make in sources.attention(traces, together, queries, together=True))
+    yield image, partial(sources.text_to_image_like, keys, 20_000, queries)
+    yield inside, partial(sources.in_distribution, keys, 20_000, queries)
+    yield from ((one, make) for make in sources.attention(traces, heads, queries, together=False))
 
 
 def _table(kind: str, part: dict[str, Any]) -> Table:
@@ -145,7 +164,7 @@ def keys_read(
     """Keys that saapindex and Faiss IVFFlat must read for a recall: the speed-up without a clock."""
     use_threads(threads)
     rows = []
-    for make in _datasets(traces, tuple(heads), tuple(heads), keys, queries):
+    for _, make in _datasets(traces, tuple(heads), tuple(heads), keys, queries):
         rows += reading.measure(make(), tuple(lists))
         save("keys-read", {"machine": machine(threads), "summary": reading.summary(rows), "rows": rows})
     means = reading.summary(rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 pytest.importorskip("faiss")
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -14,6 +15,7 @@ try:
     import pareto
     import pareto_data
     import pareto_methods
+    import run_pareto
 finally:
     sys.path.pop(0)
 
@@ -109,3 +111,31 @@ def test_summary():
 def test_front():
     points = [_point("a", 0.9, 10.0), _point("a", 0.95, 20.0), _point("a", 0.8, 30.0)]
     assert [p["recall"] for p in pareto._front(points, "queries/s, batch")] == [0.95, 0.8]
+
+
+def test_groups():
+    """Every method has a group that `--groups` knows, and that option leaves the others out."""
+    everything = run_pareto._methods((16, 32), (8,), 1, [])
+    assert {method.group for method in everything} <= set(pareto_methods.GROUPS)
+    chosen = run_pareto._methods((16, 32), (8,), 1, ["Faiss HNSW", "saapindex"])
+    assert {method.group for method in chosen} == {"Faiss HNSW", "saapindex"}
+
+
+def test_kinds():
+    """Data sets are of the kind that `--kinds` chooses them by."""
+    demo = Path("no traces here")
+    made = list(run_pareto._datasets(demo, (0,), (0,), 64, 8))
+    assert [kind for kind, make in made if make().kind == kind] == ["text-to-image-like", "in-distribution"]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"kinds": ["attention"]}, "no kind"),
+        ({"groups": ["faiss"]}, "no method"),
+        ({"kinds": ["attention, one context"]}, "no traces"),
+    ],
+)
+def test_unknown_choices(option, said, tmp_path):
+    with pytest.raises(typer.BadParameter, match=said):
+        run_pareto.pareto(traces=tmp_path, **option)
