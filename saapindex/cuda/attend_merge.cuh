@@ -175,7 +175,7 @@ __device__ void merge_blocks(const Step& p, Shared& s, const Part& part, float* 
     for (int i = threadIdx.x; i < G * D; i += THREADS) {
         const int g = i / D;
         float out = 0.f;
-#pragma unroll 4
+#pragma unroll 8  // all that is needed is asked for at once: nobody else is at work any more
         for (int b = 0; b < part.blocks; ++b)
             out = fmaf(weights[b * G + g], __ldcg(parts + (b * G + g) * (D + 2) + i % D), out);
         store_out(p.out, (i64)part.unit * G * D + i, out * s.bound[g]);
