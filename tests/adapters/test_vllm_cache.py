@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -73,30 +75,30 @@ def test_dense_attention(written, torch, monkeypatch, m, window, many):
     torch.testing.assert_close(out, torch.einsum("hmn,nhd->mhd", weights, values), rtol=1e-4, atol=1e-5)
 
 
+BOUND = """
+import os, threading
+from saapindex.adapters._vllm_threads import share_cores
+from saapindex.backends.cpu import helpers
+
+own = os.sched_getaffinity(0)
+os.sched_setaffinity(0, {min(own)})
+count = share_cores()
+assert os.sched_getaffinity(0) == {min(own)}
+done, found = threading.Event(), []
+
+def look():
+    found.append(os.sched_getaffinity(0))
+    done.set()
+
+if count > 1:
+    helpers.call_helpers(1, look)
+    assert done.wait(10)
+    assert len(found[0]) > 1
+"""
+
+
 def test_helpers_are_not_bound_to_the_core_of_their_starter(torch):
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
-    import threading
-
-    from saapindex.adapters._vllm_threads import share_cores
-    from saapindex.backends.cpu import helpers
-
-    own = os.sched_getaffinity(0)
-    found = []
-    try:
-        os.sched_setaffinity(0, {min(own)})
-        helpers._started.clear()
-        count = share_cores()
-        assert os.sched_getaffinity(0) == {min(own)}
-        done = threading.Event()
-
-        def look():
-            found.append(os.sched_getaffinity(0))
-            done.set()
-
-        if count > 1:
-            helpers.call_helpers(1, look)
-            assert done.wait(10)
-            assert len(found[0]) > 1
-    finally:
-        os.sched_setaffinity(0, own)
+    # Threads stay where they are, so they are those of a process of its own.
+    subprocess.run([sys.executable, "-c", BOUND], check=True)
