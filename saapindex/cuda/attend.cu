@@ -33,11 +33,7 @@
 #define LOG2E 1.4426950408889634f
 
 #define VECTORS (D * (int)sizeof(element) / 16)         // 16-byte loads of a row
-#define PER_LANE ((VECTORS + WARP - 1) / WARP)          // ... of a lane
-#define POW2(x) ((x) <= 1 ? 1 : (x) <= 2 ? 2 : (x) <= 4 ? 4 : (x) <= 8 ? 8 : (x) <= 16 ? 16 : 32)
-#define TEAM POW2((VECTORS + PER_LANE - 1) / PER_LANE)  // lanes that share a row
-#define TEAMS (WARP / TEAM)
-#define AHEAD 4                                         // rows that a team loads at once
+#define AHEAD 4                                         // lists that a thread asks for at once
 #define FIELDS (8 * WORDS)                              // the most groups of four fields of a code
 #define QUERY_PARTS (QUERY == ELEMENT && ELEMENT != 2 ? 1 : 3)  // of a 16-bit type, see attend_rows.cuh
 

@@ -147,8 +147,10 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 
-// mma.sync.m16n8k32 of unsigned with signed bytes, fragments laid out as PTX says.
-inline void multiply_fragments(int* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+// mma.sync.m16n8 of matrices with `PER` numbers in a register, fragments laid out as PTX says; `product` multiplies
+// those in the lower bits of two registers.
+template <int PER, typename T, typename Product>
+inline void multiply_fragments(T* c, const uint32_t* a, uint32_t b0, uint32_t b1, Product product) {
     Warp& warp = this_warp();
     const int lane = this_lane();
     memcpy(warp.a[lane], a, sizeof warp.a[lane]);
@@ -156,55 +158,34 @@ inline void multiply_fragments(int* c, const uint32_t* a, uint32_t b0, uint32_t 
     __syncwarp();
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 32; ++k) {
-            const int quad = k % 16 / 4, shift = 8 * (k % 4);
-            const uint32_t x = warp.a[row % 8 * 4 + quad][(k >= 16 ? 2 : 0) + (row >= 8)];
-            const uint32_t y = warp.b[column * 4 + quad][k >= 16];
-            c[i] += (int)(uint8_t)(x >> shift) * (int)(int8_t)(y >> shift);
+        for (int k = 0; k < 8 * PER; ++k) {
+            const int from = k % (4 * PER) / PER, upper = k >= 4 * PER, shift = 32 / PER * (k % PER);
+            const uint32_t x = warp.a[row % 8 * 4 + from][2 * upper + (row >= 8)];
+            const uint32_t y = warp.b[column * 4 + from][upper];
+            c[i] += product(x >> shift, y >> shift);
         }
     }
     __syncwarp();
+}
+
+// Unsigned with signed bytes; pairs of a 16-bit type, which `widen` turns into float; tf32.
+inline void multiply_quads(int* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    multiply_fragments<4>(c, a, b0, b1, [](uint32_t x, uint32_t y) { return (int)(uint8_t)x * (int)(int8_t)y; });
+}
+template <typename Widen>
+inline void multiply_pairs(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Widen widen) {
+    const auto product = [=](uint32_t x, uint32_t y) { return widen((uint16_t)x) * widen((uint16_t)y); };
+    multiply_fragments<2>(c, a, b0, b1, product);
+}
+inline void multiply_tf32(float* c, const float* a, float b0, float b1) {
+    const auto rounded = [](uint32_t x) { return same_bits<float>(x & 0xffffe000u); };
+    const auto product = [=](uint32_t x, uint32_t y) { return rounded(x) * rounded(y); };
+    uint32_t bits[4];
+    memcpy(bits, a, sizeof bits);
+    multiply_fragments<1>(c, bits, same_bits<uint32_t>(b0), same_bits<uint32_t>(b1), product);
 }
 
 inline uint32_t pair_of_bits(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
-
-// mma.sync.m16n8k16 of pairs of a 16-bit type, which `widen` turns into float.
-template <typename Widen>
-inline void multiply_pairs(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Widen widen) {
-    Warp& warp = this_warp();
-    const int lane = this_lane();
-    memcpy(warp.a[lane], a, sizeof warp.a[lane]);
-    warp.b[lane][0] = b0, warp.b[lane][1] = b1;
-    __syncwarp();
-    for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; ++k) {
-            const int from = k % 8 / 2, shift = 16 * (k % 2);
-            const uint32_t x = warp.a[row % 8 * 4 + from][(k >= 8 ? 2 : 0) + (row >= 8)];
-            const uint32_t y = warp.b[column * 4 + from][k >= 8];
-            c[i] += widen((uint16_t)(x >> shift)) * widen((uint16_t)(y >> shift));
-        }
-    }
-    __syncwarp();
-}
-
-// mma.sync.m16n8k8 of tf32.
-inline void multiply_tf32(float* c, const float* a, float b0, float b1) {
-    Warp& warp = this_warp();
-    const int lane = this_lane();
-    const auto rounded = [](float x) { return same_bits<float>(same_bits<unsigned>(x) & 0xffffe000u); };
-    for (int i = 0; i < 4; ++i) warp.a[lane][i] = same_bits<unsigned>(rounded(a[i]));
-    warp.b[lane][0] = same_bits<unsigned>(rounded(b0)), warp.b[lane][1] = same_bits<unsigned>(rounded(b1));
-    __syncwarp();
-    for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 8; ++k) {
-            const float x = same_bits<float>(warp.a[row % 8 * 4 + k % 4][(k >= 4 ? 2 : 0) + (row >= 8)]);
-            c[i] += x * same_bits<float>(warp.b[column * 4 + k % 4][k >= 4]);
-        }
-    }
-    __syncwarp();
-}
 
 // ldmatrix.m8n8.x4: eight lanes give the rows of each matrix.
 inline void load_fragments(uint32_t* x, const void* row, bool transposed) {

@@ -31,7 +31,7 @@ REPLACED = {
     r'asm volatile\("prefetch.*?\);': ";",
     r'asm volatile\("red.global.add.v4.*?"memory"\);': ";",
     r'asm\("mma.sync.aligned.m16n8k8.row.col.f32.tf32.*?\)\);': "multiply_tf32(c, a, b0, b1);",
-    r'asm\("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.*?\);': "multiply_fragments(c, a, b0, b1);",
+    r'asm\("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.*?\);': "multiply_quads(c, a, b0, b1);",
     r"extern __shared__ (?:__align__\(16\) )?u8 memory\[\];": "u8* memory = shared_memory();",
 }
 
