@@ -7,71 +7,23 @@
 // Estimates are bounded by the largest exact logit, which is known last. Those below the largest near logit are
 // below the bound in any case and count at once, during the scan; the few others are deferred.
 //
-// Compiled with -DD (head size), -DG (query heads of a KV head), -DWORDS (of a code), -DELEMENT (stored type),
-// -DQUERY (type of queries and output), -DPOLICY (of the group: sum, max or union). The definition is saapindex/backends/reference.
+// Compiled with what attend_step.cuh says and -DWORDS (of a code). The definition is saapindex/backends/reference.
 
-#ifndef POLICY
-#define POLICY 0
-#endif
 #ifndef RESIDENT
 #define RESIDENT 1  // blocks of a multiprocessor
 #endif
 #ifndef THREADS
 #define THREADS 384  // as many as leave registers enough for all
 #endif
-#define WARPS (THREADS / WARP)
-#define BINS 2048
-#define LOWEST_BITS 0x23800000  // of 2^-56: weights below share a bin
-#define BIN_SHIFT 18            // 32 bins of an octave
 #define ROUND 1024              // pages that a block looks at before it works on those it found
 #define QUEUE 4096              // keys that a block gathers before it attends to them
 #define CHUNK (4 * THREADS)     // places that a block looks at before it makes room in the queue
 #define CANDIDATES 4096         // keys in the bin in which the cut falls, of a unit
-#define OWN 1024                // ... of a block
-#define CORRECTION 3.f          // the most that a second-order term adds to a logit
-#define SLACK 8.f               // logits may pass the reference by so much before it moves
-#define LOG2E 1.4426950408889634f
+#define AHEAD 4                 // lists that a thread asks for at once
+#define FIELDS (8 * WORDS)      // the most groups of four fields of a code
 
-#define VECTORS (D * (int)sizeof(element) / 16)         // 16-byte loads of a row
-#define AHEAD 4                                         // lists that a thread asks for at once
-#define FIELDS (8 * WORDS)                              // the most groups of four fields of a code
-#define QUERY_PARTS (QUERY == ELEMENT && ELEMENT != 2 ? 1 : 3)  // of a 16-bit type, see attend_rows.cuh
+#include "attend_step.cuh"
 
-struct Step {
-    const int *lengths, *first;
-    const element *near_keys, *near_values, *keys, *values;
-    const u32* codes;
-    const u8* exponents;
-    const int *ids, *pages, *labels, *orders, *counts, *sizes;
-    const i8* anchors;
-    const float* anchor_scales;
-    const i8* means;
-    const float *mean_scales, *squares;
-    const float *inverse, *steps, *base, *spread, *distortion;  // inverse: (H, R, D)
-    const int *coded, *slots, *chunks;  // slots: (H, R), chunks: (H,), quads: (H, FIELDS)
-    const u32* quads;
-    const void* queries;
-    const int* positions;  // (B, t), or none: the newest tokens
-    void* out;
-    float* lse;
-    u32* bits;  // (units, width): the positions that are chosen, then the lists visited, instead of attending
-    float *dots, *rotated, *estimates, *masses;
-    int2* visited;
-    u16* bins;
-    u8* kept;
-    int *rows, *histogram;
-    float2* candidates;
-    u32* counters;
-    float* partial;
-    i64* stamps;  // (grid, STAGES): clocks of each block at the beginning of each stage, with -DSTAMPS
-    double budget, share;
-    float scale, cap, top_p;
-    int heads, tokens, lists, ring, sinks, most_pages, coded_most, blocks, width;
-    int code_bytes, row_bytes, nprobe, by_mass, refine, remainder, near, everything, cached;
-};
-
-enum { SUM, MAX, UNION };
-#define RANKERS (POLICY == UNION ? G : 1)  // who chooses, each for itself
 // Counters of a unit: barrier, blocks that are done, blocks that deferred something, rows to fetch, candidates of each ranker,
 // largest near logit of each head, largest exact one.
 enum { BARRIER, DONE, DEFERRED, ROWS, CANDIDATE, NEAREST = CANDIDATE + G, LARGEST = NEAREST + G, COUNTERS = LARGEST + G };
@@ -130,6 +82,7 @@ struct Shared {
 
 #include "attend_common.cuh"
 #include "attend_rows.cuh"
+#include "attend_lists.cuh"
 #include "attend_select.cuh"
 #include "attend_gather.cuh"
 #include "attend_scan.cuh"

@@ -31,23 +31,10 @@ __device__ __forceinline__ void route(const Step& p, Shared& s, const Part& part
 #pragma unroll 1
     for (int start = part.first_list + warp * 8; start < part.last_list; start += WARPS * 8) {
         const int list = min(start + lane / 4, part.last_list - 1);
-        const i8* anchor = p.anchors + (row + list) * D + 4 * quarter;
         u32 raw[STEPS];
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-            raw[step] = 16 * step + 4 * quarter < D ? *(const u32*)(anchor + 16 * step) : 0;
+        load_anchor(p.anchors + (row + list) * D, raw);
         float products[4] = {};
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            const u32 x = raw[step];
-            const u32 b0 = pair_of((float)(i8)x, (float)(i8)(x >> 8)), b1 = pair_of((float)(i8)(x >> 16), (float)(i8)(x >> 24));
-#pragma unroll
-            for (int i = 0; i < QUERY_PARTS; ++i) {
-                const uint2 pairs = *(const uint2*)(s.pairs[i][head] + 8 * step + 2 * quarter);
-                const u32 a[4] = {pairs.x, pairs.x, pairs.y, pairs.y};
-                multiply(products, a, b0, b1);
-            }
-        }
+        multiply_anchors(s, raw, products);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int one = start + 2 * quarter + i;
@@ -140,14 +127,6 @@ struct Table {
     float* logits;
 };
 
-__device__ __forceinline__ Group corrected(const Step& p, const Shared& s, Group dots, float squares, int size) {
-    const float spread = __fdividef(squares, (float)size);
-#pragma unroll
-    for (int g = 0; g < G; ++g)
-        dots.x[g] = capped(dots.x[g] + fminf(s.variance[g] * spread, CORRECTION), p.cap);
-    return dots;
-}
-
 __device__ __forceinline__ Group list_logits(
     const Step& p, const Shared& s, const Part& part, const Table& table, int list, int size
 ) {
@@ -231,11 +210,15 @@ __device__ __forceinline__ void find_norms(const Step& p, Shared& s, const Part&
     __syncthreads();
 }
 
-// How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
-__device__ __forceinline__ int list_weight(const Step& p, float weight, int size, float masses) {
-    if (p.nprobe) return 1;
-    return p.top_p > 0.f ? (int)(fminf(weight * (float)size, (float)G) * masses) : size;
-}
+// Lists in arrays: what several rankers visit is joined.
+struct Listed {
+    const float* ranks;
+    int* taken;
+    const int* sizes;
+    __device__ __forceinline__ float rank(int list) const { return ranks[list]; }
+    __device__ __forceinline__ int size(int list) const { return sizes[list]; }
+    __device__ __forceinline__ void take(int list, int visit) const { taken[list] = max(taken[list], visit); }
+};
 
 // Fill `taken`: how many keys of each list are visited, from its beginning.
 __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Part& part, const Table& table) {
@@ -243,8 +226,7 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     int* taken = table.taken;
     const int* sizes = table.sizes;
     find_norms(p, s, part, table);
-    // The masses of "sum" add up to G, those of others to something between one and G.
-    const float masses = (float)(1 << 30) / G;
+    const float masses = MASSES;
     for (int ranker = 0; ranker < RANKERS; ++ranker) {
         clear_histogram(s);
         __syncthreads();
@@ -259,62 +241,7 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
             ranks[list] = rank;
             atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, weight, size, masses));
         }
-        __syncthreads();
-        int limit = s.scan;
-        if (p.nprobe) limit = p.nprobe;
-        if (p.top_p > 0.f) {
-            int total = 0;
-#pragma unroll 1
-            for (int i = threadIdx.x; i < BINS; i += THREADS) total += s.histogram[i];
-            total = warp_sum_int(total);
-            if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = total;
-            __syncthreads();
-            total = 0;
-#pragma unroll 1
-            for (int w = 0; w < WARPS; ++w) total += ((int*)s.reduced)[w];
-            __syncthreads();
-            limit = p.top_p >= 1.f ? 0x7fffffff : (int)(p.top_p * (float)total);
-        }
-        find_bin(s, limit);
-        const int boundary = s.boundary;
-#pragma unroll 1
-        for (int list = threadIdx.x; list < p.lists; list += THREADS) {
-            if (ranks[list] == -INFINITE) continue;
-            const int bin = bin_of_weight(ranks[list]);
-            if (bin > boundary) {
-                taken[list] = sizes[list];
-            } else if (bin == boundary) {
-                const int own = atomicAdd(&s.owned, 1);
-                if (own < OWN) {
-                    s.rows[own] = list;
-                    s.rows[OWN + own] = __float_as_int(ranks[list]);
-                    const float weight = p.by_mass ? ranks[list] / (float)sizes[list] : ranks[list];
-                    s.rows[2 * OWN + own] = list_weight(p, weight, sizes[list], masses);
-                }
-            }
-        }
-        __syncthreads();
-        // In the bin of the cut, lists come one after another; of equal rank the lower first.
-        const int owned = min(s.owned, OWN), lane = threadIdx.x % WARP;
-#pragma unroll 1
-        for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
-            const int list = s.rows[i], size = sizes[list];
-            const float rank = __int_as_float(s.rows[OWN + i]);
-            int before = 0;
-#pragma unroll 1
-            for (int j = lane; j < owned; j += WARP) {
-                const float other = __int_as_float(s.rows[OWN + j]);
-                before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
-            }
-            before = warp_sum_int(before) + s.reached;
-            if (lane) continue;
-            int visit = 0;
-            if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;
-            else if (before + size <= limit) visit = size;
-            else if (!p.refine) visit = max(0, limit - before);
-            taken[list] = max(taken[list], visit);
-        }
-        __syncthreads();
+        cut_lists(p, s, Listed{ranks, taken, sizes}, masses);
     }
 }
 

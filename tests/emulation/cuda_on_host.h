@@ -20,6 +20,7 @@ using std::min;
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __grid_constant__
 #define __align__(x)
 #define __cvta_generic_to_shared(x) (x)
@@ -79,6 +80,30 @@ inline Block& this_block() { return blocks[blockIdx.x]; }
 inline Warp& this_warp() { return warps[blockIdx.x * (threads_of_block / 32) + threadIdx.x / 32]; }
 inline int this_lane() { return threadIdx.x % 32; }
 inline unsigned char* shared_memory() { return (unsigned char*)this_block().shared.data(); }
+
+
+// Clusters of CLUSTER blocks: what one sends to another stands in its shared memory at once. A barrier holds the bytes
+// that are still to come, and whether these have been announced.
+struct Exchange { int missing, announced; };
+static std::vector<Block> clusters;
+inline void begin_emulated(void* barrier) { *(Exchange*)barrier = {0, 0}; }
+inline void expect_emulated(void* barrier, unsigned bytes) {
+    Exchange& exchange = *(Exchange*)barrier;
+    exchange.missing += bytes, exchange.announced = 1;
+}
+inline bool come_emulated(void* barrier) {
+    const Exchange& exchange = *(Exchange*)barrier;
+    if (exchange.announced && !exchange.missing) return true;
+    let_others_run();
+    return false;
+}
+inline void send_emulated(void* to, int rank, std::initializer_list<unsigned> words, void* barrier) {
+    char* there = blocks[blockIdx.x / CLUSTER * CLUSTER + rank].shared.data();
+    char* here = (char*)shared_memory();
+    memcpy(there + ((char*)to - here), words.begin(), 4 * words.size());
+    ((Exchange*)(there + ((char*)barrier - here)))->missing -= 4 * words.size();
+}
+inline void meet_in_cluster() { meet(clusters[blockIdx.x / CLUSTER], threads_of_block * CLUSTER); }
 
 inline void __syncthreads() { meet(this_block(), threads_of_block); }
 inline void __syncwarp(unsigned = ~0u) { meet(this_warp(), 32); }
@@ -216,6 +241,7 @@ static int run_grid(unsigned grid, unsigned threads, size_t shared, std::functio
     std::vector<char> stacks((size_t)grid * threads * STACK);
     fibers.assign((size_t)grid * threads, Fiber());
     blocks.assign(grid, Block());
+    clusters.assign(grid, Block());
     warps.assign((size_t)grid * (threads / 32), Warp());
     for (Block& block : blocks) block.shared.assign(shared, (char)0xff);
     for (size_t i = 0; i < fibers.size(); ++i) {

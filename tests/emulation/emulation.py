@@ -32,6 +32,14 @@ REPLACED = {
     r'asm volatile\("red.global.add.v4.*?"memory"\);': ";",
     r'asm\("mma.sync.aligned.m16n8k8.row.col.f32.tf32.*?\)\);': "multiply_tf32(c, a, b0, b1);",
     r'asm\("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.*?\);': "multiply_quads(c, a, b0, b1);",
+    r'asm\("mapa.*?\);': "there = 0;",
+    r'asm volatile\("mbarrier.init.*?"memory"\);': "begin_emulated(barrier);",
+    r'asm volatile\("mbarrier.arrive.expect_tx.*?"memory"\);': "expect_emulated(barrier, bytes);",
+    r'asm volatile\("\{\\n.reg .pred.*?"memory"\);': "done = come_emulated(barrier);",
+    r'asm volatile\("st.async[^"]*bytes.b32.*?"memory"\);': "send_emulated(to, rank, {x}, barrier);",
+    r'asm volatile\("st.async[^"]*bytes.v2.b32.*?"memory"\);': "send_emulated(to, rank, {x, y}, barrier);",
+    r'asm volatile\("fence.mbarrier_init.*?"memory"\);': ";",
+    r'asm volatile\("barrier.cluster.wait.*?"memory"\);': "meet_in_cluster();",
     r"extern __shared__ (?:__align__\(16\) )?u8 memory\[\];": "u8* memory = shared_memory();",
 }
 
@@ -52,6 +60,7 @@ def build(folder, file, **macros):
     code, library = folder / f"{name}.cpp", folder / f"{name}.so"
     code.write_text(f'#include "{HEADER}"\n{text}\n{launch}')
     defined = [f"-D{key}={value}" for key, value in macros.items()]
+    defined += [f"-DCLUSTER={macros.get('CLUSTER', 1)}"] if "CLUSTER" not in macros else []
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o", library, code, *defined]
     subprocess.run(command, check=True)
     kernel = ctypes.CDLL(str(library)).launch

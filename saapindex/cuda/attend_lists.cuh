@@ -1,0 +1,103 @@
+// Lists: their logits, and where the order of their ranks is cut.
+
+// Four dimensions in each step of sixteen of an anchor: of the list of this lane, eight lists a warp.
+__device__ __forceinline__ void load_anchor(const i8* anchor, u32* raw) {
+    const int quarter = threadIdx.x % 4;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+        raw[step] = 16 * step + 4 * quarter < D ? *(const u32*)(anchor + 16 * step + 4 * quarter) : 0;
+}
+
+// Inner products of the queries with eight anchors: a lane gets those of head lane / 4 with lists 2 (lane % 4) and the
+// next, in the first two; they lack the scales of the query and of the anchors.
+__device__ __forceinline__ void multiply_anchors(const Shared& s, const u32* raw, float* products) {
+    const int head = threadIdx.x % WARP / 4, quarter = threadIdx.x % 4;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const u32 x = raw[step];
+        const u32 b0 = pair_of((float)(i8)x, (float)(i8)(x >> 8)), b1 = pair_of((float)(i8)(x >> 16), (float)(i8)(x >> 24));
+#pragma unroll
+        for (int i = 0; i < QUERY_PARTS; ++i) {
+            const uint2 pairs = *(const uint2*)(s.pairs[i][head] + 8 * step + 2 * quarter);
+            const u32 a[4] = {pairs.x, pairs.x, pairs.y, pairs.y};
+            multiply(products, a, b0, b1);
+        }
+    }
+}
+
+// Logits of a list, from inner products: with the second order of the mean of exp.
+__device__ __forceinline__ Group corrected(const Step& p, const Shared& s, Group dots, float squares, int size) {
+    const float spread = __fdividef(squares, (float)size);
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+        dots.x[g] = capped(dots.x[g] + fminf(s.variance[g] * spread, CORRECTION), p.cap);
+    return dots;
+}
+
+// How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
+__device__ __forceinline__ int list_weight(const Step& p, float weight, int size, float masses) {
+    if (p.nprobe) return 1;
+    return p.top_p > 0.f ? (int)(fminf(weight * (float)size, (float)G) * masses) : size;
+}
+#define MASSES ((float)(1 << 30) / G)  // the masses of "sum" add up to G, those of others to something between one and G
+
+// Cut the order of the lists: take lists as long as they fit into the limit, in the order of their ranks, and those of
+// equal rank in their own. The block's histogram is of the ranks. `lists` gives rank (minus infinity for none) and
+// size, and takes how many keys of a list are visited.
+template <typename Lists>
+__device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists& lists, float masses) {
+    __syncthreads();
+    int limit = s.scan;
+    if (p.nprobe) limit = p.nprobe;
+    if (p.top_p > 0.f) {
+        int total = 0;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < BINS; i += THREADS) total += s.histogram[i];
+        total = warp_sum_int(total);
+        if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = total;
+        __syncthreads();
+        total = 0;
+#pragma unroll 1
+        for (int w = 0; w < WARPS; ++w) total += ((int*)s.reduced)[w];
+        __syncthreads();
+        limit = p.top_p >= 1.f ? 0x7fffffff : (int)(p.top_p * (float)total);
+    }
+    find_bin(s, limit);
+    const int boundary = s.boundary;
+#pragma unroll 1
+    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+        const float rank = lists.rank(list);
+        const int size = lists.size(list), bin = rank > -INFINITE ? bin_of_weight(rank) : -2;
+        if (bin == boundary) {
+            const int own = atomicAdd(&s.owned, 1);
+            if (own < OWN) {
+                s.rows[own] = list;
+                s.rows[OWN + own] = __float_as_int(rank);
+                s.rows[2 * OWN + own] = list_weight(p, p.by_mass ? rank / (float)size : rank, size, masses);
+            }
+        }
+        lists.take(list, bin > boundary ? size : 0);
+    }
+    __syncthreads();
+    // In the bin of the cut, lists come one after another; of equal rank the lower first.
+    const int owned = min(s.owned, OWN), lane = threadIdx.x % WARP;
+#pragma unroll 1
+    for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
+        const int list = s.rows[i], size = lists.size(list);
+        const float rank = __int_as_float(s.rows[OWN + i]);
+        int before = 0;
+#pragma unroll 1
+        for (int j = lane; j < owned; j += WARP) {
+            const float other = __int_as_float(s.rows[OWN + j]);
+            before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
+        }
+        before = warp_sum_int(before) + s.reached;
+        if (lane) continue;
+        int visit = 0;
+        if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;
+        else if (before + size <= limit) visit = size;
+        else if (!p.refine) visit = max(0, limit - before);
+        lists.take(list, visit);
+    }
+    __syncthreads();
+}

@@ -1,0 +1,519 @@
+// One step of sparse attention that reads whole lists, in one launch on clusters of blocks: route, select, attend,
+// remainder, merge. Codes are not read; steps that read them are of attend.cu.
+//
+// A unit is one query token of one stream, and a cluster of -DCLUSTER blocks works on it. They exchange what is small:
+// second orders, sums and ranks of lists, pages to fetch, largest logits, results. The first keys are on their way
+// before anything is known. What comes out is the same each time: nothing depends on who comes first.
+//
+// Compiled with what attend_step.cuh says. The definition is saapindex/backends/reference.
+
+#ifndef CLUSTER
+#define CLUSTER 8
+#endif
+#ifndef THREADS
+#define THREADS 256
+#endif
+#ifndef STAGES
+#define STAGES 2  // tiles of a warp that are on their way at once
+#endif
+
+#include "attend_step.cuh"
+
+#define SLICE ((G * D + CLUSTER - 1) / CLUSTER)  // numbers of the output that each block merges
+#define COLUMNS ((D + 127) / 128)                // groups of four dimensions of a mean, of a lane
+enum { SECOND, NORM, RANK, PAGE, PEAK, RESULT, EXCHANGES };
+
+#define STAMPED 12
+#ifdef STAMPS
+#define STAMP(i) \
+    if (threadIdx.x == 0) p.stamps[(i64)blockIdx.x * STAMPED + i] = clock64()
+#else
+#define STAMP(i)
+#endif
+
+// What the threads of a block share. Behind it: tiles, then arrays of a length known at run time.
+struct Shared {
+    u64 exchanges[EXCHANGES];
+    float query[G][D];
+    u32 pairs[QUERY_PARTS][8][(D + 15) / 16 * 8 + 4];  // the same as matrices of a 16-bit type
+    union {
+        struct {
+            int histogram[BINS];
+            int rows[3 * OWN];  // lists in the bin of the cut, their ranks and what they count
+        };
+        float merged[CLUSTER][SLICE];
+    };
+    float reduced[WARPS][2 * G];
+    float2 norms[CLUSTER][G];  // largest logit of the lists of each block, and their sum relative to it
+    float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
+    float variance[G], norm[G], bound[G], basis[G], query_scale[G];
+    int boundary, reached, owned, scan;
+};
+
+#include "attend_common.cuh"
+#include "attend_rows.cuh"
+#include "attend_lists.cuh"
+#include "cluster.cuh"
+
+// Rank and size of each list, then how many of the pages that are fetched come before it, and how many of its keys are.
+struct Ranked {
+    int2* at;
+    __device__ __forceinline__ float rank(int list) const { return __int_as_float(at[list].x); }
+    __device__ __forceinline__ int size(int list) const { return at[list].y; }
+    __device__ __forceinline__ void take(int list, int visit) const { at[list].x = visit; }
+};
+
+// The near keys of a stream that this block attends to, by their places.
+struct Near {
+    i64 row;  // of the first place
+    int start, end, sinks, turned, ring;
+    __device__ __forceinline__ i64 at(int i) const {
+        int place = i;
+        if (place >= sinks) {
+            place += turned - sinks;
+            if (place >= ring) place -= ring;
+            place += sinks;
+        }
+        return row + place;
+    }
+};
+
+// Ask for what this block is going to read, whatever is chosen: memory is slow to begin.
+__device__ __forceinline__ void prefetch_own(const Step& p, int stream, int head, int rank, int first, int last) {
+    const i64 row = (i64)stream * p.lists, begin = (row + first) * D, end = (row + last) * D;
+#pragma unroll 1
+    for (i64 i = begin + 128 * (int)threadIdx.x; i < end; i += 128 * THREADS)
+        prefetch(p.anchors + i), prefetch(p.means + i);
+#pragma unroll 1
+    for (int list = first + 32 * (THREADS - 1 - (int)threadIdx.x); list < last; list += 32 * THREADS) {
+        prefetch(p.anchor_scales + row + list), prefetch(p.mean_scales + row + list);
+        prefetch(p.sizes + row + list), prefetch(p.squares + row + list);
+    }
+    const int from = share_of(p.coded_most, rank, CLUSTER), to = share_of(p.coded_most, rank + 1, CLUSTER);
+    const i64 own = (i64)head * p.coded_most;
+#pragma unroll 1
+    for (int i = THREADS - 1 - (int)threadIdx.x; i < (to - from) * ((D + 31) / 32); i += THREADS)
+        prefetch(p.inverse + (own + from) * D + 32 * i);
+    if (threadIdx.x * 32 < p.coded_most) prefetch(p.spread + own + 32 * threadIdx.x);
+    const i64 pages = (i64)stream * p.most_pages;
+#pragma unroll 1
+    for (int i = 32 * (rank * THREADS + (int)threadIdx.x); i < p.most_pages; i += 32 * CLUSTER * THREADS)
+        prefetch(p.labels + pages + i), prefetch(p.orders + pages + i), prefetch(p.pages + pages + i);
+}
+
+// Inner products of the queries with this block's anchors.
+__device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, int own, u32* raw, float* logits) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
+#pragma unroll 1
+    for (int start = warp * 8; start < own; start += WARPS * 8) {
+        float products[4] = {};
+        multiply_anchors(s, raw, products);
+        const int next = start + WARPS * 8;
+        if (next < own) load_anchor(p.anchors + (row + min(next + head, own - 1)) * D, raw);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int one = start + 2 * quarter + i;
+            if (head < G && one < own)
+                logits[one * G + head] = products[i] * p.scale * p.anchor_scales[row + one] * query_scale(s, head);
+        }
+    }
+}
+
+// This block's part of the second orders of the queries: of its share of the rotated dimensions.
+__device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, int rank) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, last = share_of(p.coded_most, rank + 1, CLUSTER);
+    float second[G] = {};
+    // The last warps begin here, since the first have more lists.
+#pragma unroll 2
+    for (int r = share_of(p.coded_most, rank, CLUSTER) + WARPS - 1 - warp; r < last; r += WARPS) {
+        float dot[G] = {};
+#pragma unroll
+        for (int d = lane; d < D; d += WARP) {
+            const float x = p.inverse[((i64)head * p.coded_most + r) * D + d];
+#pragma unroll
+            for (int g = 0; g < G; ++g) dot[g] = fmaf(s.query[g][d], x, dot[g]);
+        }
+        const float spread = p.spread[(i64)head * p.coded_most + r];
+#pragma unroll
+        for (int g = 0; g < G; ++g) dot[g] = warp_sum(dot[g]), second[g] = fmaf(dot[g] * dot[g], spread, second[g]);
+    }
+    if (lane == 0)
+#pragma unroll
+        for (int g = 0; g < G; ++g) s.reduced[warp][g] = second[g];
+}
+
+// A thread for each rank and head, which sends to that rank what the warps of this block left.
+#define FOR_RANKS_AND_HEADS                           \
+    if (threadIdx.x < CLUSTER * G)                    \
+        for (int to = threadIdx.x / G, g = threadIdx.x % G; to >= 0; to = -1)
+
+// Logits of this block's lists, and the norms of all lists.
+__device__ __forceinline__ void find_norms(const Step& p, Shared& s, i64 row, int own, int rank, float* logits, int* sizes) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    float peak[G], sum[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < own; i += THREADS) {
+        const int size = sizes[i] = p.sizes[row + i];
+        if (!size) continue;
+        Group group;
+#pragma unroll
+        for (int g = 0; g < G; ++g) group.x[g] = logits[i * G + g];
+        group = corrected(p, s, group, p.squares[row + i], size);
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            logits[i * G + g] = group.x[g];
+            const float top = fmaxf(peak[g], group.x[g]);
+            sum[g] = sum[g] * exponential(peak[g] - top) + (float)size * exponential(group.x[g] - top);
+            peak[g] = top;
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        const float top = warp_max(peak[g]);
+        sum[g] = warp_sum(peak[g] > -INFINITE ? sum[g] * exponential(peak[g] - top) : 0.f);
+        if (lane == 0) s.reduced[warp][g] = top, s.reduced[warp][G + g] = sum[g];
+    }
+    __syncthreads();
+    FOR_RANKS_AND_HEADS {
+        float top = -INFINITE, all = 0.f;
+#pragma unroll 4
+        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][g]);
+        if (top > -INFINITE)
+#pragma unroll 4
+            for (int w = 0; w < WARPS; ++w) all = fmaf(s.reduced[w][G + g], exponential(s.reduced[w][g] - top), all);
+        send_8(&s.norms[rank][g], to, __float_as_uint(top), __float_as_uint(all), &s.exchanges[NORM]);
+    }
+#pragma unroll 1
+    for (int g = warp; g < G; g += WARPS) {
+        await(&s.exchanges[NORM]);
+        float2 one = make_float2(-INFINITE, 0.f);
+        if (lane < CLUSTER) one = s.norms[lane][g];
+        const float top = warp_max(one.x), all = warp_sum(one.x > -INFINITE ? one.y * exponential(one.x - top) : 0.f);
+        if (lane == 0) s.norm[g] = top > -INFINITE ? top + __logf(all) : -INFINITE;
+    }
+    __syncthreads();
+}
+
+// Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all
+// blocks fetch; `table` says which.
+__device__ __forceinline__ int select(
+    const Step& p, Shared& s, int first, int own, const float* logits, const int* sizes, int2* table
+) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < own; i += THREADS) {
+        float rank = -INFINITE;
+        if (sizes[i]) {
+            rank = pooled_weight(logits + i * G, s.norm, POLICY, 0);
+            if (p.by_mass) rank *= (float)sizes[i];
+        }
+#pragma unroll 4
+        for (int to = 0; to < CLUSTER; ++to)
+            send_8(table + first + i, to, __float_as_uint(rank), (u32)sizes[i], &s.exchanges[RANK]);
+    }
+    await(&s.exchanges[RANK]);
+    const Ranked lists = {table};
+#pragma unroll 2
+    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+        const int size = lists.size(list);
+        if (!size) continue;
+        const float rank = lists.rank(list);
+        atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, p.by_mass ? rank / (float)size : rank, size, MASSES));
+    }
+    cut_lists(p, s, lists, MASSES);
+    // In the order of the lists, their pages make up a row that is dealt out to the blocks.
+    const int run = (p.lists + THREADS - 1) / THREADS, begin = min((int)threadIdx.x * run, p.lists);
+    const int end = min(begin + run, p.lists);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int sum = 0;
+#pragma unroll 1
+    for (int list = begin; list < end; ++list) sum += (table[list].x + LANES - 1) / LANES;
+    int before = sum;
+#pragma unroll
+    for (int step = 1; step < WARP; step <<= 1) {
+        const int other = __shfl_up_sync(FULL, before, step);
+        if (lane >= step) before += other;
+    }
+    int* warps = (int*)s.reduced;
+    if (lane == WARP - 1) warps[warp] = before;
+    __syncthreads();
+    const int total = warp_sum_int(lane < WARPS ? warps[lane] : 0);
+    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
+#pragma unroll 1
+    for (int list = begin; list < end; ++list) {
+        const int taken = table[list].x;
+        table[list] = make_int2(before, taken);
+        before += (taken + LANES - 1) / LANES;
+    }
+    __syncthreads();
+    return total;
+}
+
+// Deal out the pages of visited lists: a block looks through its share of all pages of the stream. A page is told as
+// its place in the pool and, in the lowest five bits, how many of its keys are fetched.
+__device__ __forceinline__ void deal_pages(const Step& p, Shared& s, int stream, int rank, const int2* table, int* pages) {
+    const i64 row = (i64)stream * p.most_pages;
+    const int count = p.counts[stream];
+#pragma unroll 4
+    for (int i = rank * THREADS + threadIdx.x; i < count; i += CLUSTER * THREADS) {
+        const int label = p.labels[row + i], order = p.orders[row + i], page = p.pages[row + i];
+        const int2 list = table[label >> 5];
+        const int some = min(label & 31, list.y - order * LANES);
+        if (some <= 0) continue;
+        const int index = list.x + order;
+        send_4(pages + index / CLUSTER, index % CLUSTER, (u32)(page << 5 | some), &s.exchanges[PAGE]);
+    }
+}
+
+// Fetch a tile: near keys from the `i`-th on, or a page.
+__device__ __forceinline__ void fetch_near(const Step& p, const Near& near, int i, u8* tile) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll 4
+    for (int c = lane; c < TILE * VECTORS; c += WARP) {
+        const int r = c / VECTORS, v = c % VECTORS;
+        const i64 offset = near.at(min(i + r, near.end - 1)) * D + v * VECTOR;
+        copy_16(tile + r * PITCH + 16 * v, p.near_keys + offset);
+        copy_16(tile + (TILE + r) * PITCH + 16 * v, p.near_values + offset);
+    }
+}
+__device__ __forceinline__ void fetch_page(const Step& p, int page, u8* tile) {
+    const int lane = threadIdx.x % WARP, last = (page & 31) - 1;
+    const i64 row = (i64)(page >> 5) * LANES * D;
+#pragma unroll 4
+    for (int c = lane; c < TILE * VECTORS; c += WARP) {
+        const int r = c / VECTORS, v = c % VECTORS;
+        const i64 offset = row + min(r, last) * D + v * VECTOR;  // the last key in the place of those that are missing
+        copy_16(tile + r * PITCH + 16 * v, p.keys + offset);
+        copy_16(tile + (TILE + r) * PITCH + 16 * v, p.values + offset);
+    }
+}
+
+// The weight of what is left of each list of this block, in place of its logits; scales of mean values, of its size.
+__device__ __forceinline__ void weigh_rest(
+    const Step& p, const Shared& s, i64 row, int own, const int2* table, float* logits, int* sizes
+) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < own; i += THREADS) {
+        const int rest = sizes[i] - table[i].y;
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+            logits[i * G + g] = rest > 0 ? (float)rest * exponential(fminf(logits[i * G + g], s.bound[g]) - s.basis[g]) : 0.f;
+        sizes[i] = __float_as_int(p.mean_scales[row + i]);
+    }
+}
+
+// Add the mean values of this block's lists to what a warp found.
+__device__ __forceinline__ void add_means(
+    const Step& p, i64 row, int own, const float* weights, const int* scales, float* found
+) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    float out[COLUMNS][G][4] = {}, sum[G] = {};
+#pragma unroll 4
+    for (int i = warp; i < own; i += WARPS) {
+        const float scale = __int_as_float(scales[i]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            const int d = 128 * c + 4 * lane;
+            const u32 x = d < D ? *(const u32*)(p.means + (row + i) * D + d) : 0;
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                const float weight = weights[i * G + g], factor = weight * scale;
+                if (c == 0) sum[g] += weight;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) out[c][g][j] = fmaf(factor, (float)(i8)(x >> (8 * j)), out[c][g][j]);
+            }
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int d = 128 * c + 4 * lane + j;
+                if (d < D) found[g * (D + 1) + d] += out[c][g][j];
+            }
+        if (lane == 0) found[g * (D + 1) + D] += sum[g];
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+attend_whole(const __grid_constant__ Step p) {
+    extern __shared__ __align__(16) u8 memory[];
+    Shared& s = *(Shared*)memory;
+    const int unit = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, thread = threadIdx.x;
+    const int lane = thread % WARP, warp = thread / WARP;
+    const int sequence = unit / p.heads, head = unit % p.heads;
+    const int first_list = share_of(p.lists, rank, CLUSTER), own = share_of(p.lists, rank + 1, CLUSTER) - first_list;
+    const int most_own = (p.lists + CLUSTER - 1) / CLUSTER;
+    const i64 row = (i64)unit * p.lists + first_list;
+    u8* tiles = memory + (sizeof(Shared) + 15) / 16 * 16;
+    float* found = (float*)tiles;  // of each warp, when tiles are done with
+    const int tiled = WARPS * max(STAGES * TILE_BYTES, (G * (D + 1) * 4 + 15) / 16 * 16);
+    int2* table = (int2*)(tiles + tiled);
+    float* logits = (float*)(table + p.lists);
+    int* sizes = (int*)(logits + most_own * G);
+    int* pages = sizes + most_own;
+    STAMP(0);
+    if (thread == 0)
+        for (int i = 0; i < EXCHANGES; ++i) begin_exchange(&s.exchanges[i]);
+    arrive_in_cluster();
+    const int length = p.lengths[sequence], from = p.first[sequence];
+    u32 raw[STEPS];
+    load_anchor(p.anchors + (row + min(warp * 8 + lane / 4, max(own - 1, 0))) * D, raw);
+    prefetch_own(p, unit, head, rank, first_list, first_list + own);
+    load_queries(p, s, unit);
+    // Near keys that the query sees, and this block's share of them: the first are on their way from here.
+    const int recent = max(from, p.sinks), all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
+    const Near near = {
+        (i64)unit * (p.sinks + p.ring), share_of(all_near, rank, CLUSTER), share_of(all_near, rank + 1, CLUSTER),
+        min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring), p.ring
+    };
+    const int near_tiles = (near.end - near.start + TILE - 1) / TILE;
+    u8* own_tiles = tiles + warp * STAGES * TILE_BYTES;
+#if D % 16
+    const int missing = (STEPS * 16 - D) / VECTOR;
+    for (int c = lane; c < STAGES * 2 * TILE * missing; c += WARP)
+        *(uint4*)(own_tiles + c / missing * PITCH + 16 * (VECTORS + c % missing)) = make_uint4(0, 0, 0, 0);
+#endif
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+        const int i = warp + stage * WARPS;
+        if (i >= near_tiles) continue;
+        fetch_near(p, near, near.start + i * TILE, own_tiles + stage * TILE_BYTES);
+        commit_copies();
+    }
+    STAMP(1);
+    if (thread == 0) {
+        expect(&s.exchanges[SECOND], CLUSTER * G * 4);
+        expect(&s.exchanges[NORM], CLUSTER * G * 8);
+        expect(&s.exchanges[RANK], p.lists * 8);
+        expect(&s.exchanges[PEAK], CLUSTER * G * 4);
+        expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
+    }
+    if (thread == THREADS - 1) {  // what may be read
+        const int in_lists = max(0, from - p.sinks);
+        const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
+        const double left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
+        s.scan = (int)fmin((double)(i64)(left / p.row_bytes), 2147483647.);
+    }
+    clear_histogram(s);
+    route(p, s, row, own, raw, logits);
+    sum_seconds(p, s, head, rank);
+    __syncthreads();
+    wait_in_cluster();
+    FOR_RANKS_AND_HEADS {
+        float sum = 0.f;
+#pragma unroll 4
+        for (int w = 0; w < WARPS; ++w) sum += s.reduced[w][g];
+        send_4(&s.seconds[rank][g], to, __float_as_uint(p.scale * p.scale / 2.f * sum), &s.exchanges[SECOND]);
+    }
+    if (thread < G) {
+        await(&s.exchanges[SECOND]);
+        float sum = 0.f;
+#pragma unroll
+        for (int other = 0; other < CLUSTER; ++other) sum += s.seconds[other][thread];
+        s.variance[thread] = sum;
+    }
+    __syncthreads();
+    STAMP(2);
+    find_norms(p, s, row, own, rank, logits, sizes);
+    STAMP(3);
+    const int total = select(p, s, first_list, own, logits, sizes, table);
+    STAMP(4);
+    deal_pages(p, s, unit, rank, table, pages);
+    const int dealt = (total - rank + CLUSTER - 1) / CLUSTER, count = near_tiles + dealt;
+    if (thread == 0) expect(&s.exchanges[PAGE], dealt * 4);
+    await(&s.exchanges[PAGE]);
+    STAMP(5);
+    const auto fetch = [&](int i, int stage) {
+        u8* tile = own_tiles + stage * TILE_BYTES;
+        if (i < near_tiles) fetch_near(p, near, near.start + i * TILE, tile);
+        else if (i < count) fetch_page(p, pages[i - near_tiles], tile);
+        commit_copies();
+    };
+    Partial mine;
+    clear(mine);
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage)
+        if (warp + stage * WARPS >= near_tiles) fetch(warp + stage * WARPS, stage);
+#pragma unroll 1
+    for (int i = warp, stage = 0; i < count; i += WARPS) {
+        wait_copies<STAGES - 1>();
+        __syncwarp();
+        const int keys = i < near_tiles ? near.end - near.start - i * TILE : pages[i - near_tiles] & 31;
+        attend_tile(p, s, mine, own_tiles + stage * TILE_BYTES, keys);
+        __syncwarp();
+        fetch(i + STAGES * WARPS, stage);
+        stage = stage + 1 < STAGES ? stage + 1 : 0;
+    }
+    wait_copies<0>();
+    STAMP(6);
+    // The largest exact logit bounds the estimates, and all weights are relative to it.
+    mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 1));
+    mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 2));
+    mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
+    mine.sum += __shfl_xor_sync(FULL, mine.sum, 2);
+    if (lane / 4 < G && lane % 4 == 0) s.reduced[warp][lane / 4] = mine.peak;
+    __syncthreads();
+    FOR_RANKS_AND_HEADS {
+        float top = -INFINITE;
+#pragma unroll 4
+        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][g]);
+        send_4(&s.peaks[rank][g], to, __float_as_uint(top), &s.exchanges[PEAK]);
+    }
+    if (thread < G) {
+        await(&s.exchanges[PEAK]);
+        float top = -INFINITE;
+#pragma unroll
+        for (int other = 0; other < CLUSTER; ++other) top = fmaxf(top, s.peaks[other][thread]);
+        const bool known = top > -INFINITE;
+        s.bound[thread] = known ? top : INFINITE;
+        s.basis[thread] = known ? top : s.norm[thread] > -INFINITE ? s.norm[thread] : 0.f;
+    }
+    __syncthreads();
+    STAMP(7);
+    refer(mine, s.basis[min(lane / 4, G - 1)]);
+    float* own_found = found + warp * G * (D + 1);
+    if (lane / 4 < G) {
+        float* at = own_found + lane / 4 * (D + 1);
+        if (lane % 4 == 0) at[D] = mine.sum;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+            const int d = 8 * i + lane % 4 * 2;
+            if (d < D) at[d] = mine.out[i][0] + mine.out[i][2], at[d + 1] = mine.out[i][1] + mine.out[i][3];
+        }
+    }
+    if (p.remainder) {
+        weigh_rest(p, s, row, own, table + first_list, logits, sizes);
+        __syncthreads();
+        add_means(p, row, own, logits, sizes, own_found);
+    }
+    __syncthreads();
+    STAMP(8);
+#pragma unroll 1
+    for (int i = thread; i < G * (D + 1); i += THREADS) {
+        const int g = i / (D + 1), d = i % (D + 1), at = g * D + d;
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += found[w * G * (D + 1) + i];
+        if (d < D) {
+            send_4(&s.merged[rank][at % SLICE], at / SLICE, __float_as_uint(sum), &s.exchanges[RESULT]);
+        } else {
+            for (int to = 0; to < CLUSTER; ++to) send_4(&s.sums[rank][g], to, __float_as_uint(sum), &s.exchanges[RESULT]);
+        }
+    }
+    await(&s.exchanges[RESULT]);
+    STAMP(9);
+#pragma unroll 1
+    for (int i = thread; i < SLICE && rank * SLICE + i < G * D; i += THREADS) {
+        const int at = rank * SLICE + i, g = at / D;
+        float out = 0.f, sum = 0.f;
+#pragma unroll
+        for (int other = 0; other < CLUSTER; ++other) out += s.merged[other][i], sum += s.sums[other][g];
+        store_out(p.out, (i64)unit * G * D + at, sum > 0.f ? out / sum : 0.f);
+        if (at % D == 0) p.lse[(i64)unit * G + g] = sum > 0.f ? s.basis[g] + logf(sum) : -INFINITE;
+    }
+    STAMP(10);
+}

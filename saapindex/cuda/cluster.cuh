@@ -1,0 +1,40 @@
+// Clusters of blocks (sm_90): each writes into the shared memory of the others, and waits for what they send.
+//
+// A barrier that is used once stands for what one exchange brings: its bytes are announced by `expect`, and those who
+// `await` it go on when all have come. What was sent in registers needs no fence at either end.
+
+// The address of something of this block in the block of a rank.
+__device__ __forceinline__ u32 address_in(const void* here, int rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(here)), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ void begin_exchange(u64* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ bool has_come(u64* barrier) {
+    u32 done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+    return done;
+}
+__device__ __forceinline__ void await(u64* barrier) {
+    while (!has_come(barrier)) {}
+}
+
+// Write to the same place in the block of a rank, as a part of an exchange.
+__device__ __forceinline__ void send_4(void* to, int rank, u32 x, u64* barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address_in(to, rank)), "r"(x), "r"(address_in(barrier, rank)) : "memory");
+}
+__device__ __forceinline__ void send_8(void* to, int rank, u32 x, u32 y, u64* barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address_in(to, rank)), "r"(x), "r"(y), "r"(address_in(barrier, rank)) : "memory");
+}
+
+// All blocks meet: arrive, do something else, wait. Exchanges that were begun before can be sent to behind it.
+__device__ __forceinline__ void arrive_in_cluster() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_in_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
