@@ -1,5 +1,11 @@
 // What the stages of a step share: parts of the work, barriers, small reductions, loads of groups of heads.
 
+// The threads that choose lists, the first ones of a block: all, unless a kernel says otherwise.
+#ifndef CHOOSERS
+#define CHOOSERS THREADS
+__device__ __forceinline__ void meet_choosers() { __syncthreads(); }
+#endif
+
 // How many of all pages are of this block.
 __device__ __forceinline__ int pages_of_block(int pages, int block, int blocks) {
     const int pairs = (pages + 1) >> 1, mine = (pairs - block + blocks - 1) / blocks;
@@ -190,12 +196,12 @@ __device__ __forceinline__ int fine_bin_of(float log_weight, int bin) {
 
 __device__ __forceinline__ void clear_histogram(Shared& s) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < BINS / 4; i += THREADS) ((int4*)s.histogram)[i] = make_int4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < BINS / 4; i += CHOOSERS) ((int4*)s.histogram)[i] = make_int4(0, 0, 0, 0);
 }
 
 // Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh
 // more than `limit`; -1 where everything fits.
-#define RUN ((BINS + THREADS - 1) / THREADS)
+#define RUN ((BINS + CHOOSERS - 1) / CHOOSERS)
 __device__ __noinline__ void find_bin(Shared& s, int limit) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, begin = threadIdx.x * RUN;
     int counts[RUN], sum = 0;
@@ -213,7 +219,7 @@ __device__ __noinline__ void find_bin(Shared& s, int limit) {
     int* warps = (int*)s.reduced;
     if (lane == WARP - 1) warps[warp] = before;
     if (threadIdx.x == 0) s.boundary = -1, s.reached = limit, s.owned = 0;
-    __syncthreads();
+    meet_choosers();
     before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
     if (before <= limit && before + sum > limit) {
 #pragma unroll
@@ -225,5 +231,5 @@ __device__ __noinline__ void find_bin(Shared& s, int limit) {
             before += counts[i];
         }
     }
-    __syncthreads();
+    meet_choosers();
 }

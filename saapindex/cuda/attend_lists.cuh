@@ -46,26 +46,26 @@ __device__ __forceinline__ int list_weight(const Step& p, float weight, int size
 // size, and takes how many keys of a list are visited.
 template <typename Lists>
 __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists& lists, float masses) {
-    __syncthreads();
+    meet_choosers();
     int limit = s.scan;
     if (p.nprobe) limit = p.nprobe;
     if (p.top_p > 0.f) {
         int total = 0;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < BINS; i += THREADS) total += s.histogram[i];
+        for (int i = threadIdx.x; i < BINS; i += CHOOSERS) total += s.histogram[i];
         total = warp_sum_int(total);
         if (threadIdx.x % WARP == 0) ((int*)s.reduced)[threadIdx.x / WARP] = total;
-        __syncthreads();
+        meet_choosers();
         total = 0;
 #pragma unroll 1
-        for (int w = 0; w < WARPS; ++w) total += ((int*)s.reduced)[w];
-        __syncthreads();
+        for (int w = 0; w < CHOOSERS / WARP; ++w) total += ((int*)s.reduced)[w];
+        meet_choosers();
         limit = p.top_p >= 1.f ? 0x7fffffff : (int)(p.top_p * (float)total);
     }
     find_bin(s, limit);
     const int boundary = s.boundary;
 #pragma unroll 1
-    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const float rank = lists.rank(list);
         const int size = lists.size(list), bin = rank > -INFINITE ? bin_of_weight(rank) : -2;
         if (bin == boundary) {
@@ -78,11 +78,11 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
         }
         lists.take(list, bin > boundary ? size : 0);
     }
-    __syncthreads();
+    meet_choosers();
     // In the bin of the cut, lists come one after another; of equal rank the lower first.
     const int owned = min(s.owned, OWN), lane = threadIdx.x % WARP;
 #pragma unroll 1
-    for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
+    for (int i = threadIdx.x / WARP; i < owned; i += CHOOSERS / WARP) {
         const int list = s.rows[i], size = lists.size(list);
         const float rank = __int_as_float(s.rows[OWN + i]);
         int before = 0;
@@ -99,5 +99,5 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
         else if (!p.refine) visit = max(0, limit - before);
         lists.take(list, visit);
     }
-    __syncthreads();
+    meet_choosers();
 }

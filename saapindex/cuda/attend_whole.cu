@@ -1,9 +1,10 @@
 // One step of sparse attention that reads whole lists, in one launch on clusters of blocks: route, select, attend,
 // remainder, merge. Codes are not read; steps that read them are of attend.cu.
 //
-// A unit is one query token of one stream, and a cluster of -DCLUSTER blocks works on it. They exchange what is small:
-// second orders, sums and ranks of lists, pages to fetch, largest logits, results. The first keys are on their way
-// before anything is known. What comes out is the same each time: nothing depends on who comes first.
+// A unit is one query token of one stream, and a cluster of -DCLUSTER blocks works on it. In each block, the first warps
+// choose lists, and exchange what that takes with the other blocks: second orders, sums and ranks of lists, pages to
+// fetch. Meanwhile the others attend to near keys, then to the pages that come; in the end all warps add what is
+// estimated of the rest. What comes out is the same each time: nothing depends on who comes first.
 //
 // Compiled with what attend_step.cuh says. The definition is saapindex/backends/reference.
 
@@ -11,25 +12,32 @@
 #define CLUSTER 8
 #endif
 #ifndef THREADS
-#define THREADS 256
+#define THREADS 512
+#endif
+#ifndef CHOOSERS
+#define CHOOSERS 256  // threads that choose
 #endif
 #ifndef STAGES
 #define STAGES 2  // tiles of a warp that are on their way at once
 #endif
+#define CHOOSING (CHOOSERS / WARP)      // warps that do
+#define ATTENDING (WARPS - CHOOSING)
+#define SLICE (((G * D / 4 + CLUSTER - 1) / CLUSTER) * 4)  // numbers of the output that each block merges
+#define COLUMNS ((D + 127) / 128)       // groups of four dimensions of a mean, of a lane
+#define MEANS (8 / COLUMNS)             // lists whose means a warp asks for at once
 
 #include "attend_step.cuh"
 
-#define SLICE ((G * D + CLUSTER - 1) / CLUSTER)  // numbers of the output that each block merges
-#define COLUMNS ((D + 127) / 128)                // groups of four dimensions of a mean, of a lane
 enum { SECOND, NORM, RANK, PAGE, PEAK, RESULT, EXCHANGES };
 
 #define STAMPED 12
 #ifdef STAMPS
-#define STAMP(i) \
-    if (threadIdx.x == 0) p.stamps[(i64)blockIdx.x * STAMPED + i] = clock64()
+#define STAMP_OF(thread, i) \
+    if (threadIdx.x == thread) p.stamps[(i64)blockIdx.x * STAMPED + i] = clock64()
 #else
-#define STAMP(i)
+#define STAMP_OF(thread, i)
 #endif
+#define STAMP(i) STAMP_OF(0, i)
 
 // What the threads of a block share. Behind it: tiles, then arrays of a length known at run time.
 struct Shared {
@@ -47,8 +55,10 @@ struct Shared {
     float2 norms[CLUSTER][G];  // largest logit of the lists of each block, and their sum relative to it
     float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
     float variance[G], norm[G], bound[G], basis[G], query_scale[G];
-    int boundary, reached, owned, scan;
+    int boundary, reached, owned, scan, dealt;
 };
+
+__device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;" ::"n"(CHOOSERS) : "memory"); }
 
 #include "attend_common.cuh"
 #include "attend_rows.cuh"
@@ -82,22 +92,22 @@ struct Near {
 __device__ __forceinline__ void prefetch_own(const Step& p, int stream, int head, int rank, int first, int last) {
     const i64 row = (i64)stream * p.lists, begin = (row + first) * D, end = (row + last) * D;
 #pragma unroll 1
-    for (i64 i = begin + 128 * (int)threadIdx.x; i < end; i += 128 * THREADS)
+    for (i64 i = begin + 128 * (int)threadIdx.x; i < end; i += 128 * CHOOSERS)
         prefetch(p.anchors + i), prefetch(p.means + i);
 #pragma unroll 1
-    for (int list = first + 32 * (THREADS - 1 - (int)threadIdx.x); list < last; list += 32 * THREADS) {
+    for (int list = first + 32 * (CHOOSERS - 1 - (int)threadIdx.x); list < last; list += 32 * CHOOSERS) {
         prefetch(p.anchor_scales + row + list), prefetch(p.mean_scales + row + list);
         prefetch(p.sizes + row + list), prefetch(p.squares + row + list);
     }
     const int from = share_of(p.coded_most, rank, CLUSTER), to = share_of(p.coded_most, rank + 1, CLUSTER);
     const i64 own = (i64)head * p.coded_most;
 #pragma unroll 1
-    for (int i = THREADS - 1 - (int)threadIdx.x; i < (to - from) * ((D + 31) / 32); i += THREADS)
+    for (int i = CHOOSERS - 1 - (int)threadIdx.x; i < (to - from) * ((D + 31) / 32); i += CHOOSERS)
         prefetch(p.inverse + (own + from) * D + 32 * i);
     if (threadIdx.x * 32 < p.coded_most) prefetch(p.spread + own + 32 * threadIdx.x);
     const i64 pages = (i64)stream * p.most_pages;
 #pragma unroll 1
-    for (int i = 32 * (rank * THREADS + (int)threadIdx.x); i < p.most_pages; i += 32 * CLUSTER * THREADS)
+    for (int i = 32 * (rank * CHOOSERS + (int)threadIdx.x); i < p.most_pages; i += 32 * CLUSTER * CHOOSERS)
         prefetch(p.labels + pages + i), prefetch(p.orders + pages + i), prefetch(p.pages + pages + i);
 }
 
@@ -105,10 +115,10 @@ __device__ __forceinline__ void prefetch_own(const Step& p, int stream, int head
 __device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, int own, u32* raw, float* logits) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
 #pragma unroll 1
-    for (int start = warp * 8; start < own; start += WARPS * 8) {
+    for (int start = warp * 8; start < own; start += CHOOSING * 8) {
         float products[4] = {};
         multiply_anchors(s, raw, products);
-        const int next = start + WARPS * 8;
+        const int next = start + CHOOSING * 8;
         if (next < own) load_anchor(p.anchors + (row + min(next + head, own - 1)) * D, raw);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -125,7 +135,7 @@ __device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, 
     float second[G] = {};
     // The last warps begin here, since the first have more lists.
 #pragma unroll 2
-    for (int r = share_of(p.coded_most, rank, CLUSTER) + WARPS - 1 - warp; r < last; r += WARPS) {
+    for (int r = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp; r < last; r += CHOOSING) {
         float dot[G] = {};
 #pragma unroll
         for (int d = lane; d < D; d += WARP) {
@@ -142,7 +152,7 @@ __device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, 
         for (int g = 0; g < G; ++g) s.reduced[warp][g] = second[g];
 }
 
-// A thread for each rank and head, which sends to that rank what the warps of this block left.
+// A thread for each rank and head, which sends to that rank what warps of this block left.
 #define FOR_RANKS_AND_HEADS                           \
     if (threadIdx.x < CLUSTER * G)                    \
         for (int to = threadIdx.x / G, g = threadIdx.x % G; to >= 0; to = -1)
@@ -154,7 +164,7 @@ __device__ __forceinline__ void find_norms(const Step& p, Shared& s, i64 row, in
 #pragma unroll
     for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < own; i += THREADS) {
+    for (int i = threadIdx.x; i < own; i += CHOOSERS) {
         const int size = sizes[i] = p.sizes[row + i];
         if (!size) continue;
         Group group;
@@ -175,78 +185,80 @@ __device__ __forceinline__ void find_norms(const Step& p, Shared& s, i64 row, in
         sum[g] = warp_sum(peak[g] > -INFINITE ? sum[g] * exponential(peak[g] - top) : 0.f);
         if (lane == 0) s.reduced[warp][g] = top, s.reduced[warp][G + g] = sum[g];
     }
-    __syncthreads();
+    meet_choosers();
     FOR_RANKS_AND_HEADS {
         float top = -INFINITE, all = 0.f;
 #pragma unroll 4
-        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][g]);
+        for (int w = 0; w < CHOOSING; ++w) top = fmaxf(top, s.reduced[w][g]);
         if (top > -INFINITE)
 #pragma unroll 4
-            for (int w = 0; w < WARPS; ++w) all = fmaf(s.reduced[w][G + g], exponential(s.reduced[w][g] - top), all);
+            for (int w = 0; w < CHOOSING; ++w) all = fmaf(s.reduced[w][G + g], exponential(s.reduced[w][g] - top), all);
         send_8(&s.norms[rank][g], to, __float_as_uint(top), __float_as_uint(all), &s.exchanges[NORM]);
     }
 #pragma unroll 1
-    for (int g = warp; g < G; g += WARPS) {
+    for (int g = warp; g < G; g += CHOOSING) {
         await(&s.exchanges[NORM]);
         float2 one = make_float2(-INFINITE, 0.f);
         if (lane < CLUSTER) one = s.norms[lane][g];
         const float top = warp_max(one.x), all = warp_sum(one.x > -INFINITE ? one.y * exponential(one.x - top) : 0.f);
         if (lane == 0) s.norm[g] = top > -INFINITE ? top + __logf(all) : -INFINITE;
     }
-    __syncthreads();
+    meet_choosers();
 }
 
 // Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all
 // blocks fetch; `table` says which.
 __device__ __forceinline__ int select(
-    const Step& p, Shared& s, int first, int own, const float* logits, const int* sizes, int2* table
+    const Step& p, Shared& s, int rank, int first, int own, const float* logits, const int* sizes, int2* table
 ) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < own; i += THREADS) {
-        float rank = -INFINITE;
+    for (int i = threadIdx.x; i < own; i += CHOOSERS) {
+        float weight = -INFINITE;
         if (sizes[i]) {
-            rank = pooled_weight(logits + i * G, s.norm, POLICY, 0);
-            if (p.by_mass) rank *= (float)sizes[i];
+            weight = pooled_weight(logits + i * G, s.norm, POLICY, 0);
+            if (p.by_mass) weight *= (float)sizes[i];
         }
-#pragma unroll 4
-        for (int to = 0; to < CLUSTER; ++to)
-            send_8(table + first + i, to, __float_as_uint(rank), (u32)sizes[i], &s.exchanges[RANK]);
+        table[first + i] = make_int2(__float_as_int(weight), sizes[i]);
     }
+    end_writing();
+    meet_choosers();
+    if (threadIdx.x < CLUSTER && threadIdx.x != rank && own)
+        send_same(table + first, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
     await(&s.exchanges[RANK]);
     const Ranked lists = {table};
 #pragma unroll 2
-    for (int list = threadIdx.x; list < p.lists; list += THREADS) {
+    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const int size = lists.size(list);
         if (!size) continue;
-        const float rank = lists.rank(list);
-        atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, p.by_mass ? rank / (float)size : rank, size, MASSES));
+        const float weight = lists.rank(list);
+        atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? weight / (float)size : weight, size, MASSES));
     }
     cut_lists(p, s, lists, MASSES);
     // In the order of the lists, their pages make up a row that is dealt out to the blocks.
-    const int run = (p.lists + THREADS - 1) / THREADS, begin = min((int)threadIdx.x * run, p.lists);
-    const int end = min(begin + run, p.lists);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int part = (p.lists + CHOOSERS - 1) / CHOOSERS * WARP, begin = min(warp * part, p.lists), end = min(begin + part, p.lists);
     int sum = 0;
-#pragma unroll 1
-    for (int list = begin; list < end; ++list) sum += (table[list].x + LANES - 1) / LANES;
-    int before = sum;
-#pragma unroll
-    for (int step = 1; step < WARP; step <<= 1) {
-        const int other = __shfl_up_sync(FULL, before, step);
-        if (lane >= step) before += other;
-    }
+#pragma unroll 2
+    for (int list = begin + lane; list < end; list += WARP) sum += (table[list].x + LANES - 1) / LANES;
+    sum = warp_sum_int(sum);
     int* warps = (int*)s.reduced;
-    if (lane == WARP - 1) warps[warp] = before;
-    __syncthreads();
-    const int total = warp_sum_int(lane < WARPS ? warps[lane] : 0);
-    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
+    if (lane == 0) warps[warp] = sum;
+    meet_choosers();
+    int before = warp_sum_int(lane < warp ? warps[lane] : 0);
+    const int total = warp_sum_int(lane < CHOOSING ? warps[lane] : 0);
 #pragma unroll 1
-    for (int list = begin; list < end; ++list) {
-        const int taken = table[list].x;
-        table[list] = make_int2(before, taken);
-        before += (taken + LANES - 1) / LANES;
+    for (int start = begin; start < end; start += WARP) {
+        const int list = start + lane, taken = list < end ? table[list].x : 0, count = (taken + LANES - 1) / LANES;
+        int sum = count;
+#pragma unroll
+        for (int step = 1; step < WARP; step <<= 1) {
+            const int other = __shfl_up_sync(FULL, sum, step);
+            if (lane >= step) sum += other;
+        }
+        if (list < end) table[list] = make_int2(before + sum - count, taken);
+        before += __shfl_sync(FULL, sum, WARP - 1);
     }
-    __syncthreads();
+    meet_choosers();
     return total;
 }
 
@@ -256,7 +268,7 @@ __device__ __forceinline__ void deal_pages(const Step& p, Shared& s, int stream,
     const i64 row = (i64)stream * p.most_pages;
     const int count = p.counts[stream];
 #pragma unroll 4
-    for (int i = rank * THREADS + threadIdx.x; i < count; i += CLUSTER * THREADS) {
+    for (int i = rank * CHOOSERS + threadIdx.x; i < count; i += CLUSTER * CHOOSERS) {
         const int label = p.labels[row + i], order = p.orders[row + i], page = p.pages[row + i];
         const int2 list = table[label >> 5];
         const int some = min(label & 31, list.y - order * LANES);
@@ -303,26 +315,47 @@ __device__ __forceinline__ void weigh_rest(
     }
 }
 
-// Add the mean values of this block's lists to what a warp found.
+// Mean values of some of this block's lists: four dimensions a lane.
+struct Means {
+    u32 x[MEANS][COLUMNS];
+};
+__device__ __forceinline__ void load_means(const Step& p, i64 row, int own, int start, Means& means) {
+#pragma unroll
+    for (int m = 0; m < MEANS; ++m)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            const int i = start + m * WARPS, d = 128 * c + 4 * (threadIdx.x % WARP);
+            means.x[m][c] = i < own && d < D ? *(const u32*)(p.means + (row + i) * D + d) : 0;
+        }
+}
+
+// Add mean values, of which the first are at hand, to what a warp found.
 __device__ __forceinline__ void add_means(
-    const Step& p, i64 row, int own, const float* weights, const int* scales, float* found
+    const Step& p, i64 row, int own, const float* weights, const int* scales, Means& means, float* found
 ) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float out[COLUMNS][G][4] = {}, sum[G] = {};
-#pragma unroll 4
-    for (int i = warp; i < own; i += WARPS) {
-        const float scale = __int_as_float(scales[i]);
+#pragma unroll 1
+    for (int start = warp; start < own; start += MEANS * WARPS) {
+        if (start > warp) load_means(p, row, own, start, means);
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-            const int d = 128 * c + 4 * lane;
-            const u32 x = d < D ? *(const u32*)(p.means + (row + i) * D + d) : 0;
+        for (int m = 0; m < MEANS; ++m) {
+            const int i = start + m * WARPS;
+            if (i >= own) break;
+            const float scale = __int_as_float(scales[i]);
+            float factors[G];
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                const float weight = weights[i * G + g], factor = weight * scale;
-                if (c == 0) sum[g] += weight;
+            for (int g = 0; g < G; ++g) factors[g] = weights[i * G + g], sum[g] += factors[g], factors[g] *= scale;
 #pragma unroll
-                for (int j = 0; j < 4; ++j) out[c][g][j] = fmaf(factor, (float)(i8)(x >> (8 * j)), out[c][g][j]);
-            }
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    // A byte as the last of the digits of 2^23, which is faster than to convert it.
+                    const u32 bits = __byte_perm(means.x[m][c] ^ 0x80808080u, 0x4b000000u, 0x7440 + j);
+                    const float x = __uint_as_float(bits) - 8388736.f;
+#pragma unroll
+                    for (int g = 0; g < G; ++g) out[c][g][j] = fmaf(factors[g], x, out[c][g][j]);
+                }
         }
     }
 #pragma unroll
@@ -345,111 +378,127 @@ attend_whole(const __grid_constant__ Step p) {
     const int unit = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, thread = threadIdx.x;
     const int lane = thread % WARP, warp = thread / WARP;
     const int sequence = unit / p.heads, head = unit % p.heads;
-    const int first_list = share_of(p.lists, rank, CLUSTER), own = share_of(p.lists, rank + 1, CLUSTER) - first_list;
-    const int most_own = (p.lists + CLUSTER - 1) / CLUSTER;
+    // Shares of lists are even, since sixteen bytes are sent at once.
+    const int pairs = (p.lists + 1) / 2, first_list = 2 * share_of(pairs, rank, CLUSTER);
+    const int own = max(0, min(2 * share_of(pairs, rank + 1, CLUSTER), p.lists) - first_list);
+    const int most_own = (pairs + CLUSTER - 1) / CLUSTER * 2;
     const i64 row = (i64)unit * p.lists + first_list;
     u8* tiles = memory + (sizeof(Shared) + 15) / 16 * 16;
     float* found = (float*)tiles;  // of each warp, when tiles are done with
-    const int tiled = WARPS * max(STAGES * TILE_BYTES, (G * (D + 1) * 4 + 15) / 16 * 16);
+    const int tiled = max(ATTENDING * STAGES * TILE_BYTES, (WARPS * G * (D + 1) * 4 + 15) / 16 * 16);
     int2* table = (int2*)(tiles + tiled);
-    float* logits = (float*)(table + p.lists);
+    float* logits = (float*)(table + 2 * pairs);
     int* sizes = (int*)(logits + most_own * G);
     int* pages = sizes + most_own;
     STAMP(0);
     if (thread == 0)
         for (int i = 0; i < EXCHANGES; ++i) begin_exchange(&s.exchanges[i]);
     arrive_in_cluster();
-    const int length = p.lengths[sequence], from = p.first[sequence];
-    u32 raw[STEPS];
-    load_anchor(p.anchors + (row + min(warp * 8 + lane / 4, max(own - 1, 0))) * D, raw);
-    prefetch_own(p, unit, head, rank, first_list, first_list + own);
-    load_queries(p, s, unit);
-    // Near keys that the query sees, and this block's share of them: the first are on their way from here.
-    const int recent = max(from, p.sinks), all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
-    const Near near = {
-        (i64)unit * (p.sinks + p.ring), share_of(all_near, rank, CLUSTER), share_of(all_near, rank + 1, CLUSTER),
-        min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring), p.ring
-    };
-    const int near_tiles = (near.end - near.start + TILE - 1) / TILE;
-    u8* own_tiles = tiles + warp * STAGES * TILE_BYTES;
-#if D % 16
-    const int missing = (STEPS * 16 - D) / VECTOR;
-    for (int c = lane; c < STAGES * 2 * TILE * missing; c += WARP)
-        *(uint4*)(own_tiles + c / missing * PITCH + 16 * (VECTORS + c % missing)) = make_uint4(0, 0, 0, 0);
-#endif
-#pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) {
-        const int i = warp + stage * WARPS;
-        if (i >= near_tiles) continue;
-        fetch_near(p, near, near.start + i * TILE, own_tiles + stage * TILE_BYTES);
-        commit_copies();
-    }
-    STAMP(1);
-    if (thread == 0) {
-        expect(&s.exchanges[SECOND], CLUSTER * G * 4);
-        expect(&s.exchanges[NORM], CLUSTER * G * 8);
-        expect(&s.exchanges[RANK], p.lists * 8);
-        expect(&s.exchanges[PEAK], CLUSTER * G * 4);
-        expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
-    }
-    if (thread == THREADS - 1) {  // what may be read
-        const int in_lists = max(0, from - p.sinks);
-        const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
-        const double left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
-        s.scan = (int)fmin((double)(i64)(left / p.row_bytes), 2147483647.);
-    }
-    clear_histogram(s);
-    route(p, s, row, own, raw, logits);
-    sum_seconds(p, s, head, rank);
-    __syncthreads();
-    wait_in_cluster();
-    FOR_RANKS_AND_HEADS {
-        float sum = 0.f;
-#pragma unroll 4
-        for (int w = 0; w < WARPS; ++w) sum += s.reduced[w][g];
-        send_4(&s.seconds[rank][g], to, __float_as_uint(p.scale * p.scale / 2.f * sum), &s.exchanges[SECOND]);
-    }
-    if (thread < G) {
-        await(&s.exchanges[SECOND]);
-        float sum = 0.f;
-#pragma unroll
-        for (int other = 0; other < CLUSTER; ++other) sum += s.seconds[other][thread];
-        s.variance[thread] = sum;
-    }
-    __syncthreads();
-    STAMP(2);
-    find_norms(p, s, row, own, rank, logits, sizes);
-    STAMP(3);
-    const int total = select(p, s, first_list, own, logits, sizes, table);
-    STAMP(4);
-    deal_pages(p, s, unit, rank, table, pages);
-    const int dealt = (total - rank + CLUSTER - 1) / CLUSTER, count = near_tiles + dealt;
-    if (thread == 0) expect(&s.exchanges[PAGE], dealt * 4);
-    await(&s.exchanges[PAGE]);
-    STAMP(5);
-    const auto fetch = [&](int i, int stage) {
-        u8* tile = own_tiles + stage * TILE_BYTES;
-        if (i < near_tiles) fetch_near(p, near, near.start + i * TILE, tile);
-        else if (i < count) fetch_page(p, pages[i - near_tiles], tile);
-        commit_copies();
-    };
     Partial mine;
     clear(mine);
+    if (warp < CHOOSING) {
+        u32 raw[STEPS];
+        load_anchor(p.anchors + (row + min(warp * 8 + lane / 4, max(own - 1, 0))) * D, raw);
+        prefetch_own(p, unit, head, rank, first_list, first_list + own);
+        load_queries(p, s, unit);
+        if (thread == 0) {
+            expect(&s.exchanges[SECOND], CLUSTER * G * 4);
+            expect(&s.exchanges[NORM], CLUSTER * G * 8);
+            expect(&s.exchanges[RANK], (pairs - (own + 1) / 2) * 16);
+            expect(&s.exchanges[PEAK], CLUSTER * G * 4);
+            expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
+        }
+        if (thread == CHOOSERS - 1) {  // what may be read
+            const int in_lists = max(0, p.first[sequence] - p.sinks);
+            const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
+            const double left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
+            s.scan = (int)fmin((double)(i64)(left / p.row_bytes), 2147483647.);
+        }
+        STAMP(1);
+        clear_histogram(s);
+        route(p, s, row, own, raw, logits);
+        sum_seconds(p, s, head, rank);
+        meet_choosers();
+        wait_in_cluster();
+        FOR_RANKS_AND_HEADS {
+            float sum = 0.f;
+#pragma unroll 4
+            for (int w = 0; w < CHOOSING; ++w) sum += s.reduced[w][g];
+            send_4(&s.seconds[rank][g], to, __float_as_uint(p.scale * p.scale / 2.f * sum), &s.exchanges[SECOND]);
+        }
+        if (thread < G) {
+            await(&s.exchanges[SECOND]);
+            float sum = 0.f;
 #pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage)
-        if (warp + stage * WARPS >= near_tiles) fetch(warp + stage * WARPS, stage);
+            for (int other = 0; other < CLUSTER; ++other) sum += s.seconds[other][thread];
+            s.variance[thread] = sum;
+        }
+        meet_choosers();
+        STAMP(2);
+        find_norms(p, s, row, own, rank, logits, sizes);
+        STAMP(3);
+        const int total = select(p, s, rank, first_list, own, logits, sizes, table);
+        STAMP(4);
+        if (thread == 0) {
+            s.dealt = (total - rank + CLUSTER - 1) / CLUSTER;
+            expect(&s.exchanges[PAGE], s.dealt * 4);
+        }
+        deal_pages(p, s, unit, rank, table, pages);
+        STAMP(5);
+    } else {
+        const int length = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
+        const int all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
+        const Near near = {
+            (i64)unit * (p.sinks + p.ring), share_of(all_near, rank, CLUSTER), share_of(all_near, rank + 1, CLUSTER),
+            min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring), p.ring
+        };
+        u8* own_tiles = tiles + (warp - CHOOSING) * STAGES * TILE_BYTES;
+#if D % 16
+        const int missing = (STEPS * 16 - D) / VECTOR;
+        for (int c = lane; c < STAGES * 2 * TILE * missing; c += WARP)
+            *(uint4*)(own_tiles + c / missing * PITCH + 16 * (VECTORS + c % missing)) = make_uint4(0, 0, 0, 0);
+#endif
+        // First near keys, then pages.
+        int count = (near.end - near.start + TILE - 1) / TILE;
+        bool at_pages = false;
+        const auto fetch = [&](int i, int stage) {
+            u8* tile = own_tiles + stage * TILE_BYTES;
+            if (i < count) {
+                if (at_pages) fetch_page(p, pages[i], tile);
+                else fetch_near(p, near, near.start + i * TILE, tile);
+            }
+            commit_copies();
+        };
 #pragma unroll 1
-    for (int i = warp, stage = 0; i < count; i += WARPS) {
-        wait_copies<STAGES - 1>();
-        __syncwarp();
-        const int keys = i < near_tiles ? near.end - near.start - i * TILE : pages[i - near_tiles] & 31;
-        attend_tile(p, s, mine, own_tiles + stage * TILE_BYTES, keys);
-        __syncwarp();
-        fetch(i + STAGES * WARPS, stage);
-        stage = stage + 1 < STAGES ? stage + 1 : 0;
+        for (;;) {
+#pragma unroll 1
+            for (int stage = 0; stage < STAGES; ++stage) fetch(warp - CHOOSING + stage * ATTENDING, stage);
+            if (!at_pages) {
+                load_queries(p, s, unit);
+                wait_in_cluster();
+                STAMP_OF(CHOOSERS, 6);
+            }
+#pragma unroll 1
+            for (int i = warp - CHOOSING, stage = 0; i < count; i += ATTENDING) {
+                wait_copies<STAGES - 1>();
+                __syncwarp();
+                const int keys = at_pages ? pages[i] & 31 : near.end - near.start - i * TILE;
+                attend_tile(p, s, mine, own_tiles + stage * TILE_BYTES, keys);
+                __syncwarp();
+                fetch(i + STAGES * ATTENDING, stage);
+                stage = stage + 1 < STAGES ? stage + 1 : 0;
+            }
+            wait_copies<0>();
+            if (at_pages) break;
+            STAMP_OF(CHOOSERS, 7);
+            await(&s.exchanges[PAGE]);
+            count = s.dealt;
+            at_pages = true;
+        }
+        STAMP_OF(CHOOSERS, 8);
     }
-    wait_copies<0>();
-    STAMP(6);
+    Means means;
+    if (p.remainder) load_means(p, row, own, warp, means);
     // The largest exact logit bounds the estimates, and all weights are relative to it.
     mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 1));
     mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 2));
@@ -473,7 +522,7 @@ attend_whole(const __grid_constant__ Step p) {
         s.basis[thread] = known ? top : s.norm[thread] > -INFINITE ? s.norm[thread] : 0.f;
     }
     __syncthreads();
-    STAMP(7);
+    STAMP(9);
     refer(mine, s.basis[min(lane / 4, G - 1)]);
     float* own_found = found + warp * G * (D + 1);
     if (lane / 4 < G) {
@@ -488,24 +537,29 @@ attend_whole(const __grid_constant__ Step p) {
     if (p.remainder) {
         weigh_rest(p, s, row, own, table + first_list, logits, sizes);
         __syncthreads();
-        add_means(p, row, own, logits, sizes, own_found);
+        add_means(p, row, own, logits, sizes, means, own_found);
     }
     __syncthreads();
-    STAMP(8);
+    STAMP(10);
 #pragma unroll 1
-    for (int i = thread; i < G * (D + 1); i += THREADS) {
-        const int g = i / (D + 1), d = i % (D + 1), at = g * D + d;
-        float sum = 0.f;
+    for (int start = 0; start < G * D; start += THREADS) {
+        const int at = start + thread, g = at / D;
+        float sum[4] = {};
+        if (at < G * D)
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += found[w * G * (D + 1) + i];
-        if (d < D) {
-            send_4(&s.merged[rank][at % SLICE], at / SLICE, __float_as_uint(sum), &s.exchanges[RESULT]);
-        } else {
-            for (int to = 0; to < CLUSTER; ++to) send_4(&s.sums[rank][g], to, __float_as_uint(sum), &s.exchanges[RESULT]);
-        }
+            for (int w = 0; w < WARPS; ++w) sum[0] += found[w * G * (D + 1) + g * (D + 1) + at % D];
+#pragma unroll
+        for (int i = 1; i < 4; ++i) sum[i] = __shfl_down_sync(FULL, sum[0], i);
+        if (at < G * D && lane % 4 == 0)
+            send_16(&s.merged[rank][at % SLICE], at / SLICE, (const u32*)sum, &s.exchanges[RESULT]);
+    }
+    FOR_RANKS_AND_HEADS {
+        float sum = 0.f;
+#pragma unroll 4
+        for (int w = 0; w < WARPS; ++w) sum += found[w * G * (D + 1) + g * (D + 1) + D];
+        send_4(&s.sums[rank][g], to, __float_as_uint(sum), &s.exchanges[RESULT]);
     }
     await(&s.exchanges[RESULT]);
-    STAMP(9);
 #pragma unroll 1
     for (int i = thread; i < SLICE && rank * SLICE + i < G * D; i += THREADS) {
         const int at = rank * SLICE + i, g = at / D;
@@ -515,5 +569,5 @@ attend_whole(const __grid_constant__ Step p) {
         store_out(p.out, (i64)unit * G * D + at, sum > 0.f ? out / sum : 0.f);
         if (at % D == 0) p.lse[(i64)unit * G + g] = sum > 0.f ? s.basis[g] + logf(sum) : -INFINITE;
     }
-    STAMP(10);
+    STAMP(11);
 }

@@ -97,12 +97,18 @@ inline bool come_emulated(void* barrier) {
     let_others_run();
     return false;
 }
-inline void send_emulated(void* to, int rank, std::initializer_list<unsigned> words, void* barrier) {
+inline void send_bytes(void* to, const void* from, unsigned bytes, int rank, void* barrier) {
     char* there = blocks[blockIdx.x / CLUSTER * CLUSTER + rank].shared.data();
     char* here = (char*)shared_memory();
-    memcpy(there + ((char*)to - here), words.begin(), 4 * words.size());
-    ((Exchange*)(there + ((char*)barrier - here)))->missing -= 4 * words.size();
+    memcpy(there + ((char*)to - here), from, bytes);
+    ((Exchange*)(there + ((char*)barrier - here)))->missing -= bytes;
 }
+inline void send_emulated(void* to, int rank, std::initializer_list<unsigned> words, void* barrier) {
+    send_bytes(to, words.begin(), 4 * words.size(), rank, barrier);
+}
+// The first threads of a block meet.
+static std::vector<Block> some;
+inline void meet_some(unsigned members) { meet(some[blockIdx.x], members); }
 inline void meet_in_cluster() { meet(clusters[blockIdx.x / CLUSTER], threads_of_block * CLUSTER); }
 
 inline void __syncthreads() { meet(this_block(), threads_of_block); }
@@ -127,6 +133,8 @@ inline T __shfl_sync(unsigned, T x, int lane, int width = 32) {
 }
 template <typename T>
 inline T __shfl_up_sync(unsigned, T x, int by) { return from_lane(x, max(this_lane() - by, 0)); }
+template <typename T>
+inline T __shfl_down_sync(unsigned, T x, int by) { return from_lane(x, min(this_lane() + by, 31)); }
 inline bool __any_sync(unsigned, int x) {
     bool any = false;
     Warp& warp = this_warp();
@@ -167,6 +175,12 @@ inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t both = x | (uint64_t)y << 32;
+    unsigned found = 0;
+    for (int i = 0; i < 4; ++i) found |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return found;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __logf(float x) { return logf(x); }
@@ -242,6 +256,7 @@ static int run_grid(unsigned grid, unsigned threads, size_t shared, std::functio
     fibers.assign((size_t)grid * threads, Fiber());
     blocks.assign(grid, Block());
     clusters.assign(grid, Block());
+    some.assign(grid, Block());
     warps.assign((size_t)grid * (threads / 32), Warp());
     for (Block& block : blocks) block.shared.assign(shared, (char)0xff);
     for (size_t i = 0; i < fibers.size(); ++i) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -12,6 +13,9 @@ from saapindex.devices import get_cupy
 from saapindex.errors import InvalidInputError
 
 __all__ = ["ELEMENTS", "get_cupy", "kernel", "options", "source"]
+
+# Blocks of a cluster that every device with clusters has; CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED.
+_PORTABLE, _NON_PORTABLE_ALLOWED = 8, 14
 
 ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
 """What the macro ELEMENT stands for."""
@@ -59,6 +63,9 @@ def _kernel(file: str, name: str, device: int, large: bool, macros: tuple[tuple[
     if large:  # all that there is: whoever asks for less later must not take it away
         most = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
         found.max_dynamic_shared_size_bytes = most - found.shared_size_bytes
+    if dict(macros).get("CLUSTER", 0) > _PORTABLE:
+        driver = importlib.import_module("cupy_backends.cuda.api.driver")
+        driver.funcSetAttribute(found.kernel.ptr, _NON_PORTABLE_ALLOWED, 1)
     return found
 
 
