@@ -201,14 +201,15 @@ __device__ __forceinline__ void clear_histogram(Shared& s) {
 
 // Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh
 // more than `limit`; -1 where everything fits.
-#define RUN ((BINS + CHOOSERS - 1) / CHOOSERS)
+#define RUN ((BINS / 4 + CHOOSERS - 1) / CHOOSERS * 4)
 __device__ __noinline__ void find_bin(Shared& s, int limit) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, begin = threadIdx.x * RUN;
     int counts[RUN], sum = 0;
 #pragma unroll
-    for (int i = 0; i < RUN; ++i) {
-        counts[i] = begin + i < BINS ? s.histogram[BINS - 1 - begin - i] : 0;
-        sum += counts[i];
+    for (int i = 0; i < RUN; i += 4) {
+        const int4 four = begin + i < BINS ? *(const int4*)(s.histogram + BINS - 4 - begin - i) : make_int4(0, 0, 0, 0);
+        counts[i] = four.w, counts[i + 1] = four.z, counts[i + 2] = four.y, counts[i + 3] = four.x;
+        sum += four.x + four.y + four.z + four.w;
     }
     int before = sum;
 #pragma unroll

@@ -10,7 +10,9 @@
 #define BINS 2048
 #define LOWEST_BITS 0x23800000  // of 2^-56: weights below share a bin
 #define BIN_SHIFT 18            // 32 bins of an octave
-#define OWN 1024                // lists, or candidates of a block, in the bin in which a cut falls
+#ifndef OWN
+#define OWN 1024  // lists, or candidates of a block, in the bin in which a cut falls
+#endif
 #define CORRECTION 3.f          // the most that a second-order term adds to a logit
 #define SLACK 8.f               // logits may pass the reference by so much before it moves
 #define LOG2E 1.4426950408889634f

@@ -24,7 +24,10 @@
 #define ATTENDING (WARPS - CHOOSING)
 #define SLICE (((G * D / 4 + CLUSTER - 1) / CLUSTER) * 4)  // numbers of the output that each block merges
 #define COLUMNS ((D + 127) / 128)       // groups of four dimensions of a mean, of a lane
-#define MEANS (8 / COLUMNS)             // lists whose means a warp asks for at once
+#define MEANS (16 / COLUMNS)            // lists whose means a warp asks for at once
+#define AHEAD (D <= 128 ? 4 : 2)        // ... anchors, eight lists each, and rows of the code
+#define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
+#define OWN 512
 
 #include "attend_step.cuh"
 
@@ -111,41 +114,80 @@ __device__ __forceinline__ void prefetch_own(const Step& p, int stream, int head
         prefetch(p.labels + pages + i), prefetch(p.orders + pages + i), prefetch(p.pages + pages + i);
 }
 
-// Inner products of the queries with this block's anchors.
-__device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, int own, u32* raw, float* logits) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
-#pragma unroll 1
-    for (int start = warp * 8; start < own; start += CHOOSING * 8) {
-        float products[4] = {};
-        multiply_anchors(s, raw, products);
-        const int next = start + CHOOSING * 8;
-        if (next < own) load_anchor(p.anchors + (row + min(next + head, own - 1)) * D, raw);
+// What a warp needs of lists and of rows of the code, asked for at once.
+struct Anchors {
+    u32 raw[AHEAD][STEPS];
+    float scales[AHEAD][2];
+};
+struct Rows {
+    float x[AHEAD][(D + WARP - 1) / WARP], spread[AHEAD];
+};
+__device__ __forceinline__ void load_anchors(const Step& p, i64 row, int own, int start, Anchors& anchors) {
+    const int lane = threadIdx.x % WARP;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int one = start + 2 * quarter + i;
-            if (head < G && one < own)
-                logits[one * G + head] = products[i] * p.scale * p.anchor_scales[row + one] * query_scale(s, head);
+    for (int a = 0; a < AHEAD; ++a) {
+        const int first = start + a * 8 * CHOOSING;
+        if (first >= own) continue;
+        load_anchor(p.anchors + (row + min(first + lane / 4, own - 1)) * D, anchors.raw[a]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) anchors.scales[a][i] = p.anchor_scales[row + min(first + lane % 4 * 2 + i, own - 1)];
+    }
+}
+__device__ __forceinline__ void load_rows(const Step& p, int head, int start, int last, Rows& rows) {
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a) {
+        const int r = start + a * CHOOSING;
+        const float* at = p.inverse + ((i64)head * p.coded_most + r) * D;
+        rows.spread[a] = r < last ? p.spread[(i64)head * p.coded_most + r] : 0.f;
+#pragma unroll
+        for (int d = 0; d < D; d += WARP) {
+            const int lane = threadIdx.x % WARP;
+            rows.x[a][d / WARP] = r < last && d + lane < D ? at[d + lane] : 0.f;
         }
     }
 }
 
-// This block's part of the second orders of the queries: of its share of the rotated dimensions.
-__device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, int rank) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, last = share_of(p.coded_most, rank + 1, CLUSTER);
-    float second[G] = {};
-    // The last warps begin here, since the first have more lists.
-#pragma unroll 2
-    for (int r = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp; r < last; r += CHOOSING) {
-        float dot[G] = {};
+// Inner products of the queries with this block's anchors, of which the first are at hand.
+__device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, int own, Anchors& anchors, float* logits) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
+#pragma unroll 1
+    for (int start = warp * 8; start < own; start += AHEAD * CHOOSING * 8) {
+        if (start > warp * 8) load_anchors(p, row, own, start, anchors);
 #pragma unroll
-        for (int d = lane; d < D; d += WARP) {
-            const float x = p.inverse[((i64)head * p.coded_most + r) * D + d];
+        for (int a = 0; a < AHEAD; ++a) {
+            const int first = start + a * 8 * CHOOSING;
+            if (first >= own) break;
+            float products[4] = {};
+            multiply_anchors(s, anchors.raw[a], products);
 #pragma unroll
-            for (int g = 0; g < G; ++g) dot[g] = fmaf(s.query[g][d], x, dot[g]);
+            for (int i = 0; i < 2; ++i) {
+                const int one = first + 2 * quarter + i;
+                if (head < G && one < own)
+                    logits[one * G + head] = products[i] * p.scale * anchors.scales[a][i] * query_scale(s, head);
+            }
         }
-        const float spread = p.spread[(i64)head * p.coded_most + r];
+    }
+}
+
+// This block's part of the second orders of the queries: of its share of the rotated dimensions, of which the first are
+// at hand. The last warps begin, since the first have more lists.
+__device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, int start, int last, Rows& rows) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    float second[G] = {};
+#pragma unroll 1
+    for (int r = start; r < last; r += AHEAD * CHOOSING) {
+        if (r > start) load_rows(p, head, r, last, rows);
 #pragma unroll
-        for (int g = 0; g < G; ++g) dot[g] = warp_sum(dot[g]), second[g] = fmaf(dot[g] * dot[g], spread, second[g]);
+        for (int a = 0; a < AHEAD; ++a) {
+            if (r + a * CHOOSING >= last) break;
+            float dot[G] = {};
+#pragma unroll
+            for (int d = 0; d < D; d += WARP)
+#pragma unroll
+                for (int g = 0; g < G; ++g) dot[g] = fmaf(s.query[g][min(d + lane, D - 1)], rows.x[a][d / WARP], dot[g]);
+#pragma unroll
+            for (int g = 0; g < G; ++g) dot[g] = warp_sum(dot[g]), second[g] = fmaf(dot[g] * dot[g], rows.spread[a], second[g]);
+        }
     }
     if (lane == 0)
 #pragma unroll
@@ -158,19 +200,22 @@ __device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, 
         for (int to = threadIdx.x / G, g = threadIdx.x % G; to >= 0; to = -1)
 
 // Logits of this block's lists, and the norms of all lists.
-__device__ __forceinline__ void find_norms(const Step& p, Shared& s, i64 row, int own, int rank, float* logits, int* sizes) {
+__device__ __forceinline__ void find_norms(
+    const Step& p, Shared& s, i64 row, int own, int rank, int first_size, float first_squares, float* logits, int* sizes
+) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float peak[G], sum[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
 #pragma unroll 1
     for (int i = threadIdx.x; i < own; i += CHOOSERS) {
-        const int size = sizes[i] = p.sizes[row + i];
+        const int size = sizes[i] = i < CHOOSERS ? first_size : p.sizes[row + i];
+        const float squares = i < CHOOSERS ? first_squares : p.squares[row + i];
         if (!size) continue;
         Group group;
 #pragma unroll
         for (int g = 0; g < G; ++g) group.x[g] = logits[i * G + g];
-        group = corrected(p, s, group, p.squares[row + i], size);
+        group = corrected(p, s, group, squares, size);
 #pragma unroll
         for (int g = 0; g < G; ++g) {
             logits[i * G + g] = group.x[g];
@@ -303,7 +348,7 @@ __device__ __forceinline__ void fetch_page(const Step& p, int page, u8* tile) {
 
 // The weight of what is left of each list of this block, in place of its logits; scales of mean values, of its size.
 __device__ __forceinline__ void weigh_rest(
-    const Step& p, const Shared& s, i64 row, int own, const int2* table, float* logits, int* sizes
+    const Step& p, const Shared& s, i64 row, int own, float first_scale, const int2* table, float* logits, int* sizes
 ) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < own; i += THREADS) {
@@ -311,7 +356,7 @@ __device__ __forceinline__ void weigh_rest(
 #pragma unroll
         for (int g = 0; g < G; ++g)
             logits[i * G + g] = rest > 0 ? (float)rest * exponential(fminf(logits[i * G + g], s.bound[g]) - s.basis[g]) : 0.f;
-        sizes[i] = __float_as_int(p.mean_scales[row + i]);
+        sizes[i] = __float_as_int(i < THREADS ? first_scale : p.mean_scales[row + i]);
     }
 }
 
@@ -361,13 +406,14 @@ __device__ __forceinline__ void add_means(
 #pragma unroll
     for (int g = 0; g < G; ++g) {
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int d = 128 * c + 4 * lane + j;
-                if (d < D) found[g * (D + 1) + d] += out[c][g][j];
-            }
-        if (lane == 0) found[g * (D + 1) + D] += sum[g];
+        for (int c = 0; c < COLUMNS; ++c) {
+            const int d = 128 * c + 4 * lane;
+            if (d >= D) continue;
+            float4& four = *(float4*)(found + g * FOUND + d);
+            const float4 old = four;
+            four = make_float4(old.x + out[c][g][0], old.y + out[c][g][1], old.z + out[c][g][2], old.w + out[c][g][3]);
+        }
+        if (lane == 0) found[g * FOUND + D] += sum[g];
     }
 }
 
@@ -385,7 +431,7 @@ attend_whole(const __grid_constant__ Step p) {
     const i64 row = (i64)unit * p.lists + first_list;
     u8* tiles = memory + (sizeof(Shared) + 15) / 16 * 16;
     float* found = (float*)tiles;  // of each warp, when tiles are done with
-    const int tiled = max(ATTENDING * STAGES * TILE_BYTES, (WARPS * G * (D + 1) * 4 + 15) / 16 * 16);
+    const int tiled = max(ATTENDING * STAGES * TILE_BYTES, WARPS * G * FOUND * 4);
     int2* table = (int2*)(tiles + tiled);
     float* logits = (float*)(table + 2 * pairs);
     int* sizes = (int*)(logits + most_own * G);
@@ -394,12 +440,20 @@ attend_whole(const __grid_constant__ Step p) {
     if (thread == 0)
         for (int i = 0; i < EXCHANGES; ++i) begin_exchange(&s.exchanges[i]);
     arrive_in_cluster();
+    let_next_begin();
     Partial mine;
     clear(mine);
     if (warp < CHOOSING) {
-        u32 raw[STEPS];
-        load_anchor(p.anchors + (row + min(warp * 8 + lane / 4, max(own - 1, 0))) * D, raw);
         prefetch_own(p, unit, head, rank, first_list, first_list + own);
+        wait_for_previous();
+        const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
+        const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
+        Anchors anchors;
+        Rows rows;
+        load_anchors(p, row, own, warp * 8, anchors);
+        load_rows(p, head, first_row, last_row, rows);
+        const int first_size = thread < own ? p.sizes[row + thread] : 0;
+        const float first_squares = thread < own ? p.squares[row + thread] : 0.f;
         load_queries(p, s, unit);
         if (thread == 0) {
             expect(&s.exchanges[SECOND], CLUSTER * G * 4);
@@ -416,8 +470,8 @@ attend_whole(const __grid_constant__ Step p) {
         }
         STAMP(1);
         clear_histogram(s);
-        route(p, s, row, own, raw, logits);
-        sum_seconds(p, s, head, rank);
+        route(p, s, row, own, anchors, logits);
+        sum_seconds(p, s, head, first_row, last_row, rows);
         meet_choosers();
         wait_in_cluster();
         FOR_RANKS_AND_HEADS {
@@ -435,7 +489,7 @@ attend_whole(const __grid_constant__ Step p) {
         }
         meet_choosers();
         STAMP(2);
-        find_norms(p, s, row, own, rank, logits, sizes);
+        find_norms(p, s, row, own, rank, first_size, first_squares, logits, sizes);
         STAMP(3);
         const int total = select(p, s, rank, first_list, own, logits, sizes, table);
         STAMP(4);
@@ -446,6 +500,7 @@ attend_whole(const __grid_constant__ Step p) {
         deal_pages(p, s, unit, rank, table, pages);
         STAMP(5);
     } else {
+        wait_for_previous();
         const int length = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
         const int all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
         const Near near = {
@@ -499,6 +554,7 @@ attend_whole(const __grid_constant__ Step p) {
     }
     Means means;
     if (p.remainder) load_means(p, row, own, warp, means);
+    const float first_scale = p.remainder && thread < own ? p.mean_scales[row + thread] : 0.f;
     // The largest exact logit bounds the estimates, and all weights are relative to it.
     mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 1));
     mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 2));
@@ -524,18 +580,18 @@ attend_whole(const __grid_constant__ Step p) {
     __syncthreads();
     STAMP(9);
     refer(mine, s.basis[min(lane / 4, G - 1)]);
-    float* own_found = found + warp * G * (D + 1);
+    float* own_found = found + warp * G * FOUND;
     if (lane / 4 < G) {
-        float* at = own_found + lane / 4 * (D + 1);
+        float* at = own_found + lane / 4 * FOUND;
         if (lane % 4 == 0) at[D] = mine.sum;
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int d = 8 * i + lane % 4 * 2;
-            if (d < D) at[d] = mine.out[i][0] + mine.out[i][2], at[d + 1] = mine.out[i][1] + mine.out[i][3];
+            if (d < D) *(float2*)(at + d) = make_float2(mine.out[i][0] + mine.out[i][2], mine.out[i][1] + mine.out[i][3]);
         }
     }
     if (p.remainder) {
-        weigh_rest(p, s, row, own, table + first_list, logits, sizes);
+        weigh_rest(p, s, row, own, first_scale, table + first_list, logits, sizes);
         __syncthreads();
         add_means(p, row, own, logits, sizes, means, own_found);
     }
@@ -547,7 +603,7 @@ attend_whole(const __grid_constant__ Step p) {
         float sum[4] = {};
         if (at < G * D)
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) sum[0] += found[w * G * (D + 1) + g * (D + 1) + at % D];
+            for (int w = 0; w < WARPS; ++w) sum[0] += found[(w * G + g) * FOUND + at % D];
 #pragma unroll
         for (int i = 1; i < 4; ++i) sum[i] = __shfl_down_sync(FULL, sum[0], i);
         if (at < G * D && lane % 4 == 0)
@@ -556,7 +612,7 @@ attend_whole(const __grid_constant__ Step p) {
     FOR_RANKS_AND_HEADS {
         float sum = 0.f;
 #pragma unroll 4
-        for (int w = 0; w < WARPS; ++w) sum += found[w * G * (D + 1) + g * (D + 1) + D];
+        for (int w = 0; w < WARPS; ++w) sum += found[(w * G + g) * FOUND + D];
         send_4(&s.sums[rank][g], to, __float_as_uint(sum), &s.exchanges[RESULT]);
     }
     await(&s.exchanges[RESULT]);

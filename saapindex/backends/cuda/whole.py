@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from saapindex.backends.cuda.launch import element
 from saapindex.backends.cuda.module import kernel
-from saapindex.backends.cuda.step import BINS, OWN, POLICIES, DeviceCode, Limits, Workspace, step
+from saapindex.backends.cuda.overlap import launch_overlapping
+from saapindex.backends.cuda.step import BINS, POLICIES, DeviceCode, Limits, Workspace, step
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
 
@@ -44,13 +45,13 @@ def whole_shared(
         48
         + 4 * group * d
         + (3 if mixed or itemsize == 4 else 1) * 32 * (8 * steps + 4)
-        + max(4 * (BINS + 3 * OWN), 16 * cluster * -(-group * d // 4 // cluster))
+        + max(4 * (BINS + 3 * 512), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
         + 4 * group * (5 * cluster + 5)
         + 64
     )
     tile = 32 * (16 * steps * itemsize + 16)
-    tiles = max(attending * shape.stages * tile, -(-4 * warps * group * (d + 1) // 16) * 16)
+    tiles = max(attending * shape.stages * tile, 4 * warps * group * (d + 4))
     return fixed + tiles + 16 * -(-lists // 2) + 4 * own * (group + 1) + 4 * -(-most_pages // cluster) + 16
 
 
@@ -93,4 +94,4 @@ def attend_whole(
         **({"CAPPED": 1} if scaling.softcap else {}),
         **({} if stamps is None else {"STAMPS": 1}),
     )
-    run((units * shape.cluster,), (shape.threads,), (argument,), shared_mem=shared)
+    launch_overlapping(run, units * shape.cluster, shape.threads, argument, shared)
