@@ -64,7 +64,7 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
     }
     find_bin(s, limit);
     const int boundary = s.boundary;
-#pragma unroll 1
+#pragma unroll 2
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const float rank = lists.rank(list);
         const int size = lists.size(list), bin = rank > -INFINITE ? bin_of_weight(rank) : -2;

@@ -23,8 +23,9 @@
 #define CHOOSING (CHOOSERS / WARP)      // warps that do
 #define ATTENDING (WARPS - CHOOSING)
 #define SLICE (((G * D / 4 + CLUSTER - 1) / CLUSTER) * 4)  // numbers of the output that each block merges
-#define COLUMNS ((D + 127) / 128)       // groups of four dimensions of a mean, of a lane
-#define MEANS (16 / COLUMNS)            // lists whose means a warp asks for at once
+#define MEANS 2                         // times sixteen lists whose means a warp asks for at once
+#define GROUPS ((D + 31) / 32)          // of 32 dimensions
+#define AT_ONCE (GROUPS < 4 ? GROUPS : 4)
 #define AHEAD (D <= 128 ? 4 : 2)        // ... anchors, eight lists each, and rows of the code
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
 #define OWN 512
@@ -92,26 +93,20 @@ struct Near {
 };
 
 // Ask for what this block is going to read, whatever is chosen: memory is slow to begin.
-__device__ __forceinline__ void prefetch_own(const Step& p, int stream, int head, int rank, int first, int last) {
-    const i64 row = (i64)stream * p.lists, begin = (row + first) * D, end = (row + last) * D;
+__device__ __forceinline__ void prefetch_lists(const Step& p, i64 row, int own) {
 #pragma unroll 1
-    for (i64 i = begin + 128 * (int)threadIdx.x; i < end; i += 128 * CHOOSERS)
-        prefetch(p.anchors + i), prefetch(p.means + i);
+    for (int i = 128 * (AHEAD * CHOOSERS / 4 * D / 128 + threadIdx.x); i < own * D; i += 128 * CHOOSERS)
+        prefetch(p.anchors + row * D + i);
 #pragma unroll 1
-    for (int list = first + 32 * (CHOOSERS - 1 - (int)threadIdx.x); list < last; list += 32 * CHOOSERS) {
-        prefetch(p.anchor_scales + row + list), prefetch(p.mean_scales + row + list);
-        prefetch(p.sizes + row + list), prefetch(p.squares + row + list);
-    }
-    const int from = share_of(p.coded_most, rank, CLUSTER), to = share_of(p.coded_most, rank + 1, CLUSTER);
-    const i64 own = (i64)head * p.coded_most;
-#pragma unroll 1
-    for (int i = CHOOSERS - 1 - (int)threadIdx.x; i < (to - from) * ((D + 31) / 32); i += CHOOSERS)
-        prefetch(p.inverse + (own + from) * D + 32 * i);
-    if (threadIdx.x * 32 < p.coded_most) prefetch(p.spread + own + 32 * threadIdx.x);
+    for (int list = 32 * threadIdx.x; list < own; list += 32 * CHOOSERS) prefetch(p.mean_scales + row + list);
+}
+__device__ __forceinline__ void prefetch_pages(const Step& p, int stream, int rank, i64 row, int own) {
     const i64 pages = (i64)stream * p.most_pages;
 #pragma unroll 1
     for (int i = 32 * (rank * CHOOSERS + (int)threadIdx.x); i < p.most_pages; i += 32 * CLUSTER * CHOOSERS)
         prefetch(p.labels + pages + i), prefetch(p.orders + pages + i), prefetch(p.pages + pages + i);
+#pragma unroll 1
+    for (int i = 128 * threadIdx.x; i < own * D; i += 128 * CHOOSERS) prefetch(p.means + row * D + i);
 }
 
 // What a warp needs of lists and of rows of the code, asked for at once.
@@ -271,7 +266,7 @@ __device__ __forceinline__ int select(
         send_same(table + first, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
     await(&s.exchanges[RANK]);
     const Ranked lists = {table};
-#pragma unroll 2
+#pragma unroll 4
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const int size = lists.size(list);
         if (!size) continue;
@@ -279,29 +274,27 @@ __device__ __forceinline__ int select(
         atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? weight / (float)size : weight, size, MASSES));
     }
     cut_lists(p, s, lists, MASSES);
-    // In the order of the lists, their pages make up a row that is dealt out to the blocks.
+    // Thread by thread, the pages of lists make up a row that is dealt out to the blocks.
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int part = (p.lists + CHOOSERS - 1) / CHOOSERS * WARP, begin = min(warp * part, p.lists), end = min(begin + part, p.lists);
     int sum = 0;
-#pragma unroll 2
-    for (int list = begin + lane; list < end; list += WARP) sum += (table[list].x + LANES - 1) / LANES;
-    sum = warp_sum_int(sum);
-    int* warps = (int*)s.reduced;
-    if (lane == 0) warps[warp] = sum;
-    meet_choosers();
-    int before = warp_sum_int(lane < warp ? warps[lane] : 0);
-    const int total = warp_sum_int(lane < CHOOSING ? warps[lane] : 0);
-#pragma unroll 1
-    for (int start = begin; start < end; start += WARP) {
-        const int list = start + lane, taken = list < end ? table[list].x : 0, count = (taken + LANES - 1) / LANES;
-        int sum = count;
+#pragma unroll 4
+    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) sum += (table[list].x + LANES - 1) / LANES;
+    int before = sum;
 #pragma unroll
-        for (int step = 1; step < WARP; step <<= 1) {
-            const int other = __shfl_up_sync(FULL, sum, step);
-            if (lane >= step) sum += other;
-        }
-        if (list < end) table[list] = make_int2(before + sum - count, taken);
-        before += __shfl_sync(FULL, sum, WARP - 1);
+    for (int step = 1; step < WARP; step <<= 1) {
+        const int other = __shfl_up_sync(FULL, before, step);
+        if (lane >= step) before += other;
+    }
+    int* warps = (int*)s.reduced;
+    if (lane == WARP - 1) warps[warp] = before;
+    meet_choosers();
+    const int total = warp_sum_int(lane < CHOOSING ? warps[lane] : 0);
+    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
+#pragma unroll 4
+    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
+        const int taken = table[list].x;
+        table[list] = make_int2(before, taken);
+        before += (taken + LANES - 1) / LANES;
     }
     meet_choosers();
     return total;
@@ -312,7 +305,7 @@ __device__ __forceinline__ int select(
 __device__ __forceinline__ void deal_pages(const Step& p, Shared& s, int stream, int rank, const int2* table, int* pages) {
     const i64 row = (i64)stream * p.most_pages;
     const int count = p.counts[stream];
-#pragma unroll 4
+#pragma unroll 8
     for (int i = rank * CHOOSERS + threadIdx.x; i < count; i += CLUSTER * CHOOSERS) {
         const int label = p.labels[row + i], order = p.orders[row + i], page = p.pages[row + i];
         const int2 list = table[label >> 5];
@@ -360,61 +353,86 @@ __device__ __forceinline__ void weigh_rest(
     }
 }
 
-// Mean values of some of this block's lists: four dimensions a lane.
+// Mean values of sixteen lists: of four of them, four dimensions of each group, in a lane.
 struct Means {
-    u32 x[MEANS][COLUMNS];
+    u32 x[MEANS][AT_ONCE][4];
 };
-__device__ __forceinline__ void load_means(const Step& p, i64 row, int own, int start, Means& means) {
+__device__ __forceinline__ void load_means(const Step& p, i64 row, int own, int start, int group, Means& means) {
+    const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int m = 0; m < MEANS; ++m)
+    for (int m = 0; m < MEANS; ++m) {
+        if (start + m * 16 * WARPS >= own) continue;
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-            const int i = start + m * WARPS, d = 128 * c + 4 * (threadIdx.x % WARP);
-            means.x[m][c] = i < own && d < D ? *(const u32*)(p.means + (row + i) * D + d) : 0;
-        }
+        for (int c = 0; c < AT_ONCE; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int list = start + m * 16 * WARPS + lane % 4 * 2 + i % 2 + i / 2 * 8;
+                const int d = 32 * (group + c) + lane / 4 * 4;
+                means.x[m][c][i] = list < own && d < D ? *(const u32*)(p.means + (row + list) * D + d) : 0;
+            }
+    }
 }
 
-// Add mean values, of which the first are at hand, to what a warp found.
+// A byte as a number: as the last of the digits of 2^23, which is faster than to convert it.
+__device__ __forceinline__ float byte_of(u32 x, int j) {
+    return __uint_as_float(__byte_perm(x ^ 0x80808080u, 0x4b000000u, 0x7440 + j)) - 8388736.f;
+}
+
+// Add mean values, of which the first are at hand, to what a warp found: on tensor cores, weights in two parts.
 __device__ __forceinline__ void add_means(
     const Step& p, i64 row, int own, const float* weights, const int* scales, Means& means, float* found
 ) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float out[COLUMNS][G][4] = {}, sum[G] = {};
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
+    float sum = 0.f;
 #pragma unroll 1
-    for (int start = warp; start < own; start += MEANS * WARPS) {
-        if (start > warp) load_means(p, row, own, start, means);
+    for (int group = 0; group < GROUPS; group += AT_ONCE) {
+        float out[AT_ONCE][4][4] = {};
+#pragma unroll 1
+        for (int start = 16 * warp; start < own; start += MEANS * 16 * WARPS) {
+            if (group || start > 16 * warp) load_means(p, row, own, start, group, means);
 #pragma unroll
-        for (int m = 0; m < MEANS; ++m) {
-            const int i = start + m * WARPS;
-            if (i >= own) break;
-            const float scale = __int_as_float(scales[i]);
-            float factors[G];
+            for (int m = 0; m < MEANS; ++m) {
+                const int first = start + m * 16 * WARPS;
+                if (first >= own) break;
+                float x[4];
 #pragma unroll
-            for (int g = 0; g < G; ++g) factors[g] = weights[i * G + g], sum[g] += factors[g], factors[g] *= scale;
-#pragma unroll
-            for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    // A byte as the last of the digits of 2^23, which is faster than to convert it.
-                    const u32 bits = __byte_perm(means.x[m][c] ^ 0x80808080u, 0x4b000000u, 0x7440 + j);
-                    const float x = __uint_as_float(bits) - 8388736.f;
-#pragma unroll
-                    for (int g = 0; g < G; ++g) out[c][g][j] = fmaf(factors[g], x, out[c][g][j]);
+                for (int i = 0; i < 4; ++i) {
+                    const int list = first + quarter * 2 + i % 2 + i / 2 * 8;
+                    const float weight = list < own && head < G ? weights[list * G + head] : 0.f;
+                    if (group == 0) sum += weight;
+                    x[i] = list < own ? weight * __int_as_float(scales[list]) : 0.f;
                 }
-        }
-    }
+                u32 a[4];
+                a[0] = pair_of(x[0], x[1]), a[2] = pair_of(x[2], x[3]);
+                take_off(a[0], x[0], x[1]), take_off(a[2], x[2], x[3]);
+                a[1] = pair_of(x[0], x[1]), a[3] = pair_of(x[2], x[3]);
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
+                for (int c = 0; c < AT_ONCE; ++c)
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-            const int d = 128 * c + 4 * lane;
-            if (d >= D) continue;
-            float4& four = *(float4*)(found + g * FOUND + d);
-            const float4 old = four;
-            four = make_float4(old.x + out[c][g][0], old.y + out[c][g][1], old.z + out[c][g][2], old.w + out[c][g][3]);
+                    for (int j = 0; j < 4; ++j) {
+                        const u32* y = means.x[m][c];
+                        multiply(out[c][j], a, pair_of(byte_of(y[0], j), byte_of(y[1], j)), pair_of(byte_of(y[2], j), byte_of(y[3], j)));
+                    }
+            }
         }
-        if (lane == 0) found[g * FOUND + D] += sum[g];
+        if (head < G)
+#pragma unroll
+            for (int c = 0; c < AT_ONCE; ++c)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int d = 32 * (group + c) + 8 * quarter + 4 * i;
+                    if (d >= D) continue;
+                    float4& four = *(float4*)(found + head * FOUND + d);
+                    const float4 old = four;
+                    four = make_float4(
+                        old.x + out[c][0][i] + out[c][0][i + 2], old.y + out[c][1][i] + out[c][1][i + 2],
+                        old.z + out[c][2][i] + out[c][2][i + 2], old.w + out[c][3][i] + out[c][3][i + 2]
+                    );
+                }
     }
+    sum += __shfl_xor_sync(FULL, sum, 1);
+    sum += __shfl_xor_sync(FULL, sum, 2);
+    if (head < G && quarter == 0) found[head * FOUND + D] += sum;
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
@@ -440,11 +458,9 @@ attend_whole(const __grid_constant__ Step p) {
     if (thread == 0)
         for (int i = 0; i < EXCHANGES; ++i) begin_exchange(&s.exchanges[i]);
     arrive_in_cluster();
-    let_next_begin();
     Partial mine;
     clear(mine);
     if (warp < CHOOSING) {
-        prefetch_own(p, unit, head, rank, first_list, first_list + own);
         wait_for_previous();
         const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
         const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
@@ -454,6 +470,7 @@ attend_whole(const __grid_constant__ Step p) {
         load_rows(p, head, first_row, last_row, rows);
         const int first_size = thread < own ? p.sizes[row + thread] : 0;
         const float first_squares = thread < own ? p.squares[row + thread] : 0.f;
+        prefetch_lists(p, row, own);
         load_queries(p, s, unit);
         if (thread == 0) {
             expect(&s.exchanges[SECOND], CLUSTER * G * 4);
@@ -472,6 +489,7 @@ attend_whole(const __grid_constant__ Step p) {
         clear_histogram(s);
         route(p, s, row, own, anchors, logits);
         sum_seconds(p, s, head, first_row, last_row, rows);
+        prefetch_pages(p, unit, rank, row, own);
         meet_choosers();
         wait_in_cluster();
         FOR_RANKS_AND_HEADS {
@@ -552,8 +570,9 @@ attend_whole(const __grid_constant__ Step p) {
         }
         STAMP_OF(CHOOSERS, 8);
     }
+    let_next_begin();
     Means means;
-    if (p.remainder) load_means(p, row, own, warp, means);
+    if (p.remainder) load_means(p, row, own, 16 * warp, 0, means);
     const float first_scale = p.remainder && thread < own ? p.mean_scales[row + thread] : 0.f;
     // The largest exact logit bounds the estimates, and all weights are relative to it.
     mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 1));
@@ -593,7 +612,7 @@ attend_whole(const __grid_constant__ Step p) {
     if (p.remainder) {
         weigh_rest(p, s, row, own, first_scale, table + first_list, logits, sizes);
         __syncthreads();
-        add_means(p, row, own, logits, sizes, means, own_found);
+        if (16 * warp < own) add_means(p, row, own, logits, sizes, means, own_found);
     }
     __syncthreads();
     STAMP(10);
