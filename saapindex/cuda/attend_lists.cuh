@@ -1,21 +1,19 @@
 // Lists: their logits, and where the order of their ranks is cut.
 
-// Four dimensions in each step of sixteen of an anchor: of the list of this lane, eight lists a warp.
-__device__ __forceinline__ void load_anchor(const i8* anchor, u32* raw) {
-    const int quarter = threadIdx.x % 4;
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step)
-        raw[step] = 16 * step + 4 * quarter < D ? *(const u32*)(anchor + 16 * step + 4 * quarter) : 0;
+// A byte as a number: as the last of the digits of 2^23, which is faster than to convert it.
+__device__ __forceinline__ float byte_of(u32 x, int j) {
+    return __uint_as_float(__byte_perm(x ^ 0x80808080u, 0x4b000000u, 0x7440 + j)) - 8388736.f;
 }
 
 // Inner products of the queries with eight anchors: a lane gets those of head lane / 4 with lists 2 (lane % 4) and the
-// next, in the first two; they lack the scales of the query and of the anchors.
+// next, in the first two; they lack the scales of the query and of the anchors. `raw` holds, of the list lane / 4, four
+// dimensions of each step of sixteen.
 __device__ __forceinline__ void multiply_anchors(const Shared& s, const u32* raw, float* products) {
     const int head = threadIdx.x % WARP / 4, quarter = threadIdx.x % 4;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         const u32 x = raw[step];
-        const u32 b0 = pair_of((float)(i8)x, (float)(i8)(x >> 8)), b1 = pair_of((float)(i8)(x >> 16), (float)(i8)(x >> 24));
+        const u32 b0 = pair_of(byte_of(x, 0), byte_of(x, 1)), b1 = pair_of(byte_of(x, 2), byte_of(x, 3));
 #pragma unroll
         for (int i = 0; i < QUERY_PARTS; ++i) {
             const uint2 pairs = *(const uint2*)(s.pairs[i][head] + 8 * step + 2 * quarter);
@@ -80,19 +78,17 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
     }
     meet_choosers();
     // In the bin of the cut, lists come one after another; of equal rank the lower first.
-    const int owned = min(s.owned, OWN), lane = threadIdx.x % WARP;
+    const int owned = min(s.owned, OWN);
 #pragma unroll 1
-    for (int i = threadIdx.x / WARP; i < owned; i += CHOOSERS / WARP) {
+    for (int i = threadIdx.x; i < owned; i += CHOOSERS) {
         const int list = s.rows[i], size = lists.size(list);
         const float rank = __int_as_float(s.rows[OWN + i]);
-        int before = 0;
-#pragma unroll 1
-        for (int j = lane; j < owned; j += WARP) {
+        int before = s.reached;
+#pragma unroll 4
+        for (int j = 0; j < owned; ++j) {
             const float other = __int_as_float(s.rows[OWN + j]);
             before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
         }
-        before = warp_sum_int(before) + s.reached;
-        if (lane) continue;
         int visit = 0;
         if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;
         else if (before + size <= limit) visit = size;

@@ -32,7 +32,10 @@ __device__ __forceinline__ void route(const Step& p, Shared& s, const Part& part
     for (int start = part.first_list + warp * 8; start < part.last_list; start += WARPS * 8) {
         const int list = min(start + lane / 4, part.last_list - 1);
         u32 raw[STEPS];
-        load_anchor(p.anchors + (row + list) * D, raw);
+        const i8* anchor = p.anchors + (row + list) * D + 4 * quarter;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+            raw[step] = 16 * step + 4 * quarter < D ? *(const u32*)(anchor + 16 * step) : 0;
         float products[4] = {};
         multiply_anchors(s, raw, products);
 #pragma unroll

@@ -18,7 +18,7 @@
 #define CHOOSERS 256  // threads that choose
 #endif
 #ifndef STAGES
-#define STAGES 2  // tiles of a warp that are on their way at once
+#define STAGES 2  // tiles of a warp that are on their way at once; the last waits until the anchors have been read
 #endif
 #define CHOOSING (CHOOSERS / WARP)      // warps that do
 #define ATTENDING (WARPS - CHOOSING)
@@ -26,7 +26,10 @@
 #define MEANS 2                         // times sixteen lists whose means a warp asks for at once
 #define GROUPS ((D + 31) / 32)          // of 32 dimensions
 #define AT_ONCE (GROUPS < 4 ? GROUPS : 4)
-#define AHEAD (D <= 128 ? 4 : 2)        // ... anchors, eight lists each, and rows of the code
+#define AHEAD (D <= 128 ? 8 : 4)        // rows of the code ...
+#define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
+// Where sixteen bytes of a row of anchors stand: so that those of eight rows are on different banks.
+#define SWIZZLED(row, i) (D % 128 == 0 ? (i) ^ (row) & 7 : D == 64 ? (i) ^ (row) >> 1 & 3 : D == 32 ? (i) ^ (row) >> 2 & 1 : (i))
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
 #define OWN 512
 
@@ -36,8 +39,17 @@ enum { SECOND, NORM, RANK, PAGE, PEAK, RESULT, EXCHANGES };
 
 #define STAMPED 12
 #ifdef STAMPS
+__device__ __forceinline__ i64 read_clock() {
+#if STAMPS == 2
+    i64 t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+#else
+    return clock64();
+#endif
+}
 #define STAMP_OF(thread, i) \
-    if (threadIdx.x == thread) p.stamps[(i64)blockIdx.x * STAMPED + i] = clock64()
+    if (threadIdx.x == thread) p.stamps[(i64)blockIdx.x * STAMPED + i] = read_clock()
 #else
 #define STAMP_OF(thread, i)
 #endif
@@ -92,14 +104,7 @@ struct Near {
     }
 };
 
-// Ask for what this block is going to read, whatever is chosen: memory is slow to begin.
-__device__ __forceinline__ void prefetch_lists(const Step& p, i64 row, int own) {
-#pragma unroll 1
-    for (int i = 128 * (AHEAD * CHOOSERS / 4 * D / 128 + threadIdx.x); i < own * D; i += 128 * CHOOSERS)
-        prefetch(p.anchors + row * D + i);
-#pragma unroll 1
-    for (int list = 32 * threadIdx.x; list < own; list += 32 * CHOOSERS) prefetch(p.mean_scales + row + list);
-}
+// Ask for what this block reads later, whatever is chosen.
 __device__ __forceinline__ void prefetch_pages(const Step& p, int stream, int rank, i64 row, int own) {
     const i64 pages = (i64)stream * p.most_pages;
 #pragma unroll 1
@@ -107,27 +112,24 @@ __device__ __forceinline__ void prefetch_pages(const Step& p, int stream, int ra
         prefetch(p.labels + pages + i), prefetch(p.orders + pages + i), prefetch(p.pages + pages + i);
 #pragma unroll 1
     for (int i = 128 * threadIdx.x; i < own * D; i += 128 * CHOOSERS) prefetch(p.means + row * D + i);
+#pragma unroll 1
+    for (int list = 32 * threadIdx.x; list < own; list += 32 * CHOOSERS) prefetch(p.mean_scales + row + list);
 }
 
-// What a warp needs of lists and of rows of the code, asked for at once.
-struct Anchors {
-    u32 raw[AHEAD][STEPS];
-    float scales[AHEAD][2];
-};
+// Fetch the anchors of some of this block's lists.
+__device__ __forceinline__ void fetch_anchors(const Step& p, i64 row, int count, u8* anchors) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count * (D / 16); i += CHOOSERS) {
+        const int list = i / (D / 16), part = i % (D / 16);
+        copy_16(anchors + list * D + 16 * SWIZZLED(list, part), p.anchors + (row + list) * D + 16 * part);
+    }
+    commit_copies();
+}
+
+// Rows of the code that a warp needs, asked for at once.
 struct Rows {
     float x[AHEAD][(D + WARP - 1) / WARP], spread[AHEAD];
 };
-__device__ __forceinline__ void load_anchors(const Step& p, i64 row, int own, int start, Anchors& anchors) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int a = 0; a < AHEAD; ++a) {
-        const int first = start + a * 8 * CHOOSING;
-        if (first >= own) continue;
-        load_anchor(p.anchors + (row + min(first + lane / 4, own - 1)) * D, anchors.raw[a]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) anchors.scales[a][i] = p.anchor_scales[row + min(first + lane % 4 * 2 + i, own - 1)];
-    }
-}
 __device__ __forceinline__ void load_rows(const Step& p, int head, int start, int last, Rows& rows) {
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
@@ -142,24 +144,24 @@ __device__ __forceinline__ void load_rows(const Step& p, int head, int start, in
     }
 }
 
-// Inner products of the queries with this block's anchors, of which the first are at hand.
-__device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, int own, Anchors& anchors, float* logits) {
+// Inner products of the queries with the anchors of some lists.
+__device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, int count, const u8* anchors, float* logits) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
 #pragma unroll 1
-    for (int start = warp * 8; start < own; start += AHEAD * CHOOSING * 8) {
-        if (start > warp * 8) load_anchors(p, row, own, start, anchors);
+    for (int start = warp * 8; start < count; start += CHOOSING * 8) {
+        const int list = min(start + head, count - 1);
+        float scales[2], products[4] = {};
+        u32 raw[STEPS];
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int first = start + a * 8 * CHOOSING;
-            if (first >= own) break;
-            float products[4] = {};
-            multiply_anchors(s, anchors.raw[a], products);
+        for (int i = 0; i < 2; ++i) scales[i] = p.anchor_scales[row + min(start + 2 * quarter + i, count - 1)];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int one = first + 2 * quarter + i;
-                if (head < G && one < own)
-                    logits[one * G + head] = products[i] * p.scale * anchors.scales[a][i] * query_scale(s, head);
-            }
+        for (int step = 0; step < STEPS; ++step)
+            raw[step] = *(const u32*)(anchors + list * D + 16 * SWIZZLED(list, step) + 4 * quarter);
+        multiply_anchors(s, raw, products);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int one = start + 2 * quarter + i;
+            if (head < G && one < count) logits[one * G + head] = products[i] * p.scale * scales[i] * query_scale(s, head);
         }
     }
 }
@@ -373,11 +375,6 @@ __device__ __forceinline__ void load_means(const Step& p, i64 row, int own, int 
     }
 }
 
-// A byte as a number: as the last of the digits of 2^23, which is faster than to convert it.
-__device__ __forceinline__ float byte_of(u32 x, int j) {
-    return __uint_as_float(__byte_perm(x ^ 0x80808080u, 0x4b000000u, 0x7440 + j)) - 8388736.f;
-}
-
 // Add mean values, of which the first are at hand, to what a warp found: on tensor cores, weights in two parts.
 __device__ __forceinline__ void add_means(
     const Step& p, i64 row, int own, const float* weights, const int* scales, Means& means, float* found
@@ -448,6 +445,7 @@ attend_whole(const __grid_constant__ Step p) {
     const int most_own = (pairs + CLUSTER - 1) / CLUSTER * 2;
     const i64 row = (i64)unit * p.lists + first_list;
     u8* tiles = memory + (sizeof(Shared) + 15) / 16 * 16;
+    u8* anchors = tiles + ATTENDING * (STAGES - 1) * TILE_BYTES;
     float* found = (float*)tiles;  // of each warp, when tiles are done with
     const int tiled = max(ATTENDING * STAGES * TILE_BYTES, WARPS * G * FOUND * 4);
     int2* table = (int2*)(tiles + tiled);
@@ -461,16 +459,15 @@ attend_whole(const __grid_constant__ Step p) {
     Partial mine;
     clear(mine);
     if (warp < CHOOSING) {
-        wait_for_previous();
         const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
         const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
-        Anchors anchors;
         Rows rows;
-        load_anchors(p, row, own, warp * 8, anchors);
+        fetch_anchors(p, row, min(own, ROOM), anchors);
         load_rows(p, head, first_row, last_row, rows);
         const int first_size = thread < own ? p.sizes[row + thread] : 0;
         const float first_squares = thread < own ? p.squares[row + thread] : 0.f;
-        prefetch_lists(p, row, own);
+#pragma unroll 1
+        for (int list = 32 * thread; list < own; list += 32 * CHOOSERS) prefetch(p.anchor_scales + row + list);
         load_queries(p, s, unit);
         if (thread == 0) {
             expect(&s.exchanges[SECOND], CLUSTER * G * 4);
@@ -487,7 +484,16 @@ attend_whole(const __grid_constant__ Step p) {
         }
         STAMP(1);
         clear_histogram(s);
-        route(p, s, row, own, anchors, logits);
+#pragma unroll 1
+        for (int list = 0; list < own; list += ROOM) {
+            if (list) {
+                meet_choosers();
+                fetch_anchors(p, row + list, min(own - list, ROOM), anchors);
+            }
+            wait_copies<0>();
+            meet_choosers();
+            route(p, s, row + list, min(own - list, ROOM), anchors, logits + list * G);
+        }
         sum_seconds(p, s, head, first_row, last_row, rows);
         prefetch_pages(p, unit, rank, row, own);
         meet_choosers();
@@ -518,24 +524,27 @@ attend_whole(const __grid_constant__ Step p) {
         deal_pages(p, s, unit, rank, table, pages);
         STAMP(5);
     } else {
-        wait_for_previous();
         const int length = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
         const int all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
         const Near near = {
             (i64)unit * (p.sinks + p.ring), share_of(all_near, rank, CLUSTER), share_of(all_near, rank + 1, CLUSTER),
             min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring), p.ring
         };
-        u8* own_tiles = tiles + (warp - CHOOSING) * STAGES * TILE_BYTES;
+        u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;
 #if D % 16
         const int missing = (STEPS * 16 - D) / VECTOR;
-        for (int c = lane; c < STAGES * 2 * TILE * missing; c += WARP)
-            *(uint4*)(own_tiles + c / missing * PITCH + 16 * (VECTORS + c % missing)) = make_uint4(0, 0, 0, 0);
+        const auto pad = [&](int stage) {
+            for (int c = lane; c < 2 * TILE * missing; c += WARP)
+                *(uint4*)(own_tiles + stage * ATTENDING * TILE_BYTES + c / missing * PITCH + 16 * (VECTORS + c % missing)) =
+                    make_uint4(0, 0, 0, 0);
+        };
+        for (int stage = 0; stage < STAGES - 1; ++stage) pad(stage);
 #endif
         // First near keys, then pages.
         int count = (near.end - near.start + TILE - 1) / TILE;
         bool at_pages = false;
         const auto fetch = [&](int i, int stage) {
-            u8* tile = own_tiles + stage * TILE_BYTES;
+            u8* tile = own_tiles + stage * ATTENDING * TILE_BYTES;
             if (i < count) {
                 if (at_pages) fetch_page(p, pages[i], tile);
                 else fetch_near(p, near, near.start + i * TILE, tile);
@@ -544,8 +553,9 @@ attend_whole(const __grid_constant__ Step p) {
         };
 #pragma unroll 1
         for (;;) {
+            const int stages = at_pages ? STAGES : STAGES - 1;
 #pragma unroll 1
-            for (int stage = 0; stage < STAGES; ++stage) fetch(warp - CHOOSING + stage * ATTENDING, stage);
+            for (int stage = 0; stage < stages; ++stage) fetch(warp - CHOOSING + stage * ATTENDING, stage);
             if (!at_pages) {
                 load_queries(p, s, unit);
                 wait_in_cluster();
@@ -553,24 +563,27 @@ attend_whole(const __grid_constant__ Step p) {
             }
 #pragma unroll 1
             for (int i = warp - CHOOSING, stage = 0; i < count; i += ATTENDING) {
-                wait_copies<STAGES - 1>();
+                if (at_pages) wait_copies<STAGES - 1>();
+                else wait_copies<STAGES - 2>();
                 __syncwarp();
                 const int keys = at_pages ? pages[i] & 31 : near.end - near.start - i * TILE;
-                attend_tile(p, s, mine, own_tiles + stage * TILE_BYTES, keys);
+                attend_tile(p, s, mine, own_tiles + stage * ATTENDING * TILE_BYTES, keys);
                 __syncwarp();
-                fetch(i + STAGES * ATTENDING, stage);
-                stage = stage + 1 < STAGES ? stage + 1 : 0;
+                fetch(i + stages * ATTENDING, stage);
+                stage = stage + 1 < stages ? stage + 1 : 0;
             }
             wait_copies<0>();
             if (at_pages) break;
             STAMP_OF(CHOOSERS, 7);
             await(&s.exchanges[PAGE]);
+#if D % 16
+            pad(STAGES - 1);
+#endif
             count = s.dealt;
             at_pages = true;
         }
         STAMP_OF(CHOOSERS, 8);
     }
-    let_next_begin();
     Means means;
     if (p.remainder) load_means(p, row, own, 16 * warp, 0, means);
     const float first_scale = p.remainder && thread < own ? p.mean_scales[row + thread] : 0.f;

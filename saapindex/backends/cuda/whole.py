@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from saapindex.backends.cuda.launch import element
 from saapindex.backends.cuda.module import kernel
-from saapindex.backends.cuda.overlap import launch_overlapping
 from saapindex.backends.cuda.step import BINS, POLICIES, DeviceCode, Limits, Workspace, step
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
@@ -94,4 +93,4 @@ def attend_whole(
         **({"CAPPED": 1} if scaling.softcap else {}),
         **({} if stamps is None else {"STAMPS": 1}),
     )
-    launch_overlapping(run, units * shape.cluster, shape.threads, argument, shared)
+    run((units * shape.cluster,), (shape.threads,), (argument,), shared_mem=shared)
