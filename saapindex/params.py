@@ -272,7 +272,9 @@ class AttendParameters:
         Visit lists by predicted mass per ``"key"`` or by predicted ``"mass"`` of the whole list; by default
         per key where keys are counted (`budget`) and by mass where lists are.
     refine
-        With a budget: read the codes of many keys and fetch the best; otherwise fetch whole lists.
+        With a budget: read the codes of many keys and fetch the best; otherwise fetch whole lists. By default
+        codes are read, except on devices that attend to whole lists so fast that a larger budget of these
+        takes less time for the same error (compute capability 9.0 and up).
     remainder
         Let the keys that are not fetched count by their estimates.
     slopes
@@ -296,7 +298,7 @@ class AttendParameters:
     top_p: float | None = None
     policy: PolicyName = "sum"
     rank: RankBy | None = None
-    refine: bool = True
+    refine: bool | None = None
     remainder: bool = True
     slopes: bool | None = None
     scan_share: float = 0.4
@@ -317,11 +319,11 @@ class AttendParameters:
         check_choice("policy", self.policy, ("sum", "max", "union"))
         if self.rank is not None:
             check_choice("rank", self.rank, ("key", "mass"))
-        for name in ("refine", "remainder"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected True or False")
-        if self.slopes not in (None, True, False):
-            raise InvalidInputError(f"slopes is {self.slopes!r}, expected True, False or None")
+        if not isinstance(self.remainder, bool):
+            raise InvalidInputError(f"remainder is {self.remainder!r}, expected True or False")
+        for name in ("refine", "slopes"):
+            if getattr(self, name) not in (None, True, False):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected True, False or None")
         if not _is_share(self.scan_share) or self.scan_share == 1:
             raise InvalidInputError(f"scan_share is {self.scan_share!r}, expected a share in (0, 1)")
 
@@ -330,10 +332,9 @@ class AttendParameters:
         """Whether lists are visited by predicted mass, and not by mass per key."""
         return (self.rank or ("mass" if self.budget is None else "key")) == "mass"
 
-    @property
-    def reads_codes(self) -> bool:
-        """Whether codes are read to choose the keys that are fetched."""
-        return self.refine and self.budget is not None
+    def reads_codes(self, *, default: bool = True) -> bool:
+        """Whether codes are read to choose the keys that are fetched; `default` where `refine` leaves it open."""
+        return (default if self.refine is None else self.refine) and self.budget is not None
 
     def replace(self, **changes: Any) -> AttendParameters:
         """Return a copy with some fields changed; a new limit takes the place of the old one.

@@ -15,6 +15,7 @@ from saapindex.attention.streams import as_host
 from saapindex.attention.tensors import element_type
 from saapindex.backends.cuda.attend import Limits, Workspace, attend_streams, launch_shape
 from saapindex.backends.cuda.launch import multiprocessors
+from saapindex.backends.cuda.whole import reads_whole
 from saapindex.backends.paged import Scaling
 from saapindex.devices import device_of
 from saapindex.errors import InvalidInputError
@@ -71,7 +72,7 @@ def attend_on_device(
         batch.streams,
         batch.keeping.book.code,
         scaling,
-        limits_of(wanted),
+        limits_of(wanted, batch, g, device),
         space,
         straight,
         logs,
@@ -98,8 +99,9 @@ def type_of(q: ArrayLike) -> str:
     return element_type(q, "q")
 
 
-def limits_of(wanted: AttendParameters) -> Limits:
+def limits_of(wanted: AttendParameters, batch: DeviceBatch, group: int, device: int) -> Limits:
     """Return what a step may read, as kernels take it."""
+    fast = reads_whole(batch.streams, group, device)
     return Limits(
         budget=wanted.budget or 0.0,
         share=wanted.scan_share,
@@ -107,7 +109,7 @@ def limits_of(wanted: AttendParameters) -> Limits:
         top_p=wanted.top_p or 0.0,
         policy=wanted.policy,
         by_mass=wanted.ranks_by_mass,
-        refine=wanted.reads_codes,
+        refine=wanted.reads_codes(default=not fast),
         remainder=wanted.remainder,
     )
 

@@ -38,7 +38,8 @@ def select_on_device(
     count, streams = len(batch.centroids), batch.streams
     x = placed(q, "q", (count, None, book.codebook.d), type_of(q), device, check=False)
     x = xp.ascontiguousarray(x).reshape(count * heads, 1, -1, book.codebook.d)
-    limits, everything = limits_of(wanted), wanted.budget == 1
+    limits = limits_of(wanted, batch, x.shape[2], device)
+    everything = wanted.budget == 1
     most = most_chosen(streams, limits, everything=everything)
     shapes = dict(
         zip(

@@ -47,7 +47,7 @@ def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: in
     coded = np.tile(code.coded, len(long) // code.heads)
     fixed = nlist * (2 * d + LIST_EXTRA) + matrices * MATRIX_ELEMENT * d * coded
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
-    scan = params.scan_share * left / code.nbytes_per_key if params.refine else left / row
+    scan = params.scan_share * left / code.nbytes_per_key if params.reads_codes() else left / row
     return Reading(
         scan.astype(np.int64),
         left.astype(np.int64),
@@ -57,6 +57,6 @@ def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: in
         top_p=params.top_p or 0.0,
         policy=params.policy,
         by_mass=params.ranks_by_mass,
-        refine=params.reads_codes,
+        refine=params.reads_codes(),
         remainder=params.remainder,
     )

@@ -6,7 +6,7 @@
 // fetch. Meanwhile the others attend to near keys, then to the pages that come; in the end all warps add what is
 // estimated of the rest. What comes out is the same each time: nothing depends on who comes first.
 //
-// Compiled with what attend_step.cuh says. The definition is saapindex/backends/reference.
+// Compiled for heads of a multiple of 16 dimensions, with what attend_step.cuh says. The definition is saapindex/backends/reference.
 
 #ifndef CLUSTER
 #define CLUSTER 8
@@ -39,17 +39,8 @@ enum { SECOND, NORM, RANK, PAGE, PEAK, RESULT, EXCHANGES };
 
 #define STAMPED 12
 #ifdef STAMPS
-__device__ __forceinline__ i64 read_clock() {
-#if STAMPS == 2
-    i64 t;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-    return t;
-#else
-    return clock64();
-#endif
-}
 #define STAMP_OF(thread, i) \
-    if (threadIdx.x == thread) p.stamps[(i64)blockIdx.x * STAMPED + i] = read_clock()
+    if (threadIdx.x == thread) p.stamps[(i64)blockIdx.x * STAMPED + i] = clock64()
 #else
 #define STAMP_OF(thread, i)
 #endif
@@ -80,14 +71,8 @@ __device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;"
 #include "attend_rows.cuh"
 #include "attend_lists.cuh"
 #include "cluster.cuh"
-
-// Rank and size of each list, then how many of the pages that are fetched come before it, and how many of its keys are.
-struct Ranked {
-    int2* at;
-    __device__ __forceinline__ float rank(int list) const { return __int_as_float(at[list].x); }
-    __device__ __forceinline__ int size(int list) const { return at[list].y; }
-    __device__ __forceinline__ void take(int list, int visit) const { at[list].x = visit; }
-};
+#include "whole_choose.cuh"
+#include "whole_rest.cuh"
 
 // The near keys of a stream that this block attends to, by their places.
 struct Near {
@@ -103,220 +88,6 @@ struct Near {
         return row + place;
     }
 };
-
-// Ask for what this block reads later, whatever is chosen.
-__device__ __forceinline__ void prefetch_pages(const Step& p, int stream, int rank, i64 row, int own) {
-    const i64 pages = (i64)stream * p.most_pages;
-#pragma unroll 1
-    for (int i = 32 * (rank * CHOOSERS + (int)threadIdx.x); i < p.most_pages; i += 32 * CLUSTER * CHOOSERS)
-        prefetch(p.labels + pages + i), prefetch(p.orders + pages + i), prefetch(p.pages + pages + i);
-#pragma unroll 1
-    for (int i = 128 * threadIdx.x; i < own * D; i += 128 * CHOOSERS) prefetch(p.means + row * D + i);
-#pragma unroll 1
-    for (int list = 32 * threadIdx.x; list < own; list += 32 * CHOOSERS) prefetch(p.mean_scales + row + list);
-}
-
-// Fetch the anchors of some of this block's lists.
-__device__ __forceinline__ void fetch_anchors(const Step& p, i64 row, int count, u8* anchors) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count * (D / 16); i += CHOOSERS) {
-        const int list = i / (D / 16), part = i % (D / 16);
-        copy_16(anchors + list * D + 16 * SWIZZLED(list, part), p.anchors + (row + list) * D + 16 * part);
-    }
-    commit_copies();
-}
-
-// Rows of the code that a warp needs, asked for at once.
-struct Rows {
-    float x[AHEAD][(D + WARP - 1) / WARP], spread[AHEAD];
-};
-__device__ __forceinline__ void load_rows(const Step& p, int head, int start, int last, Rows& rows) {
-#pragma unroll
-    for (int a = 0; a < AHEAD; ++a) {
-        const int r = start + a * CHOOSING;
-        const float* at = p.inverse + ((i64)head * p.coded_most + r) * D;
-        rows.spread[a] = r < last ? p.spread[(i64)head * p.coded_most + r] : 0.f;
-#pragma unroll
-        for (int d = 0; d < D; d += WARP) {
-            const int lane = threadIdx.x % WARP;
-            rows.x[a][d / WARP] = r < last && d + lane < D ? at[d + lane] : 0.f;
-        }
-    }
-}
-
-// Inner products of the queries with the anchors of some lists.
-__device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, int count, const u8* anchors, float* logits) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
-#pragma unroll 1
-    for (int start = warp * 8; start < count; start += CHOOSING * 8) {
-        const int list = min(start + head, count - 1);
-        float scales[2], products[4] = {};
-        u32 raw[STEPS];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) scales[i] = p.anchor_scales[row + min(start + 2 * quarter + i, count - 1)];
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-            raw[step] = *(const u32*)(anchors + list * D + 16 * SWIZZLED(list, step) + 4 * quarter);
-        multiply_anchors(s, raw, products);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int one = start + 2 * quarter + i;
-            if (head < G && one < count) logits[one * G + head] = products[i] * p.scale * scales[i] * query_scale(s, head);
-        }
-    }
-}
-
-// This block's part of the second orders of the queries: of its share of the rotated dimensions, of which the first are
-// at hand. The last warps begin, since the first have more lists.
-__device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, int start, int last, Rows& rows) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float second[G] = {};
-#pragma unroll 1
-    for (int r = start; r < last; r += AHEAD * CHOOSING) {
-        if (r > start) load_rows(p, head, r, last, rows);
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            if (r + a * CHOOSING >= last) break;
-            float dot[G] = {};
-#pragma unroll
-            for (int d = 0; d < D; d += WARP)
-#pragma unroll
-                for (int g = 0; g < G; ++g) dot[g] = fmaf(s.query[g][min(d + lane, D - 1)], rows.x[a][d / WARP], dot[g]);
-#pragma unroll
-            for (int g = 0; g < G; ++g) dot[g] = warp_sum(dot[g]), second[g] = fmaf(dot[g] * dot[g], rows.spread[a], second[g]);
-        }
-    }
-    if (lane == 0)
-#pragma unroll
-        for (int g = 0; g < G; ++g) s.reduced[warp][g] = second[g];
-}
-
-// A thread for each rank and head, which sends to that rank what warps of this block left.
-#define FOR_RANKS_AND_HEADS                           \
-    if (threadIdx.x < CLUSTER * G)                    \
-        for (int to = threadIdx.x / G, g = threadIdx.x % G; to >= 0; to = -1)
-
-// Logits of this block's lists, and the norms of all lists.
-__device__ __forceinline__ void find_norms(
-    const Step& p, Shared& s, i64 row, int own, int rank, int first_size, float first_squares, float* logits, int* sizes
-) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float peak[G], sum[G];
-#pragma unroll
-    for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < own; i += CHOOSERS) {
-        const int size = sizes[i] = i < CHOOSERS ? first_size : p.sizes[row + i];
-        const float squares = i < CHOOSERS ? first_squares : p.squares[row + i];
-        if (!size) continue;
-        Group group;
-#pragma unroll
-        for (int g = 0; g < G; ++g) group.x[g] = logits[i * G + g];
-        group = corrected(p, s, group, squares, size);
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            logits[i * G + g] = group.x[g];
-            const float top = fmaxf(peak[g], group.x[g]);
-            sum[g] = sum[g] * exponential(peak[g] - top) + (float)size * exponential(group.x[g] - top);
-            peak[g] = top;
-        }
-    }
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        const float top = warp_max(peak[g]);
-        sum[g] = warp_sum(peak[g] > -INFINITE ? sum[g] * exponential(peak[g] - top) : 0.f);
-        if (lane == 0) s.reduced[warp][g] = top, s.reduced[warp][G + g] = sum[g];
-    }
-    meet_choosers();
-    FOR_RANKS_AND_HEADS {
-        float top = -INFINITE, all = 0.f;
-#pragma unroll 4
-        for (int w = 0; w < CHOOSING; ++w) top = fmaxf(top, s.reduced[w][g]);
-        if (top > -INFINITE)
-#pragma unroll 4
-            for (int w = 0; w < CHOOSING; ++w) all = fmaf(s.reduced[w][G + g], exponential(s.reduced[w][g] - top), all);
-        send_8(&s.norms[rank][g], to, __float_as_uint(top), __float_as_uint(all), &s.exchanges[NORM]);
-    }
-#pragma unroll 1
-    for (int g = warp; g < G; g += CHOOSING) {
-        await(&s.exchanges[NORM]);
-        float2 one = make_float2(-INFINITE, 0.f);
-        if (lane < CLUSTER) one = s.norms[lane][g];
-        const float top = warp_max(one.x), all = warp_sum(one.x > -INFINITE ? one.y * exponential(one.x - top) : 0.f);
-        if (lane == 0) s.norm[g] = top > -INFINITE ? top + __logf(all) : -INFINITE;
-    }
-    meet_choosers();
-}
-
-// Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all
-// blocks fetch; `table` says which.
-__device__ __forceinline__ int select(
-    const Step& p, Shared& s, int rank, int first, int own, const float* logits, const int* sizes, int2* table
-) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < own; i += CHOOSERS) {
-        float weight = -INFINITE;
-        if (sizes[i]) {
-            weight = pooled_weight(logits + i * G, s.norm, POLICY, 0);
-            if (p.by_mass) weight *= (float)sizes[i];
-        }
-        table[first + i] = make_int2(__float_as_int(weight), sizes[i]);
-    }
-    end_writing();
-    meet_choosers();
-    if (threadIdx.x < CLUSTER && threadIdx.x != rank && own)
-        send_same(table + first, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
-    await(&s.exchanges[RANK]);
-    const Ranked lists = {table};
-#pragma unroll 4
-    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
-        const int size = lists.size(list);
-        if (!size) continue;
-        const float weight = lists.rank(list);
-        atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? weight / (float)size : weight, size, MASSES));
-    }
-    cut_lists(p, s, lists, MASSES);
-    // Thread by thread, the pages of lists make up a row that is dealt out to the blocks.
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int sum = 0;
-#pragma unroll 4
-    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) sum += (table[list].x + LANES - 1) / LANES;
-    int before = sum;
-#pragma unroll
-    for (int step = 1; step < WARP; step <<= 1) {
-        const int other = __shfl_up_sync(FULL, before, step);
-        if (lane >= step) before += other;
-    }
-    int* warps = (int*)s.reduced;
-    if (lane == WARP - 1) warps[warp] = before;
-    meet_choosers();
-    const int total = warp_sum_int(lane < CHOOSING ? warps[lane] : 0);
-    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
-#pragma unroll 4
-    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
-        const int taken = table[list].x;
-        table[list] = make_int2(before, taken);
-        before += (taken + LANES - 1) / LANES;
-    }
-    meet_choosers();
-    return total;
-}
-
-// Deal out the pages of visited lists: a block looks through its share of all pages of the stream. A page is told as
-// its place in the pool and, in the lowest five bits, how many of its keys are fetched.
-__device__ __forceinline__ void deal_pages(const Step& p, Shared& s, int stream, int rank, const int2* table, int* pages) {
-    const i64 row = (i64)stream * p.most_pages;
-    const int count = p.counts[stream];
-#pragma unroll 8
-    for (int i = rank * CHOOSERS + threadIdx.x; i < count; i += CLUSTER * CHOOSERS) {
-        const int label = p.labels[row + i], order = p.orders[row + i], page = p.pages[row + i];
-        const int2 list = table[label >> 5];
-        const int some = min(label & 31, list.y - order * LANES);
-        if (some <= 0) continue;
-        const int index = list.x + order;
-        send_4(pages + index / CLUSTER, index % CLUSTER, (u32)(page << 5 | some), &s.exchanges[PAGE]);
-    }
-}
 
 // Fetch a tile: near keys from the `i`-th on, or a page.
 __device__ __forceinline__ void fetch_near(const Step& p, const Near& near, int i, u8* tile) {
@@ -339,97 +110,6 @@ __device__ __forceinline__ void fetch_page(const Step& p, int page, u8* tile) {
         copy_16(tile + r * PITCH + 16 * v, p.keys + offset);
         copy_16(tile + (TILE + r) * PITCH + 16 * v, p.values + offset);
     }
-}
-
-// The weight of what is left of each list of this block, in place of its logits; scales of mean values, of its size.
-__device__ __forceinline__ void weigh_rest(
-    const Step& p, const Shared& s, i64 row, int own, float first_scale, const int2* table, float* logits, int* sizes
-) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < own; i += THREADS) {
-        const int rest = sizes[i] - table[i].y;
-#pragma unroll
-        for (int g = 0; g < G; ++g)
-            logits[i * G + g] = rest > 0 ? (float)rest * exponential(fminf(logits[i * G + g], s.bound[g]) - s.basis[g]) : 0.f;
-        sizes[i] = __float_as_int(i < THREADS ? first_scale : p.mean_scales[row + i]);
-    }
-}
-
-// Mean values of sixteen lists: of four of them, four dimensions of each group, in a lane.
-struct Means {
-    u32 x[MEANS][AT_ONCE][4];
-};
-__device__ __forceinline__ void load_means(const Step& p, i64 row, int own, int start, int group, Means& means) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int m = 0; m < MEANS; ++m) {
-        if (start + m * 16 * WARPS >= own) continue;
-#pragma unroll
-        for (int c = 0; c < AT_ONCE; ++c)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int list = start + m * 16 * WARPS + lane % 4 * 2 + i % 2 + i / 2 * 8;
-                const int d = 32 * (group + c) + lane / 4 * 4;
-                means.x[m][c][i] = list < own && d < D ? *(const u32*)(p.means + (row + list) * D + d) : 0;
-            }
-    }
-}
-
-// Add mean values, of which the first are at hand, to what a warp found: on tensor cores, weights in two parts.
-__device__ __forceinline__ void add_means(
-    const Step& p, i64 row, int own, const float* weights, const int* scales, Means& means, float* found
-) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
-    float sum = 0.f;
-#pragma unroll 1
-    for (int group = 0; group < GROUPS; group += AT_ONCE) {
-        float out[AT_ONCE][4][4] = {};
-#pragma unroll 1
-        for (int start = 16 * warp; start < own; start += MEANS * 16 * WARPS) {
-            if (group || start > 16 * warp) load_means(p, row, own, start, group, means);
-#pragma unroll
-            for (int m = 0; m < MEANS; ++m) {
-                const int first = start + m * 16 * WARPS;
-                if (first >= own) break;
-                float x[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int list = first + quarter * 2 + i % 2 + i / 2 * 8;
-                    const float weight = list < own && head < G ? weights[list * G + head] : 0.f;
-                    if (group == 0) sum += weight;
-                    x[i] = list < own ? weight * __int_as_float(scales[list]) : 0.f;
-                }
-                u32 a[4];
-                a[0] = pair_of(x[0], x[1]), a[2] = pair_of(x[2], x[3]);
-                take_off(a[0], x[0], x[1]), take_off(a[2], x[2], x[3]);
-                a[1] = pair_of(x[0], x[1]), a[3] = pair_of(x[2], x[3]);
-#pragma unroll
-                for (int c = 0; c < AT_ONCE; ++c)
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const u32* y = means.x[m][c];
-                        multiply(out[c][j], a, pair_of(byte_of(y[0], j), byte_of(y[1], j)), pair_of(byte_of(y[2], j), byte_of(y[3], j)));
-                    }
-            }
-        }
-        if (head < G)
-#pragma unroll
-            for (int c = 0; c < AT_ONCE; ++c)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int d = 32 * (group + c) + 8 * quarter + 4 * i;
-                    if (d >= D) continue;
-                    float4& four = *(float4*)(found + head * FOUND + d);
-                    const float4 old = four;
-                    four = make_float4(
-                        old.x + out[c][0][i] + out[c][0][i + 2], old.y + out[c][1][i] + out[c][1][i + 2],
-                        old.z + out[c][2][i] + out[c][2][i + 2], old.w + out[c][3][i] + out[c][3][i + 2]
-                    );
-                }
-    }
-    sum += __shfl_xor_sync(FULL, sum, 1);
-    sum += __shfl_xor_sync(FULL, sum, 2);
-    if (head < G && quarter == 0) found[head * FOUND + D] += sum;
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
@@ -531,15 +211,6 @@ attend_whole(const __grid_constant__ Step p) {
             min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring), p.ring
         };
         u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;
-#if D % 16
-        const int missing = (STEPS * 16 - D) / VECTOR;
-        const auto pad = [&](int stage) {
-            for (int c = lane; c < 2 * TILE * missing; c += WARP)
-                *(uint4*)(own_tiles + stage * ATTENDING * TILE_BYTES + c / missing * PITCH + 16 * (VECTORS + c % missing)) =
-                    make_uint4(0, 0, 0, 0);
-        };
-        for (int stage = 0; stage < STAGES - 1; ++stage) pad(stage);
-#endif
         // First near keys, then pages.
         int count = (near.end - near.start + TILE - 1) / TILE;
         bool at_pages = false;
@@ -576,9 +247,6 @@ attend_whole(const __grid_constant__ Step p) {
             if (at_pages) break;
             STAMP_OF(CHOOSERS, 7);
             await(&s.exchanges[PAGE]);
-#if D % 16
-            pad(STAGES - 1);
-#endif
             count = s.dealt;
             at_pages = true;
         }

@@ -34,6 +34,14 @@ MACROS = {
         {"ELEMENT": 1, "D": 128, "QUERY": 1, "G": 8, "WORDS": 6, "THREADS": 256},
         {"ELEMENT": 1, "D": 64, "QUERY": 1, "G": 2, "WORDS": 3, "CAPPED": 1},
     ],
+    "attend_whole": [
+        *({"ELEMENT": e, "D": 128, "QUERY": e, "G": 4} for e in (0, 1)),
+        {"ELEMENT": 2, "D": 128, "QUERY": 2, "G": 4, "THREADS": 384},
+        *({"ELEMENT": 1, "D": d, "QUERY": 1, "G": 3, "CLUSTER": 16} for d in (64, 80, 96)),
+        {"ELEMENT": 1, "D": 256, "QUERY": 1, "G": 4, "THREADS": 256, "CHOOSERS": 128},
+        {"ELEMENT": 1, "D": 128, "QUERY": 2, "G": 8, "CLUSTER": 1},
+        {"ELEMENT": 1, "D": 64, "QUERY": 1, "G": 1, "CLUSTER": 2, "CAPPED": 1},
+    ],
     "chosen": [{}],
     "codes": [{"COLUMNS": columns} for columns in range(1, 9)],
     "rope": [*({"ELEMENT": e} for e in ELEMENTS), *({"ELEMENT": e, "PAIRS": 2} for e in (0, 1))],
@@ -46,6 +54,8 @@ FILES = sorted(
     for path in (resources.files("saapindex") / "cuda").iterdir()
     if path.name.endswith(".cu")
 )
+# Clusters of blocks came with sm_90.
+NEWER = {"attend_whole"}
 CASES = [(file, macros) for file in FILES for macros in MACROS.get(file, ANY)]
 # The most bytes that a kernel keeps in local memory with any of these macros; what is not here keeps none.
 # `append` is held to 128 registers, so that two blocks fit on a multiprocessor after a long prompt.
@@ -83,6 +93,8 @@ def resources_of(log):
     ("file", "macros"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
 )
 def test_compiles_without_spills(file, macros, arch, record_property):
+    if file in NEWER and arch < "sm_90":
+        return  # no launcher asks for it there
     log = compiled(file, macros, arch)
     assert "warning" not in log
     kernels = resources_of(log)

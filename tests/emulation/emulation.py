@@ -42,7 +42,6 @@ REPLACED = {
     r'asm volatile\("fence.proxy.*?"memory"\);': ";",
     r'asm volatile\("cp.async.bulk.shared::cluster.*?"memory"\);': "send_bytes(here, here, bytes, rank, barrier);",
     r'asm volatile\("bar.sync 1.*?"memory"\);': "meet_some(CHOOSERS);",
-    r'asm volatile\("mov.u64.*?globaltimer.*?\);': "t = 0;",
     r'asm volatile\("fence.mbarrier_init.*?"memory"\);': ";",
     r'asm volatile\("barrier.cluster.wait.*?"memory"\);': "meet_in_cluster();",
     r"extern __shared__ (?:__align__\(16\) )?u8 memory\[\];": "u8* memory = shared_memory();",
@@ -64,8 +63,7 @@ def build(folder, file, **macros):
     name = "-".join([file, *(f"{key}{value}" for key, value in macros.items())])
     code, library = folder / f"{name}.cpp", folder / f"{name}.so"
     code.write_text(f'#include "{HEADER}"\n{text}\n{launch}')
-    defined = [f"-D{key}={value}" for key, value in macros.items()]
-    defined += [f"-DCLUSTER={macros.get('CLUSTER', 1)}"] if "CLUSTER" not in macros else []
+    defined = [f"-D{key}={value}" for key, value in {"CLUSTER": 1, **macros}.items()]
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o", library, code, *defined]
     subprocess.run(command, check=True)
     kernel = ctypes.CDLL(str(library)).launch

@@ -15,6 +15,7 @@ from saapindex.attention.streams import to_streams
 from saapindex.backends.cuda import step as launched
 from saapindex.backends.cuda.attend import attend_streams
 from saapindex.backends.cuda.chosen import Bits, Chosen, chosen_step, most_chosen
+from saapindex.backends.cuda.whole import Shape, whole_shape, whole_shared
 from saapindex.backends.paged import Scaling, widened
 
 SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent / "emulation.py")
@@ -22,6 +23,7 @@ emulation = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(emulation)
 
 ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
+MACROS = "CLUSTER", "THREADS", "CHOOSERS", "STAGES"
 WAYS = [
     {"budget": 0.2},
     {"budget": 0.1, "policy": "max"},
@@ -151,6 +153,31 @@ class Case:
                     )
                     compare_selections(out, self.index.select(self.q[:, :, 0], params=params), str(way))
 
+    def compare_whole(self, folder, shape, ways):
+        """The kernel that reads whole lists, whose output is the same in every bit each time."""
+        x, group = self.index._grouped(self.q)
+        (lists, d), pages = self.streams.anchors.shape[1:], self.streams.pages.shape[1]
+        size = self.streams.keys.dtype.itemsize
+        shared = whole_shared(shape, d, group, lists, pages, size, mixed=True)
+        for way in ways:
+            params, limits, _ = self.limits({"refine": False, **way})
+            policy = launched.POLICIES[limits.policy] if group > 1 else 0
+            macros = {key: value for key, value in self.macros.items() if key != "WORDS"}
+            run = whole_kernel(folder, **macros, POLICY=policy, **dict(zip(MACROS, shape, strict=True)))
+            want, want_lse = self.index._attend(
+                self.index._batch, x, self.index._last(None, 1), params, True
+            )
+            space = launched.Workspace.empty(self.streams, self.code, group, 1, (1, 32), np)
+            before = None
+            for _ in range(2):
+                out, lse = np.full_like(x, np.nan), np.full(x.shape[:3], np.nan, np.float32)
+                common = (x, self.streams, self.code, self.scaling, limits, space, out, lse)
+                run(len(x) * shape.cluster, shape.threads, shared, launched.step(*common))
+                np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5, err_msg=str(way))
+                np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-4, err_msg=str(way))
+                assert before is None or (before == out).all()
+                before = out
+
     def choose(self, run, listing, common, limits, shape, how):
         """What the kernels select, in the arrays of `Selection`."""
         bits, most = Bits.empty(self.streams, np), most_chosen(self.streams, limits, **how)
@@ -163,6 +190,11 @@ class Case:
         listing(count * int(argument["blocks"][0]), 64, 1024, argument)
         assert not any(array.any() for array in bits)
         return out
+
+
+@functools.cache
+def whole_kernel(folder, **macros):
+    return emulation.build(folder, "attend_whole", **macros)
 
 
 def queries_as(x, kind):
@@ -217,6 +249,38 @@ def test_shapes_and_types(folder, shape, blocks, threads, options):
     ways = WAYS[:3] if case.macros["G"] > 1 else [WAYS[0], WAYS[1]]
     listing = emulation.build(folder, "chosen", THREADS=64) if shape[-1] == 1 else None
     case.compare(run, blocks, threads, [*ways, {"budget": 1.0}], listing)
+
+
+@pytest.mark.parametrize(
+    ("shape", "launch", "options"),
+    [
+        ((16, 2, 2, 900, 8, 1, "float32", 1), (2, 128, 64, 2), {}),
+        ((64, 3, 1, 900, 17, 3, "float16", 1), (3, 96, 32, 3), {}),
+        ((32, 4, 1, 700, 8, 2, "float32", 1), (5, 64, 32, 2), {"softcap": 5.0}),
+        ((16, 2, 2, 700, 8, 1, "float32", 1), (1, 128, 64, 2), {"batch": 2}),
+        ((80, 8, 1, 500, 8, 3, "bfloat16", 1), (2, 64, 32, 2), {}),
+        ((128, 4, 1, 500, 8, 3, "bfloat16", 1), (16, 96, 64, 2), {}),
+        ((16, 1, 1, 60, 8, 1, "float16", 1), (4, 64, 32, 2), {}),
+    ],
+    ids=["every_way", "odd_group", "softcap", "lengths", "eight_heads", "more_blocks_than_lists", "no_lists"],
+)
+def test_whole_lists(folder, shape, launch, options):
+    case = Case(*shape, **options)
+    ways = [way for way in WAYS if way.get("refine") is not False and way.get("budget") != 1]
+    ways = [way for way in ways if way.get("policy") != "union" and (shape[1] > 1 or "policy" not in way)]
+    case.compare_whole(folder, Shape(*launch), ways if shape[0] == 16 else ways[:3])
+
+
+@pytest.mark.parametrize("units", [1, 4, 7, 8, 16, 64, 200])
+@pytest.mark.parametrize("lists", [64, 1024, 4096, 16_384])
+def test_shapes_fit(units, lists):
+    shape = whole_shape(units, 132, 128, 4, lists, 16 * lists, 2, mixed=False)
+    if shape is None:
+        assert units < 4 or lists > 4096 or units > 8
+        return
+    assert units * shape.cluster <= 132 or shape.cluster == 1
+    assert whole_shared(shape, 128, 4, lists, 16 * lists, 2) <= 227 * 1024
+    assert whole_shape(units, 132, 72, 4, lists, 16 * lists, 2, mixed=False) is None
 
 
 @pytest.mark.parametrize("most", [0, 100, 5000])
@@ -279,3 +343,4 @@ def test_on_a_device(shape, blocks, options):
     case = Case(*shape, **options)
     ways = WAYS if case.macros["G"] > 1 else [way for way in WAYS if "policy" not in way]
     case.compare_on_device(cupy, blocks, ways)
+    case.compare_on_device(cupy, blocks, [{**way, "refine": False} for way in ways])

@@ -18,6 +18,7 @@ from saapindex.backends.cuda.step import (
     step,
 )
 from saapindex.backends.cuda.streams import Streams
+from saapindex.backends.cuda.whole import attend_whole, shape_of
 from saapindex.backends.paged import Scaling
 
 __all__ = ["DeviceCode", "Limits", "Workspace", "attend_streams", "launch_shape", "select_streams"]
@@ -42,6 +43,9 @@ def attend_streams(
 ) -> None:
     """Attend: see `Ops.attend_lists` and `Ops.attend_all`.
 
+    Where whole lists are read, one token of each sequence at a time, clusters of blocks do it if the device
+    has them: see `attend_whole`.
+
     Allocates nothing and waits for nothing, so that it can be captured in a graph.
 
     Parameters
@@ -65,6 +69,12 @@ def attend_streams(
     stamps
         (grid, 12) int64, written: clocks of each block at the beginning of each stage. Slower.
     """
+    if not everything and positions is None:
+        shape = shape_of(queries, streams, limits, queries.device.id)
+        if shape is not None:
+            common = queries, streams, code, scaling, limits, space, out, lse
+            attend_whole(*common, shape=shape, near=near, stamps=stamps)
+            return
     argument = step(
         queries,
         streams,

@@ -12,7 +12,7 @@ from saapindex.backends.cuda.module import ELEMENTS
 from saapindex.devices import current, device_of, get_cupy
 from saapindex.errors import InvalidInputError
 
-__all__ = ["element", "host", "mapped", "multiprocessors", "on_device", "power_of_two", "rows"]
+__all__ = ["element", "has_clusters", "host", "mapped", "multiprocessors", "on_device", "power_of_two", "rows"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,6 +89,13 @@ def multiprocessors(device: int) -> int:
     """Return how many multiprocessors a device has."""
     count: int = get_cupy().cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
     return count
+
+
+@functools.cache
+def has_clusters(device: int) -> bool:
+    """Return whether blocks of a device can form clusters, and read each other's shared memory."""
+    capability: str = get_cupy().cuda.Device(device).compute_capability
+    return int(capability) >= 90
 
 
 def power_of_two(n: int) -> int:

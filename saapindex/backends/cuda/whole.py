@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from saapindex.backends.cuda.launch import element
+from saapindex.backends.cuda.launch import element, has_clusters, multiprocessors
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.step import BINS, POLICIES, DeviceCode, Limits, Workspace, step
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
 
-__all__ = ["Shape", "attend_whole", "whole_shared"]
+__all__ = ["Shape", "attend_whole", "reads_whole", "shape_of", "whole_shape", "whole_shared"]
 
 Array = Any  # cupy.ndarray
+# Lists in the bin of a cut, as in cuda/attend_whole.cu.
+_OWN = 512
+# Warps that choose and that attend, as many as there are registers and shared memory for.
+_WARPS = tuple((8, attending) for attending in (8, 7, 6, 5, 4, 3, 2))
+_FEW_WARPS = tuple((4, attending) for attending in (4, 3, 2))
+# The shared memory that a block may have.
+_SHARED_MOST = 227 * 1024
+# Fewer units leave most of a device without work, since no cluster has more than 16 blocks.
+_FEWEST = 4
 
 
 class Shape(NamedTuple):
@@ -44,7 +53,7 @@ def whole_shared(
         48
         + 4 * group * d
         + (3 if mixed or itemsize == 4 else 1) * 32 * (8 * steps + 4)
-        + max(4 * (BINS + 3 * 512), 16 * cluster * -(-group * d // 4 // cluster))
+        + max(4 * (BINS + 3 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
         + 4 * group * (5 * cluster + 5)
         + 64
@@ -52,6 +61,60 @@ def whole_shared(
     tile = 32 * (16 * steps * itemsize + 16)
     tiles = max(attending * shape.stages * tile, 4 * warps * group * (d + 4))
     return fixed + tiles + 16 * -(-lists // 2) + 4 * own * (group + 1) + 4 * -(-most_pages // cluster) + 16
+
+
+def whole_shape(
+    units: int, multiprocessors: int, d: int, group: int, lists: int, most_pages: int, itemsize: int, *, mixed: bool
+) -> Shape | None:
+    """Return how to launch the kernel, or None where it is not made for that.
+
+    Clusters are as large as there are multiprocessors for all of them at once. Of those some are spare: not
+    every group of them (GPC) has room for another whole cluster.
+
+    Parameters
+    ----------
+    units
+        Query tokens, of all streams.
+    multiprocessors
+        Of the device.
+    d, group, lists, most_pages, itemsize, mixed
+        As for `whole_shared`.
+    """
+    if d % 16 or group > 8 or units < _FEWEST:
+        return None
+    cluster = next((c for c in (16, 8, 4, 2) if units * c <= multiprocessors - 12 - (c > 8) * 8), 1)
+    for choosers, attending in _WARPS if d <= 128 else _FEW_WARPS:
+        shape = Shape(cluster, 32 * (choosers + attending), 32 * choosers, 2)
+        if whole_shared(shape, d, group, lists, most_pages, itemsize, mixed=mixed) <= _SHARED_MOST:
+            return shape
+    return None
+
+
+def reads_whole(streams: Streams, group: int, device: int) -> bool:
+    """Return whether a step of one token attends to whole lists with this kernel on a device."""
+    return has_clusters(device) and _shape_for(streams, group, device, mixed=False) is not None
+
+
+def shape_of(queries: Array, streams: Streams, limits: Limits, device: int) -> Shape | None:
+    """Return how to launch the kernel for these queries, or None where another kernel has to."""
+    tokens, group = queries.shape[1:3]
+    if limits.refine or tokens > 1 or (limits.policy == "union" and group > 1) or not has_clusters(device):
+        return None
+    return _shape_for(streams, group, device, mixed=queries.dtype != streams.keys.dtype)
+
+
+def _shape_for(streams: Streams, group: int, device: int, *, mixed: bool) -> Shape | None:
+    units, pages = streams.pages.shape
+    return whole_shape(
+        units,
+        multiprocessors(device),
+        streams.keys.shape[2],
+        group,
+        streams.anchors.shape[1],
+        pages,
+        streams.keys.dtype.itemsize,
+        mixed=mixed,
+    )
 
 
 def attend_whole(
