@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saapindex.attention import AttendParameters, AttentionIndex, LayerCodebook
 from saapindex.backends.cuda.attend import attend_streams
+from saapindex.backends.cuda.whole import shape_of
 from saapindex.codes import fit_codes
 from saapindex.params import default_nlist
 
@@ -34,14 +35,20 @@ RESULTS = Path(__file__).parent / "results" / "decode.json"
 HEADS, GROUP, D, WINDOW = 8, 4, 128, 2047
 WORDS = 6
 """Words of a code: 1.5 bits a dimension, as for smaller heads."""
-CASES = {(1, 32_768): 12, (1, 131_072): 4, (1, 524_288): 2, (8, 131_072): 1}
+CASES = {(1, 32_768): 24, (1, 131_072): 16, (1, 524_288): 6, (8, 131_072): 4}
 """How many layers follow one another, for each batch and context."""
 WAYS = {
-    "5 %": AttendParameters(budget=0.05, scan_share=0.3),
-    "2 %": AttendParameters(budget=0.02, scan_share=0.3),
-    "5 %, lists and remainder": AttendParameters(budget=0.05, refine=False),
+    "5 %": AttendParameters(budget=0.05),
+    "2 %": AttendParameters(budget=0.02),
+    "10 %": AttendParameters(budget=0.1),
+    "20 %": AttendParameters(budget=0.2),
+    "5 %, with codes": AttendParameters(budget=0.05, refine=True, scan_share=0.3),
+    "2 %, with codes": AttendParameters(budget=0.02, refine=True, scan_share=0.3),
     "32 lists (the paper's step)": AttendParameters(nprobe=32, remainder=False),
 }
+"""The first ones are what the default rule takes on a device with clusters: whole lists and a remainder."""
+# What ends at each clock of a block: with codes one stage after another; where whole lists are read, two kinds of
+# warps work at the same time.
 STAGES = (
     "route",
     "near keys",
@@ -53,6 +60,20 @@ STAGES = (
     "kept keys",
     "remainder",
     "reduce",
+    "merge",
+)
+WHOLE_STAGES = (
+    "begin",
+    "ask for what choosing needs",
+    "route",
+    "norms",
+    "select lists",
+    "deal out pages",
+    "near keys fetched",
+    "near keys",
+    "pages",
+    "largest logit",
+    "remainder",
     "merge",
 )
 
@@ -144,13 +165,19 @@ def touched(index: AttentionIndex, params: AttendParameters, n: int) -> float:
 
 
 def stages(indexes: list[AttentionIndex], q: torch.Tensor, params: AttendParameters) -> dict[str, float]:
-    """Return the microseconds of each stage of the kernel, the median over its blocks."""
+    """Return the microseconds of each stage of the kernel, the median over its blocks; where whole lists are
+    read, at which of its own microseconds each ends.
+    """
     device_attend: Any = importlib.import_module("saapindex.attention.device_attend")
     stamps: list[Any] = []
 
+    whole = not params.reads_codes(default=False)
+
     def stamped(*args: Any, **rest: Any) -> None:
-        space = args[5]
-        stamps.append(cupy.zeros((args[0].shape[0] * args[0].shape[1] * space.blocks, 12), np.int64))
+        q, streams, limits, space = args[0], args[1], args[4], args[5]
+        shape = shape_of(q, streams, limits, 0)
+        blocks = shape.cluster if shape else space.blocks
+        stamps.append(cupy.zeros((q.shape[0] * q.shape[1] * blocks, 12), np.int64))
         attend_streams(*args, **rest, stamps=stamps[-1])
 
     device_attend.attend_streams = stamped
@@ -161,7 +188,11 @@ def stages(indexes: list[AttentionIndex], q: torch.Tensor, params: AttendParamet
     finally:
         device_attend.attend_streams = attend_streams
     clock = cupy.cuda.runtime.getDeviceProperties(0)["clockRate"] / 1e3
-    between = np.diff(stamps[-1].get().astype(np.float64), axis=1) / clock
+    clocks = stamps[-1].get().astype(np.float64) / clock
+    if whole:
+        at = np.median(clocks - clocks[:, :1], axis=0).round(2)
+        return {name: float(x) for name, x in zip(WHOLE_STAGES, at, strict=True)}
+    between = np.diff(clocks, axis=1)
     return {name: float(x) for name, x in zip(STAGES, np.median(between, axis=0).round(2), strict=True)}
 
 
@@ -169,12 +200,14 @@ def sparse(batch: int, n: int, layers: int) -> dict[str, dict[str, Any]]:
     """Return times of a layer of sparse attention, for each way."""
     book = codebook(n)
     indexes = []
-    for layer in range(layers):
+    k, v = (drawn(book, batch, n, seed) for seed in range(2))
+    for _ in range(layers):
         index = AttentionIndex(book, batch=batch, window=WINDOW, dtype="bfloat16", adapt=0, device="cuda")
-        index.add(drawn(book, batch, n, 2 * layer), drawn(book, batch, n, 2 * layer + 1))
+        index.add(k, v)
         index.reserve(4096)
         indexes.append(index)
     q = 1.5 * torch.randn(batch, HEADS * GROUP, D, device="cuda", dtype=torch.bfloat16)
+    del k, v
     new = torch.randn(batch, HEADS, 1, D, device="cuda", dtype=torch.bfloat16)
     found = {}
     for name, params in WAYS.items():
@@ -196,7 +229,7 @@ def sparse(batch: int, n: int, layers: int) -> dict[str, dict[str, Any]]:
             "add and attend": whole,
             "bytes": size,
             "GB/s": size / whole / 1e3,
-            "stages": stages(indexes, q, params) if params.refine and params.budget else {},
+            "stages": stages(indexes, q, params),
         }
     return found
 

@@ -164,9 +164,7 @@ class Case:
             policy = launched.POLICIES[limits.policy] if group > 1 else 0
             macros = {key: value for key, value in self.macros.items() if key != "WORDS"}
             run = whole_kernel(folder, **macros, POLICY=policy, **dict(zip(MACROS, shape, strict=True)))
-            want, want_lse = self.index._attend(
-                self.index._batch, x, self.index._last(None, 1), params, True
-            )
+            want, want_lse = self.index._attend(self.index._batch, x, self.index._last(None, 1), params, True)
             space = launched.Workspace.empty(self.streams, self.code, group, 1, (1, 32), np)
             before = None
             for _ in range(2):

@@ -12,7 +12,16 @@ from saapindex.backends.cuda.module import ELEMENTS
 from saapindex.devices import current, device_of, get_cupy
 from saapindex.errors import InvalidInputError
 
-__all__ = ["element", "has_clusters", "host", "mapped", "multiprocessors", "on_device", "power_of_two", "rows"]
+__all__ = [
+    "element",
+    "has_clusters",
+    "host",
+    "mapped",
+    "multiprocessors",
+    "on_device",
+    "power_of_two",
+    "rows",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")

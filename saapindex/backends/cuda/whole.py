@@ -64,7 +64,15 @@ def whole_shared(
 
 
 def whole_shape(
-    units: int, multiprocessors: int, d: int, group: int, lists: int, most_pages: int, itemsize: int, *, mixed: bool
+    units: int,
+    multiprocessors: int,
+    d: int,
+    group: int,
+    lists: int,
+    most_pages: int,
+    itemsize: int,
+    *,
+    mixed: bool,
 ) -> Shape | None:
     """Return how to launch the kernel, or None where it is not made for that.
 
@@ -132,9 +140,7 @@ def attend_whole(
     stamps: Array | None = None,
 ) -> None:
     """Do what `attend_streams` does, without codes and for the newest token of each sequence."""
-    argument = step(
-        queries, streams, code, scaling, limits, space, out, lse, near=near, stamps=stamps
-    )
+    argument = step(queries, streams, code, scaling, limits, space, out, lse, near=near, stamps=stamps)
     units, (group, d) = queries.shape[0] * queries.shape[1], queries.shape[2:]
     lists, pages = streams.anchors.shape[1], streams.pages.shape[1]
     shared = whole_shared(
