@@ -7,6 +7,7 @@
 #define TILE 16                                            // keys
 #define STEPS ((D + 15) / 16)                              // of sixteen dimensions
 #define PARTS (2 * STEPS)                                  // eight dimensions of the output each
+#define OUTS ((PARTS + 3) / 4 * 4)
 #define PITCH (STEPS * 16 * (int)sizeof(element) + 16)     // bytes from row to row: no two of eight on the same banks
 #define TILE_BYTES (2 * TILE * PITCH)                      // keys, then values
 #if ELEMENT == 2
@@ -18,14 +19,14 @@
 // What a warp has attended to, relative to exp(reference), which moves only when a logit passes it by SLACK. A lane
 // holds dimensions 8 i + 2 (lane % 4) and the next of head lane / 4: twice, in two parts that are to be added up.
 struct Partial {
-    float out[PARTS][4], reference, sum, peak;
+    float out[OUTS][4], reference, sum, peak;
 };
 
 __device__ __forceinline__ void clear(Partial& mine) {
     mine.reference = mine.peak = -INFINITE;
     mine.sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i)
+    for (int i = 0; i < OUTS; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) mine.out[i][j] = 0.f;
 }
@@ -36,7 +37,7 @@ __device__ __forceinline__ void refer(Partial& mine, float reference) {
     mine.reference = reference;
     mine.sum *= shrink;
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i)
+    for (int i = 0; i < OUTS; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) mine.out[i][j] *= shrink;
 }

@@ -3,7 +3,7 @@
 //
 // A unit is one query token of one stream, and a cluster of -DCLUSTER blocks works on it. In each block, the first warps
 // choose lists, and exchange what that takes with the other blocks: second orders, sums and ranks of lists, pages to
-// fetch. Meanwhile the others attend to near keys, then to the pages that come; in the end all warps add what is
+// fetch. Meanwhile the others attend to near keys, then to the pages that come, and the first warps add what is
 // estimated of the rest. What comes out is the same each time: nothing depends on who comes first.
 //
 // Compiled for heads of a multiple of 16 dimensions, with what attend_step.cuh says. The definition is saapindex/backends/reference.
@@ -23,9 +23,7 @@
 #define CHOOSING (CHOOSERS / WARP)      // warps that do
 #define ATTENDING (WARPS - CHOOSING)
 #define SLICE (((G * D / 4 + CLUSTER - 1) / CLUSTER) * 4)  // numbers of the output that each block merges
-#define MEANS 2                         // times sixteen lists whose means a warp asks for at once
-#define GROUPS ((D + 31) / 32)          // of 32 dimensions
-#define AT_ONCE (GROUPS < 4 ? GROUPS : 4)
+#define PER ((D <= 128 ? 2 : 1))        // lists of a thread whose sizes it asks for at once
 #define AHEAD (D <= 128 ? 8 : 4)        // rows of the code ...
 #define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
 // Where sixteen bytes of a row of anchors stand: so that those of eight rows are on different banks.
@@ -35,7 +33,7 @@
 
 #include "attend_step.cuh"
 
-enum { SECOND, NORM, RANK, PAGE, PEAK, RESULT, EXCHANGES };
+enum { SECOND, NORM, RANK, PAGE, NEAREST, PEAK, RESULT, EXCHANGES };
 
 #define STAMPED 12
 #ifdef STAMPS
@@ -48,7 +46,7 @@ enum { SECOND, NORM, RANK, PAGE, PEAK, RESULT, EXCHANGES };
 
 // What the threads of a block share. Behind it: tiles, then arrays of a length known at run time.
 struct Shared {
-    u64 exchanges[EXCHANGES];
+    u64 exchanges[8];
     float query[G][D];
     u32 pairs[QUERY_PARTS][8][(D + 15) / 16 * 8 + 4];  // the same as matrices of a 16-bit type
     union {
@@ -61,8 +59,9 @@ struct Shared {
     float reduced[WARPS][2 * G];
     float2 norms[CLUSTER][G];  // largest logit of the lists of each block, and their sum relative to it
     float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
+    float nearest[CLUSTER][ATTENDING][G];  // largest logits of near keys, of the warps of all blocks
     float variance[G], norm[G], bound[G], basis[G], query_scale[G];
-    int boundary, reached, owned, scan, dealt;
+    int boundary, reached, owned, scan, dealt, deferred;
 };
 
 __device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;" ::"n"(CHOOSERS) : "memory"); }
@@ -112,6 +111,11 @@ __device__ __forceinline__ void fetch_page(const Step& p, int page, u8* tile) {
     }
 }
 
+__device__ __forceinline__ void find_peak(Partial& mine) {
+    mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 1));
+    mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 2));
+}
+
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 attend_whole(const __grid_constant__ Step p) {
     extern __shared__ __align__(16) u8 memory[];
@@ -142,18 +146,27 @@ attend_whole(const __grid_constant__ Step p) {
         const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
         const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
         Rows rows;
+        float* scales = (float*)sizes;  // of anchors, until sizes are known
+#pragma unroll 1
+        for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
         fetch_anchors(p, row, min(own, ROOM), anchors);
         load_rows(p, head, first_row, last_row, rows);
-        const int first_size = thread < own ? p.sizes[row + thread] : 0;
-        const float first_squares = thread < own ? p.squares[row + thread] : 0.f;
-#pragma unroll 1
-        for (int list = 32 * thread; list < own; list += 32 * CHOOSERS) prefetch(p.anchor_scales + row + list);
+        int first_sizes[PER];
+        float first_squares[PER];
+#pragma unroll
+        for (int k = 0; k < PER; ++k) {
+            const int list = thread + k * CHOOSERS;
+            first_sizes[k] = list < own ? p.sizes[row + list] : 0;
+            first_squares[k] = list < own ? p.squares[row + list] : 0.f;
+        }
         load_queries(p, s, unit);
         if (thread == 0) {
             expect(&s.exchanges[SECOND], CLUSTER * G * 4);
             expect(&s.exchanges[NORM], CLUSTER * G * 8);
             expect(&s.exchanges[RANK], (pairs - (own + 1) / 2) * 16);
+            expect(&s.exchanges[NEAREST], CLUSTER * ATTENDING * G * 4);
             expect(&s.exchanges[PEAK], CLUSTER * G * 4);
+            s.deferred = 0;
             expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
         }
         if (thread == CHOOSERS - 1) {  // what may be read
@@ -172,7 +185,7 @@ attend_whole(const __grid_constant__ Step p) {
             }
             wait_copies<0>();
             meet_choosers();
-            route(p, s, row + list, min(own - list, ROOM), anchors, logits + list * G);
+            route(p, s, min(own - list, ROOM), anchors, scales + list, logits + list * G);
         }
         sum_seconds(p, s, head, first_row, last_row, rows);
         prefetch_pages(p, unit, rank, row, own);
@@ -193,7 +206,7 @@ attend_whole(const __grid_constant__ Step p) {
         }
         meet_choosers();
         STAMP(2);
-        find_norms(p, s, row, own, rank, first_size, first_squares, logits, sizes);
+        find_norms(p, s, row, own, rank, first_sizes, first_squares, logits, sizes);
         STAMP(3);
         const int total = select(p, s, rank, first_list, own, logits, sizes, table);
         STAMP(4);
@@ -203,6 +216,18 @@ attend_whole(const __grid_constant__ Step p) {
         }
         deal_pages(p, s, unit, rank, table, pages);
         STAMP(5);
+        // What is below the largest near logit is below the bound in any case: it is added while others attend.
+        if (p.remainder) {
+            float nearest = -INFINITE;
+            await(&s.exchanges[NEAREST]);
+#pragma unroll 4
+            for (int i = lane % 4; i < CLUSTER * ATTENDING; i += 4)
+                nearest = fmaxf(nearest, (&s.nearest[0][0][0])[i * G + min(lane / 4, G - 1)]);
+            nearest = fmaxf(nearest, __shfl_xor_sync(FULL, nearest, 1));
+            nearest = fmaxf(nearest, __shfl_xor_sync(FULL, nearest, 2));
+            mine.reference = nearest;
+            if (add_rest(p, row, own, table + first_list, logits, sizes, -INFINITE, nearest, nearest, mine)) s.deferred = 1;
+        }
     } else {
         const int length = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
         const int all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
@@ -211,55 +236,58 @@ attend_whole(const __grid_constant__ Step p) {
             min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring), p.ring
         };
         u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;
-        // First near keys, then pages.
-        int count = (near.end - near.start + TILE - 1) / TILE;
-        bool at_pages = false;
-        const auto fetch = [&](int i, int stage) {
+        // First near keys, some of them while the last stage holds anchors, then pages.
+        enum { SOME, NEAR, PAGES };
+        const int all = (near.end - near.start + TILE - 1) / TILE;
+        int begin = 0, count = all > 4 * ATTENDING ? 3 * ATTENDING : all;
+        const auto fetch = [&](int phase, int i, int stage) {
             u8* tile = own_tiles + stage * ATTENDING * TILE_BYTES;
             if (i < count) {
-                if (at_pages) fetch_page(p, pages[i], tile);
+                if (phase == PAGES) fetch_page(p, pages[i], tile);
                 else fetch_near(p, near, near.start + i * TILE, tile);
             }
             commit_copies();
         };
 #pragma unroll 1
-        for (;;) {
-            const int stages = at_pages ? STAGES : STAGES - 1;
+        for (int phase = SOME; phase <= PAGES; ++phase) {
+            const int stages = phase == SOME ? STAGES - 1 : STAGES, first = begin + warp - CHOOSING;
 #pragma unroll 1
-            for (int stage = 0; stage < stages; ++stage) fetch(warp - CHOOSING + stage * ATTENDING, stage);
-            if (!at_pages) {
+            for (int stage = 0; stage < stages; ++stage) fetch(phase, first + stage * ATTENDING, stage);
+            if (phase == SOME) {
                 load_queries(p, s, unit);
                 wait_in_cluster();
                 STAMP_OF(CHOOSERS, 6);
             }
 #pragma unroll 1
-            for (int i = warp - CHOOSING, stage = 0; i < count; i += ATTENDING) {
-                if (at_pages) wait_copies<STAGES - 1>();
-                else wait_copies<STAGES - 2>();
+            for (int i = first, stage = 0; i < count; i += ATTENDING) {
+                if (phase == SOME) wait_copies<STAGES - 2>();
+                else wait_copies<STAGES - 1>();
                 __syncwarp();
-                const int keys = at_pages ? pages[i] & 31 : near.end - near.start - i * TILE;
+                const int keys = phase == PAGES ? pages[i] & 31 : near.end - near.start - i * TILE;
                 attend_tile(p, s, mine, own_tiles + stage * ATTENDING * TILE_BYTES, keys);
                 __syncwarp();
-                fetch(i + stages * ATTENDING, stage);
+                fetch(phase, i + stages * ATTENDING, stage);
                 stage = stage + 1 < stages ? stage + 1 : 0;
             }
             wait_copies<0>();
-            if (at_pages) break;
-            STAMP_OF(CHOOSERS, 7);
-            await(&s.exchanges[PAGE]);
-            count = s.dealt;
-            at_pages = true;
+            if (phase == SOME) {
+                begin = count, count = all;
+                await(&s.exchanges[SECOND]);
+            } else if (phase == NEAR) {
+                STAMP_OF(CHOOSERS, 7);
+                find_peak(mine);
+                if (lane / 4 < G && lane % 4 == 0)
+#pragma unroll 1
+                    for (int to = 0; to < CLUSTER; ++to)
+                        send_4(&s.nearest[rank][warp - CHOOSING][lane / 4], to, __float_as_uint(mine.peak), &s.exchanges[NEAREST]);
+                await(&s.exchanges[PAGE]);
+                begin = 0, count = s.dealt;
+            }
         }
         STAMP_OF(CHOOSERS, 8);
     }
-    Means means;
-    if (p.remainder) load_means(p, row, own, 16 * warp, 0, means);
-    const float first_scale = p.remainder && thread < own ? p.mean_scales[row + thread] : 0.f;
     // The largest exact logit bounds the estimates, and all weights are relative to it.
-    mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 1));
-    mine.peak = fmaxf(mine.peak, __shfl_xor_sync(FULL, mine.peak, 2));
-    mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
-    mine.sum += __shfl_xor_sync(FULL, mine.sum, 2);
+    find_peak(mine);
     if (lane / 4 < G && lane % 4 == 0) s.reduced[warp][lane / 4] = mine.peak;
     __syncthreads();
     FOR_RANKS_AND_HEADS {
@@ -279,21 +307,21 @@ attend_whole(const __grid_constant__ Step p) {
     }
     __syncthreads();
     STAMP(9);
-    refer(mine, s.basis[min(lane / 4, G - 1)]);
+    const float bound = s.bound[min(lane / 4, G - 1)], basis = s.basis[min(lane / 4, G - 1)], nearest = mine.reference;
+    refer(mine, basis);
+    if (p.remainder && warp < CHOOSING && s.deferred)
+        add_rest(p, row, own, table + first_list, logits, sizes, nearest, INFINITE, bound, mine);
+    mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
+    mine.sum += __shfl_xor_sync(FULL, mine.sum, 2);
     float* own_found = found + warp * G * FOUND;
     if (lane / 4 < G) {
         float* at = own_found + lane / 4 * FOUND;
         if (lane % 4 == 0) at[D] = mine.sum;
+        if (warp < CHOOSING) store_rest(mine, at);
+        else
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) {
-            const int d = 8 * i + lane % 4 * 2;
-            if (d < D) *(float2*)(at + d) = make_float2(mine.out[i][0] + mine.out[i][2], mine.out[i][1] + mine.out[i][3]);
-        }
-    }
-    if (p.remainder) {
-        weigh_rest(p, s, row, own, first_scale, table + first_list, logits, sizes);
-        __syncthreads();
-        if (16 * warp < own) add_means(p, row, own, logits, sizes, means, own_found);
+            for (int i = 0; i < PARTS; ++i)
+                *(float2*)(at + 8 * i + lane % 4 * 2) = make_float2(mine.out[i][0] + mine.out[i][2], mine.out[i][1] + mine.out[i][3]);
     }
     __syncthreads();
     STAMP(10);

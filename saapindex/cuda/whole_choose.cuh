@@ -49,15 +49,15 @@ __device__ __forceinline__ void load_rows(const Step& p, int head, int start, in
 }
 
 // Inner products of the queries with the anchors of some lists.
-__device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, int count, const u8* anchors, float* logits) {
+__device__ __forceinline__ void route(
+    const Step& p, const Shared& s, int count, const u8* anchors, const float* scales, float* logits
+) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
 #pragma unroll 1
     for (int start = warp * 8; start < count; start += CHOOSING * 8) {
         const int list = min(start + head, count - 1);
-        float scales[2], products[4] = {};
+        float products[4] = {};
         u32 raw[STEPS];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) scales[i] = p.anchor_scales[row + min(start + 2 * quarter + i, count - 1)];
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
             raw[step] = *(const u32*)(anchors + list * D + 16 * SWIZZLED(list, step) + 4 * quarter);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void route(const Step& p, const Shared& s, i64 row, i
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int one = start + 2 * quarter + i;
-            if (head < G && one < count) logits[one * G + head] = products[i] * p.scale * scales[i] * query_scale(s, head);
+            if (head < G && one < count) logits[one * G + head] = products[i] * p.scale * scales[one] * query_scale(s, head);
         }
     }
 }
@@ -102,17 +102,15 @@ __device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, 
 
 // Logits of this block's lists, and the norms of all lists.
 __device__ __forceinline__ void find_norms(
-    const Step& p, Shared& s, i64 row, int own, int rank, int first_size, float first_squares, float* logits, int* sizes
+    const Step& p, Shared& s, i64 row, int own, int rank, const int* first_sizes, const float* first_squares, float* logits, int* sizes
 ) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float peak[G], sum[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < own; i += CHOOSERS) {
-        const int size = sizes[i] = i < CHOOSERS ? first_size : p.sizes[row + i];
-        const float squares = i < CHOOSERS ? first_squares : p.squares[row + i];
-        if (!size) continue;
+    const auto add = [&](int i, int size, float squares) {
+        sizes[i] = size;
+        if (!size) return;
         Group group;
 #pragma unroll
         for (int g = 0; g < G; ++g) group.x[g] = logits[i * G + g];
@@ -124,7 +122,12 @@ __device__ __forceinline__ void find_norms(
             sum[g] = sum[g] * exponential(peak[g] - top) + (float)size * exponential(group.x[g] - top);
             peak[g] = top;
         }
-    }
+    };
+#pragma unroll
+    for (int k = 0; k < PER; ++k)
+        if (threadIdx.x + k * CHOOSERS < own) add(threadIdx.x + k * CHOOSERS, first_sizes[k], first_squares[k]);
+#pragma unroll 1
+    for (int i = threadIdx.x + PER * CHOOSERS; i < own; i += CHOOSERS) add(i, p.sizes[row + i], p.squares[row + i]);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         const float top = warp_max(peak[g]);

@@ -20,8 +20,7 @@ _WARPS = tuple((8, attending) for attending in (8, 7, 6, 5, 4, 3, 2))
 _FEW_WARPS = tuple((4, attending) for attending in (4, 3, 2))
 # The shared memory that a block may have.
 _SHARED_MOST = 227 * 1024
-# Fewer units leave most of a device without work, since no cluster has more than 16 blocks.
-_FEWEST = 4
+
 
 
 class Shape(NamedTuple):
@@ -50,12 +49,12 @@ def whole_shared(
     cluster, warps, steps = shape.cluster, shape.threads // 32, -(-d // 16)
     attending, own = warps - shape.choosers // 32, -(-(-(-lists // 2)) // cluster) * 2
     fixed = (
-        48
+        64
         + 4 * group * d
         + (3 if mixed or itemsize == 4 else 1) * 32 * (8 * steps + 4)
         + max(4 * (BINS + 3 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
-        + 4 * group * (5 * cluster + 5)
+        + 4 * group * (5 * cluster + cluster * attending + 5)
         + 64
     )
     tile = 32 * (16 * steps * itemsize + 16)
@@ -88,7 +87,7 @@ def whole_shape(
     d, group, lists, most_pages, itemsize, mixed
         As for `whole_shared`.
     """
-    if d % 16 or group > 8 or units < _FEWEST:
+    if d % 16 or group > 8:
         return None
     cluster = next((c for c in (16, 8, 4, 2) if units * c <= multiprocessors - 12 - (c > 8) * 8), 1)
     for choosers, attending in _WARPS if d <= 128 else _FEW_WARPS:
