@@ -47,8 +47,8 @@ WAYS = {
     "32 lists (the paper's step)": AttendParameters(nprobe=32, remainder=False),
 }
 """The first ones are what the default rule takes on a device with clusters: whole lists and a remainder."""
-# What ends at each clock of a block: with codes one stage after another; where whole lists are read, two kinds of
-# warps work at the same time.
+# What ends at each clock of a block: with codes one stage after another; where whole lists are read, two
+# kinds of warps work at the same time.
 STAGES = (
     "route",
     "near keys",
@@ -175,7 +175,7 @@ def stages(indexes: list[AttentionIndex], q: torch.Tensor, params: AttendParamet
 
     def stamped(*args: Any, **rest: Any) -> None:
         q, streams, limits, space = args[0], args[1], args[4], args[5]
-        shape = shape_of(q, streams, limits, 0)
+        shape = shape_of(limits, streams, q.shape[2], q.shape[1], 0)
         blocks = shape.cluster if shape else space.blocks
         stamps.append(cupy.zeros((q.shape[0] * q.shape[1] * blocks, 12), np.int64))
         attend_streams(*args, **rest, stamps=stamps[-1])

@@ -333,7 +333,7 @@ class AttendParameters:
         return (self.rank or ("mass" if self.budget is None else "key")) == "mass"
 
     def reads_codes(self, *, default: bool = True) -> bool:
-        """Whether codes are read to choose the keys that are fetched; `default` where `refine` leaves it open."""
+        """Whether codes are read to choose the keys that are fetched; `default` if `refine` is open."""
         return (default if self.refine is None else self.refine) and self.budget is not None
 
     def replace(self, **changes: Any) -> AttendParameters:

@@ -15,7 +15,7 @@ from saapindex.attention.streams import as_host
 from saapindex.attention.tensors import element_type
 from saapindex.backends.cuda.attend import Limits, Workspace, attend_streams, launch_shape
 from saapindex.backends.cuda.launch import multiprocessors
-from saapindex.backends.cuda.whole import reads_whole
+from saapindex.backends.cuda.whole import shape_of
 from saapindex.backends.paged import Scaling
 from saapindex.devices import device_of
 from saapindex.errors import InvalidInputError
@@ -101,17 +101,18 @@ def type_of(q: ArrayLike) -> str:
 
 def limits_of(wanted: AttendParameters, batch: DeviceBatch, group: int, device: int) -> Limits:
     """Return what a step may read, as kernels take it."""
-    fast = reads_whole(batch.streams, group, device)
-    return Limits(
+    limits = Limits(
         budget=wanted.budget or 0.0,
         share=wanted.scan_share,
         nprobe=wanted.nprobe or 0,
         top_p=wanted.top_p or 0.0,
         policy=wanted.policy,
         by_mass=wanted.ranks_by_mass,
-        refine=wanted.reads_codes(default=not fast),
+        refine=False,
         remainder=wanted.remainder,
     )
+    whole = shape_of(limits, batch.streams, group, 1, device) is not None
+    return limits._replace(refine=wanted.reads_codes(default=not whole))
 
 
 def workspace(batch: DeviceBatch, group: int, tokens: int, device: int) -> Workspace:

@@ -143,6 +143,7 @@ attend_whole(const __grid_constant__ Step p) {
     Partial mine;
     clear(mine);
     if (warp < CHOOSING) {
+        wait_for_previous();
         const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
         const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
         Rows rows;
@@ -229,6 +230,7 @@ attend_whole(const __grid_constant__ Step p) {
             if (add_rest(p, row, own, table + first_list, logits, sizes, -INFINITE, nearest, nearest, mine)) s.deferred = 1;
         }
     } else {
+        wait_for_previous();
         const int length = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
         const int all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
         const Near near = {

@@ -15,7 +15,7 @@ from saapindex.attention.streams import to_streams
 from saapindex.backends.cuda import step as launched
 from saapindex.backends.cuda.attend import attend_streams
 from saapindex.backends.cuda.chosen import Bits, Chosen, chosen_step, most_chosen
-from saapindex.backends.cuda.whole import Shape, whole_shape, whole_shared
+from saapindex.backends.cuda.whole import Shape, most_fetched, whole_shape, whole_shared
 from saapindex.backends.paged import Scaling, widened
 
 SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent / "emulation.py")
@@ -156,11 +156,12 @@ class Case:
     def compare_whole(self, folder, shape, ways):
         """The kernel that reads whole lists, whose output is the same in every bit each time."""
         x, group = self.index._grouped(self.q)
-        (lists, d), pages = self.streams.anchors.shape[1:], self.streams.pages.shape[1]
+        lists, d = self.streams.anchors.shape[1:]
         size = self.streams.keys.dtype.itemsize
-        shared = whole_shared(shape, d, group, lists, pages, size, mixed=True)
         for way in ways:
             params, limits, _ = self.limits({"refine": False, **way})
+            fetched = most_fetched(limits, lists, self.streams.pages.shape[1])
+            shared = whole_shared(shape, d, group, lists, fetched, size, mixed=True)
             policy = launched.POLICIES[limits.policy] if group > 1 else 0
             macros = {key: value for key, value in self.macros.items() if key != "WORDS"}
             run = whole_kernel(folder, **macros, POLICY=policy, **dict(zip(MACROS, shape, strict=True)))
@@ -271,14 +272,17 @@ def test_whole_lists(folder, shape, launch, options):
 
 @pytest.mark.parametrize("units", [1, 4, 7, 8, 16, 64, 200])
 @pytest.mark.parametrize("lists", [64, 1024, 4096, 16_384])
-def test_shapes_fit(units, lists):
-    shape = whole_shape(units, 132, 128, 4, lists, 16 * lists, 2, mixed=False)
+@pytest.mark.parametrize("budget", [0.05, 0.0])
+def test_shapes_fit(units, lists, budget):
+    limits = launched.Limits(budget=budget, nprobe=0 if budget else 32, refine=False)
+    fetched = most_fetched(limits, lists, 9 * lists)
+    shape = whole_shape(units, 132, 128, 4, lists, fetched, 2)
     if shape is None:
-        assert lists > 4096
+        assert lists * units > 100_000 or (not budget and (units > 8 or lists > 4096))
         return
     assert units * shape.cluster <= 132 or shape.cluster == 1
-    assert whole_shared(shape, 128, 4, lists, 16 * lists, 2) <= 227 * 1024
-    assert whole_shape(units, 132, 72, 4, lists, 16 * lists, 2, mixed=False) is None
+    assert whole_shared(shape, 128, 4, lists, fetched, 2) <= 227 * 1024
+    assert whole_shape(units, 132, 72, 4, lists, fetched, 2) is None
 
 
 @pytest.mark.parametrize("most", [0, 100, 5000])

@@ -70,7 +70,9 @@ def attend_streams(
         (grid, 12) int64, written: clocks of each block at the beginning of each stage. Slower.
     """
     if not everything and positions is None:
-        shape = shape_of(queries, streams, limits, queries.device.id)
+        tokens, group = queries.shape[1:3]
+        mixed = queries.dtype != streams.keys.dtype
+        shape = shape_of(limits, streams, group, tokens, queries.device.id, mixed=mixed)
         if shape is not None:
             common = queries, streams, code, scaling, limits, space, out, lse
             attend_whole(*common, shape=shape, near=near, stamps=stamps)

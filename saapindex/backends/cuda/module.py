@@ -14,7 +14,8 @@ from saapindex.errors import InvalidInputError
 
 __all__ = ["ELEMENTS", "get_cupy", "kernel", "options", "source"]
 
-# Blocks of a cluster that every device with clusters has; CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED.
+# The blocks of a cluster that every device with clusters allows; and what allows more, as cuda.h calls it:
+# CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED.
 _PORTABLE, _NON_PORTABLE_ALLOWED = 8, 14
 
 ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}

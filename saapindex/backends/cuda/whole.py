@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from saapindex.backends.cuda.launch import element, has_clusters, multiprocessors
@@ -10,7 +11,7 @@ from saapindex.backends.cuda.step import BINS, POLICIES, DeviceCode, Limits, Wor
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
 
-__all__ = ["Shape", "attend_whole", "reads_whole", "shape_of", "whole_shape", "whole_shared"]
+__all__ = ["Shape", "attend_whole", "most_fetched", "shape_of", "whole_shape", "whole_shared"]
 
 Array = Any  # cupy.ndarray
 # Lists in the bin of a cut, as in cuda/attend_whole.cu.
@@ -20,7 +21,6 @@ _WARPS = tuple((8, attending) for attending in (8, 7, 6, 5, 4, 3, 2))
 _FEW_WARPS = tuple((4, attending) for attending in (4, 3, 2))
 # The shared memory that a block may have.
 _SHARED_MOST = 227 * 1024
-
 
 
 class Shape(NamedTuple):
@@ -43,11 +43,26 @@ class Shape(NamedTuple):
 
 
 def whole_shared(
-    shape: Shape, d: int, group: int, lists: int, most_pages: int, itemsize: int, *, mixed: bool = False
+    shape: Shape, d: int, group: int, lists: int, fetched: int, itemsize: int, *, mixed: bool = False
 ) -> int:
-    """Return the shared memory of a block in bytes; `mixed` if queries are of another type than keys."""
+    """Return the shared memory of a block in bytes.
+
+    Parameters
+    ----------
+    shape
+        Of the launch.
+    d, group, lists
+        Dimensions of a head, query heads of a KV head, lists.
+    fetched
+        The most pages of a unit that may be fetched, see `most_fetched`.
+    itemsize
+        Bytes of a stored element.
+    mixed
+        Whether queries are of another type than keys.
+    """
     cluster, warps, steps = shape.cluster, shape.threads // 32, -(-d // 16)
-    attending, own = warps - shape.choosers // 32, -(-(-(-lists // 2)) // cluster) * 2
+    attending, pairs = warps - shape.choosers // 32, -(-lists // 2)
+    own = 2 * -(-pairs // cluster)
     fixed = (
         64
         + 4 * group * d
@@ -59,7 +74,14 @@ def whole_shared(
     )
     tile = 32 * (16 * steps * itemsize + 16)
     tiles = max(attending * shape.stages * tile, 4 * warps * group * (d + 4))
-    return fixed + tiles + 16 * -(-lists // 2) + 4 * own * (group + 1) + 4 * -(-most_pages // cluster) + 16
+    return fixed + tiles + 16 * pairs + 4 * own * (group + 1) + 4 * -(-fetched // cluster) + 16
+
+
+def most_fetched(limits: Limits, lists: int, most_pages: int) -> int:
+    """Return the most pages of a unit that a step may fetch: at most one of each list is not full."""
+    if limits.nprobe or limits.top_p:
+        return most_pages
+    return min(most_pages, math.ceil(limits.budget * most_pages) + lists + 1)
 
 
 def whole_shape(
@@ -68,10 +90,10 @@ def whole_shape(
     d: int,
     group: int,
     lists: int,
-    most_pages: int,
+    fetched: int,
     itemsize: int,
     *,
-    mixed: bool,
+    mixed: bool = False,
 ) -> Shape | None:
     """Return how to launch the kernel, or None where it is not made for that.
 
@@ -84,7 +106,7 @@ def whole_shape(
         Query tokens, of all streams.
     multiprocessors
         Of the device.
-    d, group, lists, most_pages, itemsize, mixed
+    d, group, lists, fetched, itemsize, mixed
         As for `whole_shared`.
     """
     if d % 16 or group > 8:
@@ -92,33 +114,25 @@ def whole_shape(
     cluster = next((c for c in (16, 8, 4, 2) if units * c <= multiprocessors - 12 - (c > 8) * 8), 1)
     for choosers, attending in _WARPS if d <= 128 else _FEW_WARPS:
         shape = Shape(cluster, 32 * (choosers + attending), 32 * choosers, 2)
-        if whole_shared(shape, d, group, lists, most_pages, itemsize, mixed=mixed) <= _SHARED_MOST:
+        if whole_shared(shape, d, group, lists, fetched, itemsize, mixed=mixed) <= _SHARED_MOST:
             return shape
     return None
 
 
-def reads_whole(streams: Streams, group: int, device: int) -> bool:
-    """Return whether a step of one token attends to whole lists with this kernel on a device."""
-    return has_clusters(device) and _shape_for(streams, group, device, mixed=False) is not None
-
-
-def shape_of(queries: Array, streams: Streams, limits: Limits, device: int) -> Shape | None:
-    """Return how to launch the kernel for these queries, or None where another kernel has to."""
-    tokens, group = queries.shape[1:3]
+def shape_of(
+    limits: Limits, streams: Streams, group: int, tokens: int, device: int, *, mixed: bool = False
+) -> Shape | None:
+    """Return how to launch the kernel for a step, or None where another kernel has to."""
     if limits.refine or tokens > 1 or (limits.policy == "union" and group > 1) or not has_clusters(device):
         return None
-    return _shape_for(streams, group, device, mixed=queries.dtype != streams.keys.dtype)
-
-
-def _shape_for(streams: Streams, group: int, device: int, *, mixed: bool) -> Shape | None:
-    units, pages = streams.pages.shape
+    (units, pages), lists = streams.pages.shape, streams.anchors.shape[1]
     return whole_shape(
         units,
         multiprocessors(device),
         streams.keys.shape[2],
         group,
-        streams.anchors.shape[1],
-        pages,
+        lists,
+        most_fetched(limits, lists, pages),
         streams.keys.dtype.itemsize,
         mixed=mixed,
     )
@@ -141,9 +155,18 @@ def attend_whole(
     """Do what `attend_streams` does, without codes and for the newest token of each sequence."""
     argument = step(queries, streams, code, scaling, limits, space, out, lse, near=near, stamps=stamps)
     units, (group, d) = queries.shape[0] * queries.shape[1], queries.shape[2:]
-    lists, pages = streams.anchors.shape[1], streams.pages.shape[1]
+    lists, fetched = (
+        streams.anchors.shape[1],
+        most_fetched(limits, streams.anchors.shape[1], streams.pages.shape[1]),
+    )
     shared = whole_shared(
-        shape, d, group, lists, pages, streams.keys.dtype.itemsize, mixed=queries.dtype != streams.keys.dtype
+        shape,
+        d,
+        group,
+        lists,
+        fetched,
+        streams.keys.dtype.itemsize,
+        mixed=queries.dtype != streams.keys.dtype,
     )
     run = kernel(
         "attend_whole",
