@@ -53,7 +53,6 @@ __device__ void store_near(const State& a, const Plan* plans, int w, int n) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
     extern __shared__ __align__(16) char shared[];
-    let_next_begin();
     __shared__ int needed, last;
     Plan* plans = (Plan*)shared;
     char* rest = shared + (a.batch * (int)sizeof(Plan) + 15) / 16 * 16;

@@ -143,7 +143,6 @@ attend_whole(const __grid_constant__ Step p) {
     Partial mine;
     clear(mine);
     if (warp < CHOOSING) {
-        wait_for_previous();
         const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
         const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
         Rows rows;
@@ -189,7 +188,9 @@ attend_whole(const __grid_constant__ Step p) {
             route(p, s, min(own - list, ROOM), anchors, scales + list, logits + list * G);
         }
         sum_seconds(p, s, head, first_row, last_row, rows);
-        prefetch_pages(p, unit, rank, row, own);
+        Pages some;
+        load_pages(p, unit, rank * CHOOSERS + thread, some);
+        prefetch_rest(p, unit, rank, row, own);
         meet_choosers();
         wait_in_cluster();
         FOR_RANKS_AND_HEADS {
@@ -215,7 +216,7 @@ attend_whole(const __grid_constant__ Step p) {
             s.dealt = (total - rank + CLUSTER - 1) / CLUSTER;
             expect(&s.exchanges[PAGE], s.dealt * 4);
         }
-        deal_pages(p, s, unit, rank, table, pages);
+        deal_pages(p, s, unit, rank, some, table, pages);
         STAMP(5);
         // What is below the largest near logit is below the bound in any case: it is added while others attend.
         if (p.remainder) {
@@ -230,13 +231,13 @@ attend_whole(const __grid_constant__ Step p) {
             if (add_rest(p, row, own, table + first_list, logits, sizes, -INFINITE, nearest, nearest, mine)) s.deferred = 1;
         }
     } else {
-        wait_for_previous();
         const int length = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
         const int all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
         const Near near = {
             (i64)unit * (p.sinks + p.ring), share_of(all_near, rank, CLUSTER), share_of(all_near, rank + 1, CLUSTER),
             min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring), p.ring
         };
+        load_queries(p, s, unit);
         u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;
         // First near keys, some of them while the last stage holds anchors, then pages.
         enum { SOME, NEAR, PAGES };
@@ -256,7 +257,6 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
             for (int stage = 0; stage < stages; ++stage) fetch(phase, first + stage * ATTENDING, stage);
             if (phase == SOME) {
-                load_queries(p, s, unit);
                 wait_in_cluster();
                 STAMP_OF(CHOOSERS, 6);
             }

@@ -99,16 +99,3 @@ __device__ __forceinline__ float capped(float logit, float cap) {
     return logit;
 #endif
 }
-
-// Launches that depend on each other overlap where the launcher allows it: what comes after may begin, and waits itself
-// for what came before before it reads or writes anything that others do.
-__device__ __forceinline__ void let_next_begin() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}

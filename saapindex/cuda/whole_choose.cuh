@@ -8,11 +8,25 @@ struct Ranked {
     __device__ __forceinline__ void take(int list, int visit) const { at[list].x = visit; }
 };
 
+// Some pages of the stream, as many as a thread asks for at once: their labels, orders and places in the pool.
+#define PAGES_AHEAD 6
+struct Pages {
+    int labels[PAGES_AHEAD], orders[PAGES_AHEAD], places[PAGES_AHEAD];
+};
+__device__ __forceinline__ void load_pages(const Step& p, int stream, int start, Pages& pages) {
+    const i64 row = (i64)stream * p.most_pages;
+#pragma unroll
+    for (int k = 0; k < PAGES_AHEAD; ++k) {
+        const int i = min(start + k * CLUSTER * CHOOSERS, p.most_pages - 1);
+        pages.labels[k] = p.labels[row + i], pages.orders[k] = p.orders[row + i], pages.places[k] = p.pages[row + i];
+    }
+}
+
 // Ask for what this block reads later, whatever is chosen.
-__device__ __forceinline__ void prefetch_pages(const Step& p, int stream, int rank, i64 row, int own) {
+__device__ __forceinline__ void prefetch_rest(const Step& p, int stream, int rank, i64 row, int own) {
     const i64 pages = (i64)stream * p.most_pages;
 #pragma unroll 1
-    for (int i = 32 * (rank * CHOOSERS + (int)threadIdx.x); i < p.most_pages; i += 32 * CLUSTER * CHOOSERS)
+    for (int i = CLUSTER * CHOOSERS * PAGES_AHEAD + 32 * (rank * CHOOSERS + (int)threadIdx.x); i < p.most_pages; i += 32 * CLUSTER * CHOOSERS)
         prefetch(p.labels + pages + i), prefetch(p.orders + pages + i), prefetch(p.pages + pages + i);
 #pragma unroll 1
     for (int i = 128 * threadIdx.x; i < own * D; i += 128 * CHOOSERS) prefetch(p.means + row * D + i);
@@ -209,18 +223,22 @@ __device__ __forceinline__ int select(
     return total;
 }
 
-// Deal out the pages of visited lists: a block looks through its share of all pages of the stream. A page is told as
-// its place in the pool and, in the lowest five bits, how many of its keys are fetched.
-__device__ __forceinline__ void deal_pages(const Step& p, Shared& s, int stream, int rank, const int2* table, int* pages) {
-    const i64 row = (i64)stream * p.most_pages;
-    const int count = p.counts[stream];
-#pragma unroll 8
-    for (int i = rank * CHOOSERS + threadIdx.x; i < count; i += CLUSTER * CHOOSERS) {
-        const int label = p.labels[row + i], order = p.orders[row + i], page = p.pages[row + i];
-        const int2 list = table[label >> 5];
-        const int some = min(label & 31, list.y - order * LANES);
-        if (some <= 0) continue;
-        const int index = list.x + order;
-        send_4(pages + index / CLUSTER, index % CLUSTER, (u32)(page << 5 | some), &s.exchanges[PAGE]);
+// Deal out the pages of visited lists: a block looks through its share of all pages of the stream, of which the first
+// are at hand. A page is told as its place in the pool and, in the lowest five bits, how many of its keys are fetched.
+__device__ __forceinline__ void deal_pages(
+    const Step& p, Shared& s, int stream, int rank, Pages& some, const int2* table, int* pages
+) {
+    const int count = p.counts[stream], step = CLUSTER * CHOOSERS;
+#pragma unroll 1
+    for (int start = rank * CHOOSERS + threadIdx.x, turn = 0; start < count; start += PAGES_AHEAD * step, ++turn) {
+        if (turn) load_pages(p, stream, start, some);
+#pragma unroll
+        for (int k = 0; k < PAGES_AHEAD; ++k) {
+            if (start + k * step >= count) break;
+            const int2 list = table[some.labels[k] >> 5];
+            const int keys = min(some.labels[k] & 31, list.y - some.orders[k] * LANES), index = list.x + some.orders[k];
+            if (keys > 0)
+                send_4(pages + index / CLUSTER, index % CLUSTER, (u32)(some.places[k] << 5 | keys), &s.exchanges[PAGE]);
+        }
     }
 }

@@ -42,7 +42,6 @@ REPLACED = {
     r'asm volatile\("fence.proxy.*?"memory"\);': ";",
     r'asm volatile\("cp.async.bulk.*?"memory"\);': "send_bytes(here, here, bytes, rank, barrier);",
     r'asm volatile\("bar.sync 1.*?"memory"\);': "meet_some(CHOOSERS);",
-    r'asm volatile\("griddepcontrol.*?"memory"\);': ";",
     r'asm volatile\("fence.mbarrier_init.*?"memory"\);': ";",
     r'asm volatile\("barrier.cluster.wait.*?"memory"\);': "meet_in_cluster();",
     r"extern __shared__ (?:__align__\(16\) )?u8 memory\[\];": "u8* memory = shared_memory();",

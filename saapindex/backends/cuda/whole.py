@@ -14,6 +14,9 @@ from saapindex.backends.paged import Scaling
 __all__ = ["Shape", "attend_whole", "most_fetched", "shape_of", "whole_shape", "whole_shared"]
 
 Array = Any  # cupy.ndarray
+# Blocks of a cluster, and how many multiprocessors of 132 do not fit into such clusters: an H100 has groups of
+# different sizes.
+_CLUSTERS = ((16, 20), (8, 12), (4, 12), (2, 0))
 # Lists in the bin of a cut, as in cuda/attend_whole.cu.
 _OWN = 512
 # Warps that choose and that attend, as many as there are registers and shared memory for.
@@ -111,7 +114,7 @@ def whole_shape(
     """
     if d % 16 or group > 8:
         return None
-    cluster = next((c for c in (16, 8, 4, 2) if units * c <= multiprocessors - 12 - (c > 8) * 8), 1)
+    cluster = next((c for c, spare in _CLUSTERS if units * c <= multiprocessors - spare), 1)
     for choosers, attending in _WARPS if d <= 128 else _FEW_WARPS:
         shape = Shape(cluster, 32 * (choosers + attending), 32 * choosers, 2)
         if whole_shared(shape, d, group, lists, fetched, itemsize, mixed=mixed) <= _SHARED_MOST:
