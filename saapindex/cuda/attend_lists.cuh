@@ -62,7 +62,7 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
     }
     find_bin(s, limit);
     const int boundary = s.boundary;
-#pragma unroll 2
+#pragma unroll 1
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const float rank = lists.rank(list);
         const int size = lists.size(list), bin = rank > -INFINITE ? bin_of_weight(rank) : -2;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
             if (own < OWN) {
                 s.rows[own] = list;
                 s.rows[OWN + own] = __float_as_int(rank);
-                s.rows[2 * OWN + own] = list_weight(p, p.by_mass ? rank / (float)size : rank, size, masses);
+                s.rows[2 * OWN + own] = list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size, masses);
             }
         }
         lists.take(list, bin > boundary ? size : 0);

@@ -24,7 +24,7 @@
 #define ATTENDING (WARPS - CHOOSING)
 #define SLICE (((G * D / 4 + CLUSTER - 1) / CLUSTER) * 4)  // numbers of the output that each block merges
 #define PER ((D <= 128 ? 2 : 1))        // lists of a thread whose sizes it asks for at once
-#define AHEAD (D <= 128 ? 8 : 4)        // rows of the code ...
+#define AHEAD (32 / G < 8 ? 32 / G : 8)  // rows of the code that a warp asks for at once
 #define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
 // Where sixteen bytes of a row of anchors stand: so that those of eight rows are on different banks.
 #define SWIZZLED(row, i) (D % 128 == 0 ? (i) ^ (row) & 7 : D == 64 ? (i) ^ (row) >> 1 & 3 : D == 32 ? (i) ^ (row) >> 2 & 1 : (i))
@@ -60,7 +60,7 @@ struct Shared {
     float2 norms[CLUSTER][G];  // largest logit of the lists of each block, and their sum relative to it
     float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
     float nearest[CLUSTER][ATTENDING][G];  // largest logits of near keys, of the warps of all blocks
-    float variance[G], norm[G], bound[G], basis[G], query_scale[G];
+    float variance[G], norm[G], near_bound[G], bound[G], basis[G], query_scale[G];
     int boundary, reached, owned, scan, dealt, deferred;
 };
 
@@ -169,12 +169,6 @@ attend_whole(const __grid_constant__ Step p) {
             s.deferred = 0;
             expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
         }
-        if (thread == CHOOSERS - 1) {  // what may be read
-            const int in_lists = max(0, p.first[sequence] - p.sinks);
-            const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
-            const double left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
-            s.scan = (int)fmin((double)(i64)(left / p.row_bytes), 2147483647.);
-        }
         STAMP(1);
         clear_histogram(s);
 #pragma unroll 1
@@ -209,6 +203,7 @@ attend_whole(const __grid_constant__ Step p) {
         meet_choosers();
         STAMP(2);
         find_norms(p, s, row, own, rank, first_sizes, first_squares, logits, sizes);
+        if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, p.first[sequence], head);
         STAMP(3);
         const int total = select(p, s, rank, first_list, own, logits, sizes, table);
         STAMP(4);
@@ -228,7 +223,8 @@ attend_whole(const __grid_constant__ Step p) {
             nearest = fmaxf(nearest, __shfl_xor_sync(FULL, nearest, 1));
             nearest = fmaxf(nearest, __shfl_xor_sync(FULL, nearest, 2));
             mine.reference = nearest;
-            if (add_rest(p, row, own, table + first_list, logits, sizes, -INFINITE, nearest, nearest, mine)) s.deferred = 1;
+            if (warp == 0 && lane % 4 == 0 && lane / 4 < G) s.near_bound[lane / 4] = nearest;
+            if (add_rest(p, row, own, table + first_list, logits, sizes, mine)) s.deferred = 1;
         }
     } else {
         const int length = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
@@ -309,10 +305,7 @@ attend_whole(const __grid_constant__ Step p) {
     }
     __syncthreads();
     STAMP(9);
-    const float bound = s.bound[min(lane / 4, G - 1)], basis = s.basis[min(lane / 4, G - 1)], nearest = mine.reference;
-    refer(mine, basis);
-    if (p.remainder && warp < CHOOSING && s.deferred)
-        add_rest(p, row, own, table + first_list, logits, sizes, nearest, INFINITE, bound, mine);
+    refer(mine, s.basis[min(lane / 4, G - 1)]);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 2);
     float* own_found = found + warp * G * FOUND;
@@ -324,6 +317,10 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll
             for (int i = 0; i < PARTS; ++i)
                 *(float2*)(at + 8 * i + lane % 4 * 2) = make_float2(mine.out[i][0] + mine.out[i][2], mine.out[i][1] + mine.out[i][3]);
+    }
+    if (p.remainder && s.deferred) {
+        __syncwarp();
+        if (warp < CHOOSING) add_deferred(p, s, row, own, table + first_list, logits, sizes, own_found);
     }
     __syncthreads();
     STAMP(10);

@@ -14,11 +14,12 @@ struct Pages {
     int labels[PAGES_AHEAD], orders[PAGES_AHEAD], places[PAGES_AHEAD];
 };
 __device__ __forceinline__ void load_pages(const Step& p, int stream, int start, Pages& pages) {
-    const i64 row = (i64)stream * p.most_pages;
+    const i64 row = (i64)stream * p.most_pages + start;
+    const int *labels = p.labels + row, *orders = p.orders + row, *places = p.pages + row;
 #pragma unroll
     for (int k = 0; k < PAGES_AHEAD; ++k) {
-        const int i = min(start + k * CLUSTER * CHOOSERS, p.most_pages - 1);
-        pages.labels[k] = p.labels[row + i], pages.orders[k] = p.orders[row + i], pages.places[k] = p.pages[row + i];
+        const int i = k * CLUSTER * CHOOSERS;
+        if (start + i < p.most_pages) pages.labels[k] = labels[i], pages.orders[k] = orders[i], pages.places[k] = places[i];
     }
 }
 
@@ -36,11 +37,19 @@ __device__ __forceinline__ void prefetch_rest(const Step& p, int stream, int ran
 
 // Fetch the anchors of some of this block's lists.
 __device__ __forceinline__ void fetch_anchors(const Step& p, i64 row, int count, u8* anchors) {
-#pragma unroll 4
+#if D == 64 || D % 128 == 0  // a thread always fetches the same part of a row, to the same place
+    const int part = threadIdx.x % (D / 16), first = threadIdx.x / (D / 16);
+    const i8* from = p.anchors + (row + first) * D + 16 * part;
+    u8* to = anchors + first * D + 16 * SWIZZLED(first, part);
+#pragma unroll 2
+    for (int list = first; list < count; list += CHOOSERS * 16 / D, from += CHOOSERS * 16, to += CHOOSERS * 16) copy_16(to, from);
+#else
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * (D / 16); i += CHOOSERS) {
         const int list = i / (D / 16), part = i % (D / 16);
         copy_16(anchors + list * D + 16 * SWIZZLED(list, part), p.anchors + (row + list) * D + 16 * part);
     }
+#endif
     commit_copies();
 }
 
@@ -49,16 +58,15 @@ struct Rows {
     float x[AHEAD][(D + WARP - 1) / WARP], spread[AHEAD];
 };
 __device__ __forceinline__ void load_rows(const Step& p, int head, int start, int last, Rows& rows) {
+    const i64 row = (i64)head * p.coded_most + start;
+    const float *at = p.inverse + row * D + threadIdx.x % WARP, *spread = p.spread + row;
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
-        const int r = start + a * CHOOSING;
-        const float* at = p.inverse + ((i64)head * p.coded_most + r) * D;
-        rows.spread[a] = r < last ? p.spread[(i64)head * p.coded_most + r] : 0.f;
+        const bool there = start + a * CHOOSING < last;
+        rows.spread[a] = there ? spread[a * CHOOSING] : 0.f;
 #pragma unroll
-        for (int d = 0; d < D; d += WARP) {
-            const int lane = threadIdx.x % WARP;
-            rows.x[a][d / WARP] = r < last && d + lane < D ? at[d + lane] : 0.f;
-        }
+        for (int d = 0; d < D; d += WARP)
+            rows.x[a][d / WARP] = there && (D % WARP == 0 || d + threadIdx.x % WARP < D) ? at[a * CHOOSING * D + d] : 0.f;
     }
 }
 
@@ -84,29 +92,47 @@ __device__ __forceinline__ void route(
     }
 }
 
+// Sums of 32 numbers each over the lanes: lane i gets that of the i-th.
+__device__ __forceinline__ float sum_each(float* x) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int half = WARP / 2; half; half >>= 1)
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const bool upper = lane & half;
+            x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(FULL, upper ? x[i] : x[i + half], half);
+        }
+    return x[0];
+}
+
 // This block's part of the second orders of the queries: of its share of the rotated dimensions, of which the first are
 // at hand. The last warps begin, since the first have more lists.
 __device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, int start, int last, Rows& rows) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float second[G] = {};
+    float second = 0.f;  // of head lane % G
 #pragma unroll 1
     for (int r = start; r < last; r += AHEAD * CHOOSING) {
         if (r > start) load_rows(p, head, r, last, rows);
+        float dots[WARP] = {}, spread = 0.f;
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            if (r + a * CHOOSING >= last) break;
-            float dot[G] = {};
+        for (int d = 0; d < D; d += WARP)
 #pragma unroll
-            for (int d = 0; d < D; d += WARP)
+            for (int g = 0; g < G; ++g) {
+                const float q = s.query[g][D % WARP == 0 ? d + lane : min(d + lane, D - 1)];
 #pragma unroll
-                for (int g = 0; g < G; ++g) dot[g] = fmaf(s.query[g][min(d + lane, D - 1)], rows.x[a][d / WARP], dot[g]);
+                for (int a = 0; a < AHEAD; ++a) dots[a * G + g] = fmaf(q, rows.x[a][d / WARP], dots[a * G + g]);
+            }
+        const float dot = sum_each(dots);
 #pragma unroll
-            for (int g = 0; g < G; ++g) dot[g] = warp_sum(dot[g]), second[g] = fmaf(dot[g] * dot[g], rows.spread[a], second[g]);
-        }
+        for (int a = 0; a < AHEAD; ++a) spread = lane / G == a ? rows.spread[a] : spread;
+        second = fmaf(dot * dot, spread, second);
     }
-    if (lane == 0)
-#pragma unroll
-        for (int g = 0; g < G; ++g) s.reduced[warp][g] = second[g];
+    // What the lanes of each head have.
+#pragma unroll 1
+    for (int g = 0; g < G; ++g) {
+        const float sum = warp_sum(lane % G == g && lane < AHEAD * G ? second : 0.f);
+        if (lane == 0) s.reduced[warp][g] = sum;
+    }
 }
 
 // A thread for each rank and head, which sends to that rank what warps of this block left.
@@ -169,6 +195,13 @@ __device__ __forceinline__ void find_norms(
     meet_choosers();
 }
 
+// How many keys of lists may be fetched.
+__device__ __noinline__ int keys_to_visit(const Step& p, int from, int head) {
+    const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
+    const double left = floor(fmax(p.budget * max(0, from - p.sinks) * p.row_bytes - fixed, 0.));
+    return (int)fmin((double)((i64)left / p.row_bytes), 2147483647.);
+}
+
 // Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all
 // blocks fetch; `table` says which.
 __device__ __forceinline__ int select(
@@ -189,18 +222,18 @@ __device__ __forceinline__ int select(
         send_same(table + first, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
     await(&s.exchanges[RANK]);
     const Ranked lists = {table};
-#pragma unroll 4
+#pragma unroll 2
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const int size = lists.size(list);
         if (!size) continue;
         const float weight = lists.rank(list);
-        atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? weight / (float)size : weight, size, MASSES));
+        atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? __fdividef(weight, (float)size) : weight, size, MASSES));
     }
     cut_lists(p, s, lists, MASSES);
     // Thread by thread, the pages of lists make up a row that is dealt out to the blocks.
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int sum = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) sum += (table[list].x + LANES - 1) / LANES;
     int before = sum;
 #pragma unroll
@@ -213,7 +246,7 @@ __device__ __forceinline__ int select(
     meet_choosers();
     const int total = warp_sum_int(lane < CHOOSING ? warps[lane] : 0);
     before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
-#pragma unroll 4
+#pragma unroll 2
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const int taken = table[list].x;
         table[list] = make_int2(before, taken);

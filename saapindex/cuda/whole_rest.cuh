@@ -5,11 +5,10 @@
 
 #define GROUPS ((D + 31) / 32)
 
-// Add lists whose logit is above `low` and at most `high`; none counts for more than `bound`. Weights are relative to
-// the reference. Returns whether there were lists with higher ones.
+// Add the lists whose logit is at most the largest near one, which is the reference: these are below the bound in any
+// case. Returns whether there were others.
 __device__ __forceinline__ bool add_rest(
-    const Step& p, i64 row, int own, const int2* table, const float* logits, const int* sizes, float low, float high,
-    float bound, Partial& mine
+    const Step& p, i64 row, int own, const int2* table, const float* logits, const int* sizes, Partial& mine
 ) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
     bool higher = false;
@@ -20,11 +19,9 @@ __device__ __forceinline__ bool add_rest(
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int list = min(first + quarter * 2 + i % 2 + i / 2 * 8, own - 1);
+            const i8* at = p.means + (row + list) * D + lane / 4 * 4;
 #pragma unroll
-            for (int c = 0; c < GROUPS; ++c) {
-                const int d = 32 * c + lane / 4 * 4;
-                means[c][i] = d < D ? *(const u32*)(p.means + (row + list) * D + d) : 0;
-            }
+            for (int c = 0; c < GROUPS; ++c) means[c][i] = 32 * c + lane / 4 * 4 < D ? *(const u32*)(at + 32 * c) : 0;
             x[i] = p.mean_scales[row + list];
         }
 #pragma unroll
@@ -34,8 +31,8 @@ __device__ __forceinline__ bool add_rest(
             if (list < own && head < G) {
                 const int rest = sizes[list] - table[list].y;
                 const float logit = logits[list * G + head];
-                higher |= rest > 0 && logit > high;
-                if (rest > 0 && logit > low && logit <= high) weight = (float)rest * exponential(fminf(logit, bound) - mine.reference);
+                if (rest > 0 && logit <= mine.reference) weight = (float)rest * exponential(logit - mine.reference);
+                else higher |= rest > 0;
             }
             mine.sum += weight;
             x[i] *= weight;
@@ -53,6 +50,27 @@ __device__ __forceinline__ bool add_rest(
             }
     }
     return higher;
+}
+
+// Add the others, of which there are few or none, when the bound is known; `found` is what the warp found.
+__device__ __forceinline__ void add_deferred(
+    const Step& p, const Shared& s, i64 row, int own, const int2* table, const float* logits, const int* sizes, float* found
+) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll 1
+    for (int list = threadIdx.x / WARP; list < own; list += CHOOSING) {
+        const int rest = sizes[list] - table[list].y;
+#pragma unroll 1
+        for (int g = 0; rest > 0 && g < G; ++g) {
+            const float logit = logits[list * G + g];
+            if (logit <= s.near_bound[g]) continue;
+            const float weight = (float)rest * exponential(fminf(logit, s.bound[g]) - s.basis[g]);
+            const float factor = weight * p.mean_scales[row + list];
+#pragma unroll 1
+            for (int d = lane; d < D; d += WARP) found[g * FOUND + d] += factor * (float)p.means[(row + list) * D + d];
+            if (lane == 0) found[g * FOUND + D] += weight;
+        }
+    }
 }
 
 // Write the result where the output of this lane's head is.

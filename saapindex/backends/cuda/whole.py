@@ -72,7 +72,7 @@ def whole_shared(
         + (3 if mixed or itemsize == 4 else 1) * 32 * (8 * steps + 4)
         + max(4 * (BINS + 3 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
-        + 4 * group * (5 * cluster + cluster * attending + 5)
+        + 4 * group * (5 * cluster + cluster * attending + 6)
         + 64
     )
     tile = 32 * (16 * steps * itemsize + 16)
