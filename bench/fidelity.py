@@ -80,6 +80,7 @@ CONTEXTS = {
 """Tokens of a sequence of each part of the texts."""
 FEW_QUERIES = Protocol(max_queries=64)
 BUDGETS = (0.02, 0.05, 0.1)
+WHOLE_BUDGETS = (0.02, 0.05, 0.1, 0.15, 0.2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Traces = Annotated[Path, typer.Option(help="Folder of the traces.")]
@@ -246,9 +247,15 @@ def compare(
 
 @app.command()
 def attend(
-    traces: Traces = Path("traces"), out: Out = RESULTS, layers: Layers = ALL, backend: str = "cpu"
+    traces: Traces = Path("traces"),
+    out: Out = RESULTS,
+    layers: Layers = ALL,
+    backend: str = "cpu",
+    whole: Annotated[bool, typer.Option(help="Read whole lists and no codes, as is usual on a GPU.")] = False,
 ) -> None:
     """Measure what `AttentionIndex.attend` returns, the heads of a group together, on the test sequences."""
+    params = AttendParameters(refine=False, slopes=False) if whole else AttendParameters()
+    budgets = WHOLE_BUDGETS if whole else BUDGETS
     book, start = Codebook.load(traces / "codebook.safetensors"), time.perf_counter()
     protocol = Protocol()
     found: list[tuple[float, str, torch.Tensor]] = []
@@ -264,13 +271,15 @@ def attend(
         index.add(trace.keys[None].astype(np.float16), trace.values[None].astype(np.float16))
         q = trace.queries[:, np.isin(trace.query_positions, positions.numpy())].astype(np.float32)
         dense = dense_output(trace, q, positions)
-        for budget in BUDGETS:
-            given, _ = index.attend(q[None], budget=budget, positions=positions.numpy()[None])
+        for budget in budgets:
+            given, _ = index.attend(
+                q[None], params=params.replace(budget=budget), positions=positions.numpy()[None]
+            )
             error = torch.from_numpy(np.asarray(given)[0]) - dense
             found.append((budget, path.parent.name, error.norm(dim=-1) / dense.norm(dim=-1)))
     rows = []
     for sequence in ("all", *sorted({name for _, name, _ in found})):
-        for budget in BUDGETS:
+        for budget in budgets:
             parts = [e for b, name, e in found if b == budget and sequence in ("all", name)]
             errors = torch.cat([part.flatten() for part in parts])
             heads = sum(len(part) for part in parts)
@@ -284,11 +293,10 @@ def attend(
                 }
             )
     content = {"protocol": dataclasses.asdict(protocol), "layers": numbers(layers), "backend": backend}
-    parameters = dataclasses.asdict(AttendParameters())
+    parameters = dataclasses.asdict(params)
     seconds = time.perf_counter() - start
-    write(
-        out, "attend-fidelity.json", {**content, "parameters": parameters, "seconds": seconds, "rows": rows}
-    )
+    name = "attend-fidelity-whole.json" if whole else "attend-fidelity.json"
+    write(out, name, {**content, "parameters": parameters, "seconds": seconds, "rows": rows})
     show("AttentionIndex.attend, in groups", rows)
 
 
