@@ -1,5 +1,9 @@
 // Lists: their logits, and where the order of their ranks is cut.
 
+#ifndef TOGETHER
+#define TOGETHER 4  // lists that a thread looks at before it waits
+#endif
+
 // A byte as a number: as the last of the digits of 2^23, which is faster than to convert it.
 __device__ __forceinline__ float byte_of(u32 x, int j) {
     return __uint_as_float(__byte_perm(x ^ 0x80808080u, 0x4b000000u, 0x7440 + j)) - 8388736.f;
@@ -62,7 +66,7 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
     }
     find_bin(s, limit);
     const int boundary = s.boundary;
-#pragma unroll 1
+#pragma unroll TOGETHER
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const float rank = lists.rank(list);
         const int size = lists.size(list), bin = rank > -INFINITE ? bin_of_weight(rank) : -2;

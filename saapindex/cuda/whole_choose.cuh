@@ -75,7 +75,7 @@ __device__ __forceinline__ void route(
     const Step& p, const Shared& s, int count, const u8* anchors, const float* scales, float* logits
 ) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
-#pragma unroll 1
+#pragma unroll 2
     for (int start = warp * 8; start < count; start += CHOOSING * 8) {
         const int list = min(start + head, count - 1);
         float products[4] = {};
@@ -222,11 +222,11 @@ __device__ __forceinline__ int select(
         send_same(table + first, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
     await(&s.exchanges[RANK]);
     const Ranked lists = {table};
-#pragma unroll 2
+#pragma unroll TOGETHER
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const int size = lists.size(list);
-        if (!size) continue;
         const float weight = lists.rank(list);
+        if (!size) continue;
         atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? __fdividef(weight, (float)size) : weight, size, MASSES));
     }
     cut_lists(p, s, lists, MASSES);
