@@ -18,6 +18,7 @@ from saapindex.backends.cuda.append import (
     AppendSpace,
     PagesInPool,
     argument,
+    load,
     most_pages,
 )
 from saapindex.backends.cuda.streams import Streams
@@ -174,7 +175,9 @@ class DeviceArrays:
         each = entering // LANES + min(entering, lists) + most_pages(self.keeping.ring, lists)
         self._provide(each * len(self._own["counts"]), each)
         with allocating("what the entering of keys needs"):
-            self._argument()
+            made = self._argument()
+        if self.keeping.xp is not np:
+            load(made, self._own["near_keys"].shape[2], self._own["near_keys"].dtype)
         self.reserved = tokens
 
     def _set_forms(self) -> None:

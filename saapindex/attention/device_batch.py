@@ -278,10 +278,11 @@ class DeviceBatch(DeviceArrays):
 
 
 def _rows_contiguous(x: Array, xp: Any) -> Array:
-    """Return `x` with rows that kernels can read word by word."""
+    """Return `x` with rows that kernels can read 16 bytes at a time."""
     item = x.dtype.itemsize
-    fits = x.strides[-1] == item and all(stride % 4 == 0 for stride in x.strides[:-1])
-    return x if fits else xp.ascontiguousarray(x)
+    place = 0 if isinstance(x, np.ndarray) else x.data.ptr
+    fits = x.strides[-1] == item and all(at % 16 == 0 for at in (place, *x.strides[:-1]))
+    return x if fits else xp.array(x, order="C")
 
 
 def _packed(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from saapindex.attention.device_cut import wide
 from saapindex.attention.layer import ADAPT_POINTS, LayerCodebook
-from saapindex.backends.cuda.append import Forms
+from saapindex.backends.cuda.append import Forms, fragments
 from saapindex.backends.cuda.assign import accumulate, assign_heads, prepare
 from saapindex.backends.cuda.attend import DeviceCode
 from saapindex.errors import InvalidInputError
@@ -42,7 +42,7 @@ class DeviceBook:
         self.forms = Forms(
             forms=xp.asarray(forms),
             bias=xp.asarray(bias),
-            forward=xp.asarray(np.ascontiguousarray(code.forward[:, :, : 32 * code.words])),
+            forward=xp.asarray(fragments(code.forward[:, :, : 32 * code.words])),
             step=xp.asarray(np.ascontiguousarray(code.step[:, : 32 * code.words])),
             base=xp.asarray(code.base),
             widths=xp.asarray(code.widths.astype(np.int32)),

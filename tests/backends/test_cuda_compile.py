@@ -17,9 +17,10 @@ SIZES = [64, 80, 96, 128, 256]
 # What each file is compiled with; a file that is not here is compiled with ELEMENT and D.
 MACROS = {
     "append": [
-        *({"ELEMENT": e, "D": 128} for e in ELEMENTS),
-        {"ELEMENT": 1, "D": 80},
-        {"ELEMENT": 2, "D": 256},
+        *({"ELEMENT": e, "D": 128, "BLOCKS": blocks} for e in ELEMENTS for blocks in (1, 2)),
+        {"ELEMENT": 1, "D": 80, "BLOCKS": 1},
+        {"ELEMENT": 2, "D": 256, "BLOCKS": 1},
+        {"ELEMENT": 2, "D": 256, "BLOCKS": 2},
     ],
     "assign": [
         *({"ELEMENT": e, "D": d} for e in ELEMENTS for d in SIZES),
