@@ -36,6 +36,7 @@ MACROS = {
         {"ELEMENT": 1, "D": 64, "QUERY": 1, "G": 2, "WORDS": 3, "CAPPED": 1},
     ],
     "chosen": [{}],
+    "finite": [{"ELEMENT": e} for e in ELEMENTS],
     "codes": [{"COLUMNS": columns} for columns in range(1, 9)],
     "rope": [*({"ELEMENT": e} for e in ELEMENTS), *({"ELEMENT": e, "PAIRS": 2} for e in (0, 1))],
     "route": [{}],

@@ -1,4 +1,4 @@
-"""The kernel that adds keys, emulated on the host, gives the lists of the definition: exactly the same keys in them."""
+"""The kernel that adds keys, emulated on the host, is the definition: exactly the same lists, and nearly all codes."""
 
 from __future__ import annotations
 
@@ -49,11 +49,13 @@ def pair(dtype, batch, d, heads, nlist, words, view="rotated", **change):
 
     def draw(n):
         k = centers[np.arange(heads)[:, None], rng.integers(0, 12, (batch, heads, n))]
-        return (x.astype(np.float32) for x in (k + 0.5 * rng.standard_normal(k.shape), rng.standard_normal(k.shape)))
+        noise, v = rng.standard_normal((2, *k.shape))
+        return (x.astype(np.float32) for x in (k + 0.5 * noise, v))
 
     rope = Rope(dim=d) if view != "rotated" else None
     queries = rng.standard_normal((heads, 200, d))
-    book = fit_layer(next(draw(600))[0], queries, nlist, words=words, view=view, rope=rope, backend="reference")
+    how = {"words": words, "view": view, "rope": rope, "backend": "reference"}
+    book = fit_layer(next(draw(600))[0], queries, nlist, **how)
     rules = {"window": 20, "sinks": 2, "flush": 16, "adapt": 0, "dense_below": 0, **change}
     index = AttentionIndex(book, batch=batch, dtype=dtype, backend="reference", **rules)
     pool = DevicePool(np, d, STORED[dtype], words)

@@ -84,7 +84,8 @@ _POINTERS = [
         "new_values",
         "fresh",
     ],
-    *["labels_in", "best", "order", "rows", "tasks", "heavy", "work", "amounts", "counters", "moved", "stamps"],
+    *["labels_in", "best", "order", "rows", "tasks", "heavy", "work", "amounts"],
+    *["counters", "moved", "stamps"],
 ]
 _STRIDES = ["key_batch", "key_head", "key_token", "value_batch", "value_head", "value_token"]
 _INTEGERS = [
@@ -229,8 +230,8 @@ def fragments(forward: NDArray[np.float32]) -> NDArray[np.float32]:
 
     Returns
     -------
-    (H, ceil(d / 32), 2, ceil(fields / 8), 32, 4) : of 32 dimensions lane ``4 g + t`` takes four from ``8 t`` on, then
-    the next four; of 8 fields field ``g // 2``, or ``g // 2 + 4`` for an odd `g`.
+    (H, ceil(d / 32), 2, ceil(fields / 8), 32, 4) : of 32 dimensions lane ``4 g + t`` takes four from ``8 t``
+    on, then the next four; of 8 fields field ``g // 2``, or ``g // 2 + 4`` for an odd `g`.
 
     Examples
     --------
@@ -240,8 +241,9 @@ def fragments(forward: NDArray[np.float32]) -> NDArray[np.float32]:
     heads, d, fields = forward.shape
     padded = np.zeros((heads, -(-d // 32) * 32, -(-fields // 8) * 8), np.float32)
     padded[:, :d, :fields] = forward
-    parts = padded.reshape(heads, -1, 4, 2, 4, padded.shape[2] // 8, 2, 4)  # slab, t, half, dimension, tile, odd, g // 2
-    lanes = parts.transpose(0, 1, 3, 5, 7, 6, 2, 4)  # slab, half, tile, g // 2, odd, t, dimension
+    # Slabs, t, halves, dimensions; tiles, odd or not, g // 2.
+    parts = padded.reshape(heads, -1, 4, 2, 4, padded.shape[2] // 8, 2, 4)
+    lanes = parts.transpose(0, 1, 3, 5, 7, 6, 2, 4)
     return np.ascontiguousarray(lanes).reshape(*lanes.shape[:4], 32, 4)
 
 
