@@ -4,7 +4,7 @@
 
     python bench/faiss_gpu.py DATA.npz OUT.json    # written and read by bench/cuda_ops.py --faiss
 
-DATA holds keys, queries, their exact ten best, and nlist: Faiss has half as many lists, as many, and twice as many.
+DATA holds keys, queries, their exact ten best, and nlist, of which Faiss also takes half and twice as many.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernel that adds keys, emulated on the host, is the definition: exactly the same lists, and nearly all codes."""
+"""The kernel that adds keys, emulated on the host, is the definition: the same lists, nearly all codes."""
 
 from __future__ import annotations
 
