@@ -8,7 +8,7 @@
 // in an order that does not depend on the schedule, so a flush gives the same bits each time it is run.
 //
 // Compiled with -DELEMENT, -DD, the dimensions of a key (a multiple of 8), and -DBLOCKS, how many blocks of the grid a
-// multiprocessor has.
+// multiprocessor has: 1, or 2 where the lists of entering keys are known.
 
 #define THREADS 256
 #define WARPS (THREADS / WARP)
@@ -19,17 +19,19 @@
 #define MINE (WORDS * PART)                         // elements of a lane
 #define PAIRED (PART * TOGETHER == 1 ? 1 : 2)       // of them, those that surely lie together
 #define AHEAD (WORDS > 4 ? 2 : WORDS > 2 ? 4 : 8)   // rows that a warp has in flight
-#define KEYS (BLOCKS == 1 ? 64 : 32)                 // of a tile of the assignment
+#define KEYS 64                                     // of a tile of the assignment
 #define LISTS (WARPS * 32)
 #define PITCH ((D + 15) / 16 % 2 ? (D + 15) / 16 * 16 : (D + 15) / 16 * 16 + 16)  // keeps rows on different banks
 #define TILES 12                                    // of 8 fields of a code, that a warp multiplies at once
 #define SLABS ((D + 31) / 32)                       // of 32 dimensions of the forward matrix
-#define FORWARD_BYTES (64 << 10)                    // of it, that are held in shared memory at once
+#define FORWARD_BYTES ((D <= 128 ? 64 : 56) << 10)  // of it, that are held in shared memory at once
 #define LISTS_EACH 4                                // of a thread that places keys
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
+#define MOVING ((D + 63) / 64 * 16 * THREADS + 8 * WINDOW + 16)  // bytes that a block moves a list with
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
 #define TINY 1e-30f
 
+#include "halves.cuh"
 #include "append_state.cuh"
 #include "append_assign.cuh"
 #include "append_sort.cuh"
@@ -97,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
     STAMP(0);
     if (due) {
         u32 target = blocks;
-        if (!a.labels_in) {
+        if (BLOCKS == 1 && !a.labels_in) {
             const int columns = (a.lists + LISTS - 1) / LISTS;
             int skip = blockIdx.x;  // tiles until the next one of this block
             for (int s = 0; s < streams; ++s) {
@@ -125,8 +127,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
             __syncthreads();
         }
         const int spared = heavies < blocks / 2 ? heavies : 0;  // blocks that have enough to do
-        for (int i = warp - spared * WARPS; i >= 0 && i < tasks; i += warps - spared * WARPS) {
-            const Task task = a.tasks[i];
+        const int first = warp - spared * WARPS, stride = warps - spared * WARPS;
+        Task next;
+        if (first >= 0 && first < tasks) next = a.tasks[first];
+        for (int i = first; i >= 0 && i < tasks; i += stride) {
+            const Task task = next;
+            if (i + stride < tasks) next = a.tasks[i + stride];
             if (task.heavy) continue;
             double values[MINE] = {};
             float before[MINE];
@@ -134,11 +140,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
             copy_in<false>(a, plans[task.stream / a.heads], task, 0, 1, values, values);
             set_mean(a, task, before, values);
         }
+        // Perhaps of the head that this block encodes keys of.
+        const int tiles = (a.coded_dimensions + 7) / 8, head = (int)((i64)blockIdx.x * streams / blocks) % a.heads;
+        uint4* forward = (uint4*)(rest + MOVING);
+        ask_forward(a, head, 0, tiles, forward);
         grid_barrier(a, target);
         target += blocks;
 
         STAMP(3);
-        encode(a, plans, streams, (float4*)rest);
+        encode(a, plans, streams, forward, head * SLABS);
         grid_barrier(a, target);
         STAMP(4);
         for (int i = warp; i < tasks; i += warps) add_squares(a, a.tasks[i]);

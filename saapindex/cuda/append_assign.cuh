@@ -1,7 +1,20 @@
 // Phase 1 of a flush: the best list of each key that enters, on tensor cores.
 
-// Keys of a tile as they are assigned, in shared memory: float32, [KEYS][PITCH].
-__device__ void load_tile(const State& a, const Plan& plan, int s, int key0, float* xs) {
+// Put two elements of a row, or one, among its four of the same 16 bytes: high parts, then low parts.
+__device__ __forceinline__ void store_halves(float* row, int at, float x, float y) {
+    u32* four = (u32*)(row + at / 4 * 4);
+    const u32 high = to_float16_pair(x, y), low = rest_of_pair(x, y, high);
+    if (PAIRED == 2) {
+        four[at % 4 / 2] = high;
+        four[2 + at % 4 / 2] = low;
+    } else {
+        ((u16*)four)[at % 4] = (u16)high;
+        ((u16*)four)[4 + at % 4] = (u16)low;
+    }
+}
+
+// Keys of a tile as tensor cores take them, [KEYS][PITCH] words in shared memory, and what undoes their scale, [KEYS].
+__device__ void load_tile(const State& a, const Plan& plan, int s, int key0, float* xs, float* inverse) {
     const int m = plan.until - plan.first, h = s % a.heads;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     __syncthreads();
@@ -12,18 +25,29 @@ __device__ void load_tile(const State& a, const Plan& plan, int s, int key0, flo
         for (int u = 0; u < AHEAD; ++u)
             if (key0 + r0 + u < m) load_row(entering_key(a, plan, s, plan.first + key0 + r0 + u), lane, words[u]);
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u)
+        for (int u = 0; u < AHEAD; ++u) {
+            float x[MINE + 1] = {}, largest = 0.f;
+#pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                x[i] = part_of(words[u][i / PART], i % PART);
+                largest = fmaxf(largest, fabsf(x[i]));
+            }
+            const int exponent = exponent_for(__uint_as_float(__reduce_max_sync(FULL, __float_as_uint(largest))));
+            const float factor = power(exponent);
+            float* row = xs + (r0 + u) * PITCH;
+            if (lane == 0) inverse[r0 + u] = power(-exponent);
 #pragma unroll
             for (int i = 0; i < MINE; i += PAIRED) {
                 const int at = element_of(lane, i);
-                float* to = xs + (r0 + u) * PITCH + at;
                 if (at >= D) continue;
-                if (PAIRED == 1)
-                    *to = part_of(words[u][i / PART], i % PART);
-                else
-                    *(float2*)to = make_float2(part_of(words[u][i / PART], i % PART),
-                                               part_of(words[u][(i + 1) / PART], (i + 1) % PART));
+                if (a.turns) {
+                    row[at] = x[i] * factor;
+                    if (PAIRED == 2) row[at + 1] = x[i + 1] * factor;
+                } else {
+                    store_halves(row, at, x[i] * factor, x[i + 1] * factor);
+                }
             }
+        }
     }
     if (D % 16)
         for (int i = threadIdx.x; i < KEYS * 8; i += THREADS) xs[i / 8 * PITCH + D + i % 8] = 0.f;
@@ -42,69 +66,67 @@ __device__ void load_tile(const State& a, const Plan& plan, int s, int key0, flo
         *y = v * (cosine * amplitude) + u * (sine * amplitude);
     }
     __syncthreads();
+    for (int i = threadIdx.x; i < KEYS * (D / 4); i += THREADS) {
+        float4* at = (float4*)(xs + i / (D / 4) * PITCH) + i % (D / 4);
+        const float4 x = *at;
+        const u32 one = to_float16_pair(x.x, x.y), two = to_float16_pair(x.z, x.w);
+        *(uint4*)at = make_uint4(one, two, rest_of_pair(x.x, x.y, one), rest_of_pair(x.z, x.w, two));
+    }
+    __syncthreads();
 }
 
 // The best list of a tile of keys among LISTS lists. A warp meets all the keys with lists of its own, 32 of them, which
 // it reads from memory itself. Of 16 dimensions lane 4 g + t has 4 t to 4 t + 3: their order in a product is free.
 __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, int list0, float* xs) {
-    load_tile(a, plan, s, key0, xs);
     const int m = plan.until - plan.first, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const i64 own = (i64)(a.own_forms ? s : s % a.heads) * a.lists;
+    const int form = a.own_forms ? s : s % a.heads;
     const bool two_parts = sizeof(element) == 4 || a.turns;
+    float* inverse = xs + KEYS * PITCH;
+    const i64 own = (i64)form * a.lists;
     list0 += threadIdx.x / WARP * 32;
-    float4 next[4];
-    auto fetch = [&](int k0) {
+    uint4 next[2][4];
+    auto fetch = [&](int k0, uint4* out) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const int list = list0 + j * 8 + g, k = k0 + 4 * t;
-            next[j] = list < a.lists && k < D ? __ldg((const float4*)(a.forms + (own + list) * D + k))
-                                              : make_float4(0.f, 0.f, 0.f, 0.f);
+            const int list = list0 + j * 8 + g, k = k0 / 4 + t;
+            out[j] = list < a.lists && k < D / 4 ? __ldg(a.parts + (own + list) * (D / 4) + k) : make_uint4(0, 0, 0, 0);
         }
     };
-    fetch(0);
+    fetch(0, next[0]);
+    fetch(16, next[1]);
+    load_tile(a, plan, s, key0, xs, inverse);
     float sums[KEYS / 16][4][4] = {};
-#pragma unroll 1
+#pragma unroll 2
     for (int k0 = 0; k0 < D; k0 += 16) {
-        float high[4][4], low[4][4];
+        uint4 b[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            split(next[j].x, high[j][0], low[j][0]);
-            split(next[j].y, high[j][1], low[j][1]);
-            split(next[j].z, high[j][2], low[j][2]);
-            split(next[j].w, high[j][3], low[j][3]);
-        }
-        if (k0 + 16 < D) fetch(k0 + 16);
+        for (int j = 0; j < 4; ++j) b[j] = next[0][j], next[0][j] = next[1][j];
+        fetch(k0 + 32, next[1]);
 #pragma unroll
         for (int i = 0; i < KEYS / 16; ++i) {
-            const float4 x = *(const float4*)(xs + (i * 16 + g) * PITCH + k0 + 4 * t);
-            const float4 y = *(const float4*)(xs + (i * 16 + 8 + g) * PITCH + k0 + 4 * t);
-            float one[2][4] = {{x.x, y.x, x.y, y.y}, {x.z, y.z, x.w, y.w}};
+            const uint4 x = *(const uint4*)(xs + (i * 16 + g) * PITCH + k0 + 4 * t);
+            const uint4 y = *(const uint4*)(xs + (i * 16 + 8 + g) * PITCH + k0 + 4 * t);
+            const u32 high[4] = {x.x, y.x, x.y, y.y}, low[4] = {x.z, y.z, x.w, y.w};
+            if (two_parts)
 #pragma unroll
-            for (int step = 0; step < 2; ++step) {
-                if (two_parts) {
-                    float rest[4];
+                for (int j = 0; j < 4; ++j) multiply(sums[i][j], low, b[j].x, b[j].y);
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) split(one[step][e], one[step][e], rest[e]);
+            for (int j = 0; j < 4; ++j) multiply(sums[i][j], high, b[j].z, b[j].w);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        multiply(sums[i][j], rest, high[j][2 * step], high[j][2 * step + 1]);
-                }
-#pragma unroll
-                for (int j = 0; j < 4; ++j) multiply(sums[i][j], one[step], low[j][2 * step], low[j][2 * step + 1]);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) multiply(sums[i][j], one[step], high[j][2 * step], high[j][2 * step + 1]);
-            }
+            for (int j = 0; j < 4; ++j) multiply(sums[i][j], high, b[j].x, b[j].y);
         }
     }
+    const float unit = a.unit[form];
 #pragma unroll
     for (int i = 0; i < KEYS / 8; ++i) {  // rows 8 i + g
+        const float factor = inverse[i * 8 + g] * unit;
         u64 best = 0;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const int list = list0 + j / 2 * 8 + 2 * t + j % 2;
             if (list < a.lists) {
-                const u32 bits = __float_as_uint(sums[i / 2][j / 2][i % 2 * 2 + j % 2] + __ldg(a.bias + own + list));
-                const u32 rank = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+                const float score = fmaf(sums[i / 2][j / 2][i % 2 * 2 + j % 2], factor, __ldg(a.bias + own + list));
+                const u32 bits = __float_as_uint(score), rank = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
                 const u64 found = (u64)rank << 32 | (u32)~list;
                 best = found > best ? found : best;
             }

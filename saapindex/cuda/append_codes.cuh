@@ -1,8 +1,5 @@
 // Phases 4 and 5 of a flush: codes of keys that entered, or whose list has a new anchor; squared scales.
 
-// A list that has its anchor from this very launch has as many keys as then.
-__device__ __forceinline__ bool is_renewed(const State& a, i64 list) { return a.coded[list] == a.sizes[list]; }
-
 // Eight elements of a key less those of its anchor.
 __device__ __forceinline__ void residual(const element* key, const i8* anchor, float scale, float* out) {
     const uint2 steps = *(const uint2*)anchor;
@@ -25,9 +22,20 @@ struct Sixteen {
     int row[2];
     const element* key[2];
     const i8* anchor[2];
-    float scale[2];
+    float scale[2], factor[2];  // of the anchor; what brings the residual into the range of tensor cores
     bool any;
 };
+
+// What a lane has of 32 dimensions, less the anchor; zero where there is no key.
+__device__ __forceinline__ void residuals(const Sixteen& x, int slab, float (*rest)[8]) {
+    const bool inside = D % 32 == 0 || slab * 32 + threadIdx.x % 4 * 8 < D;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) rest[i][e] = 0.f;
+        if (inside && x.row[i] >= 0) residual(x.key[i] + slab * 32, x.anchor[i] + slab * 32, x.scale[i], rest[i]);
+    }
+}
 
 // As lanes 0 to 15 name them: the row of a key, below zero for none, and its list.
 __device__ __forceinline__ Sixteen sixteen(const State& a, int s, int list, int row) {
@@ -42,6 +50,20 @@ __device__ __forceinline__ Sixteen sixteen(const State& a, int s, int list, int 
         x.anchor[i] = a.anchors + at * D + lane % 4 * 8;
         x.scale[i] = a.anchor_scales[at];
     }
+    float largest[2] = {};
+    if (x.any)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab) {
+            float rest[2][8];
+            residuals(x, slab, rest);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) largest[i / 8] = fmaxf(largest[i / 8], fabsf(rest[i / 8][i % 8]));
+        }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        largest[i] = fmaxf(largest[i], __shfl_xor_sync(FULL, largest[i], 1));
+        x.factor[i] = power(exponent_for(fmaxf(largest[i], __shfl_xor_sync(FULL, largest[i], 2))));
+    }
     return x;
 }
 
@@ -53,61 +75,67 @@ __device__ __forceinline__ float quad_sum(float x) {
 // How much of the forward matrix of a head fits in shared memory, in slabs of 32 dimensions.
 __device__ __forceinline__ int slabs_held(int tiles) { return min(SLABS, FORWARD_BYTES / (tiles * 2 * WARP * 16)); }
 
-// Copy slabs of the forward matrix of a head to shared memory, unless they are there.
-__device__ void hold_forward(const State& a, int h, int slab, int tiles, float4* forward, int& held) {
+// Ask for slabs of the forward matrix of a head in shared memory.
+__device__ __forceinline__ void ask_forward(const State& a, int h, int slab, int tiles, uint4* forward) {
+    const int count = min(slabs_held(tiles), SLABS - slab) * 2 * tiles * WARP;
+    const uint4* from = a.forward + (i64)(h * SLABS + slab) * 2 * tiles * WARP;
+    for (int i = threadIdx.x; i < count; i += THREADS) copy_async(forward + i, from + i);
+    asm volatile("cp.async.commit_group;");
+}
+
+// Have them there; `held` says which are.
+__device__ __forceinline__ void hold_forward(const State& a, int h, int slab, int tiles, uint4* forward, int& held) {
     if (held == h * SLABS + slab) return;
     held = h * SLABS + slab;
-    const int count = min(slabs_held(tiles), SLABS - slab) * 2 * tiles * WARP;
-    const float4* from = (const float4*)a.forward + (i64)held * 2 * tiles * WARP;
     __syncthreads();
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += THREADS) forward[i] = __ldg(from + i);
+    ask_forward(a, h, slab, tiles, forward);
+    asm volatile("cp.async.wait_group 0;");
     __syncthreads();
 }
 
 // Products of the residuals with `count` tiles of 8 fields from `tile0` on. All warps of a block come here together.
 __device__ void project(const State& a, const Sixteen& x, int h, int tile0, int count, float (*sums)[4],
-                        float4* forward, int& held) {
+                        uint4* forward, int& held) {
     const int tiles = (a.coded_dimensions + 7) / 8, lane = threadIdx.x % WARP, held_slabs = slabs_held(tiles);
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[n][i] = 0.f;
+#pragma unroll 1
     for (int slab = 0; slab < SLABS; ++slab) {
         if (slab % held_slabs == 0) hold_forward(a, h, slab, tiles, forward, held);
         if (!x.any) continue;
-        float rest[2][8] = {};
-        if (slab * 32 + lane % 4 * 8 < D)
+        float rest[2][8];
+        residuals(x, slab, rest);
+        u32 high[2][4], low[2][4];
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                if (x.row[i] >= 0) residual(x.key[i] + slab * 32, x.anchor[i] + slab * 32, x.scale[i], rest[i]);
-        const float4* here = forward + (slab % held_slabs * 2 * tiles + tile0) * WARP + lane;
+        for (int e = 0; e < 8; ++e) {  // of a half the first pairs of both rows, then the second ones
+            const float* two = rest[e % 2] + e / 2 * 2;
+            const float u = two[0] * x.factor[e % 2], v = two[1] * x.factor[e % 2];
+            high[e / 4][e % 4] = to_float16_pair(u, v);
+            low[e / 4][e % 4] = rest_of_pair(u, v, high[e / 4][e % 4]);
+        }
+        const uint4* here = forward + (slab % held_slabs * 2 * tiles + tile0) * WARP + lane;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float high[2][4], low[2][4];
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    split(rest[i % 2][half * 4 + e * 2 + i / 2], high[e][i], low[e][i]);
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int n = 0; n < TILES; ++n)
                 if (n < count) {
-                    const float4 f = here[(half * tiles + n) * WARP];
-                    float b[4], c[4];
-                    split(f.x, b[0], c[0]);
-                    split(f.y, b[1], c[1]);
-                    split(f.z, b[2], c[2]);
-                    split(f.w, b[3], c[3]);
-                    multiply(sums[n], low[0], b[0], b[1]);
-                    multiply(sums[n], low[1], b[2], b[3]);
-                    multiply(sums[n], high[0], c[0], c[1]);
-                    multiply(sums[n], high[1], c[2], c[3]);
-                    multiply(sums[n], high[0], b[0], b[1]);
-                    multiply(sums[n], high[1], b[2], b[3]);
+                    const uint4 f = here[(half * tiles + n) * WARP];
+                    multiply(sums[n], low[half], f.x, f.y);
+                    multiply(sums[n], high[half], f.z, f.w);
+                    multiply(sums[n], high[half], f.x, f.y);
                 }
-        }
     }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int field = (tile0 + n) * 8 + lane % 4 + 4 * e;
+            const float factor = n < count && field < a.coded_dimensions ? __ldg(a.step + h * a.coded_dimensions + field).z : 0.f;
+            sums[n][e] *= factor;
+            sums[n][2 + e] *= factor;
+        }
 }
 
 // Round what `project` found for words `word` to `end` to codes, and add up products and lengths.
@@ -128,8 +156,8 @@ __device__ __forceinline__ void quantise_words(const State& a, const Sixteen& x,
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int field = (tile0 + n) * 8 + t + 4 * e;
-            const float step = field < R ? __ldg(a.step + h * R + field) : 0.f;
-            const float inverse = step > 0.f ? 1.f / step : 0.f;
+            const float4 steps = field < R ? __ldg(a.step + h * R + field) : make_float4(0.f, 0.f, 0.f, 0.f);
+            const float step = steps.x, inverse = steps.y;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float y = sums[n][2 * i + e];
@@ -160,7 +188,7 @@ __device__ __forceinline__ void quantise_words(const State& a, const Sixteen& x,
 
 // Codes of sixteen keys for each warp of the block, all of one stream. Words whose products do not fit in registers
 // together are multiplied twice: once for the norm of all.
-__device__ void encode_rows(const State& a, int s, const Sixteen& x, float4* forward, int& held) {
+__device__ void encode_rows(const State& a, int s, const Sixteen& x, uint4* forward, int& held) {
     const int h = s % a.heads, t = threadIdx.x % 4;
     float sums[TILES][4], square[2] = {}, inverse_norm[2] = {}, product[2] = {}, length[2] = {};
 #pragma unroll 1
@@ -192,7 +220,8 @@ __device__ void encode_rows(const State& a, int s, const Sixteen& x, float4* for
     if (!x.any) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const float scale = fmaxf(quad_sum(product[i]) / fmaxf(quad_sum(length[i]), TINY), TINY);
+        const float along = quad_sum(product[i]) / fmaxf(quad_sum(length[i]), TINY);
+        const float scale = fmaxf(__fdiv_rn(along, x.factor[i]), TINY);
         const float exponent = rintf(16.f * log2f(__fdiv_rn(scale, a.base[h]))) + 128.f;
         if (t == i && x.row[i] >= 0) a.exponents[x.row[i]] = (u8)(int)fminf(fmaxf(exponent, 0.f), 255.f);
     }
@@ -210,18 +239,23 @@ __device__ __forceinline__ Tiles tiles_of(const State& a, const Plan* plans, int
 }
 
 // All of phase 4. Blocks have tiles of the same stream next to each other, as many for each warp as there must be.
-__device__ void encode(const State& a, const Plan* plans, int streams, float4* forward) {
+// `held` says what was asked for of the forward matrix.
+__device__ void encode(const State& a, const Plan* plans, int streams, uint4* forward, int held) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, blocks = gridDim.x;
-    int all = 0, groups = 0, held = -1;
-    for (int s = 0; s < streams; ++s) {
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();
+    int all = 0, groups = 0;
+    for (int s = lane; s < streams; s += WARP) {
         const Tiles tiles = tiles_of(a, plans, s);
         all += tiles.entering + tiles.pages;
     }
+    all = warp_sum_int(all);
     const int each = min(max((all + blocks - 1) / blocks, 1), WARPS);  // warps of a block that have a tile at once
-    for (int s = 0; s < streams; ++s) {
+    for (int s = lane; s < streams; s += WARP) {
         const Tiles tiles = tiles_of(a, plans, s);
         groups += (tiles.entering + tiles.pages + each - 1) / each;
     }
+    groups = warp_sum_int(groups);
     int skip = (int)((i64)blockIdx.x * groups / blocks);
     int left = (int)((i64)(blockIdx.x + 1) * groups / blocks) - skip;
     for (int s = 0; s < streams && left; ++s) {
@@ -233,8 +267,8 @@ __device__ void encode(const State& a, const Plan* plans, int streams, float4* f
             if (warp < each && tile < tiles.entering) {
                 const int j = tile * LANES + lane;
                 if (lane < LANES && j < plans[s / a.heads].until - plans[s / a.heads].first) {
-                    list = label_of(a, s, a.order[(i64)s * a.most + j]);
-                    if (!is_renewed(a, (i64)s * a.lists + list)) row = a.rows[(i64)s * a.most + j];
+                    const int2 place = a.rows[(i64)s * a.most + j];
+                    if (place.y >= 0) row = place.x, list = place.y;
                 }
             } else if (warp < each && tile < tiles.entering + tiles.pages) {
                 const i64 slot = (i64)s * a.room + a.work[(i64)s * a.room + tile - tiles.entering];
@@ -260,7 +294,7 @@ __device__ void add_squares(const State& a, const Task& task) {
     double sum = 0.0;
     if (task.segment < 0) {
         for (int j = lane; j < task.count; j += WARP)
-            sum += squared_scale(a, h, a.rows[(i64)s * a.most + task.start + j]);
+            sum += squared_scale(a, h, a.rows[(i64)s * a.most + task.start + j].x);
     } else {
         for (int j = lane; j < task.old + task.count; j += WARP) {
             const int page = a.pages[(i64)s * a.room + a.work[(i64)s * a.room + task.segment + j / LANES]];

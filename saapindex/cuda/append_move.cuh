@@ -32,7 +32,7 @@ __device__ void copy_in(const State& a, const Plan& plan, const Task& task, int 
         }
         if (lane < AHEAD && j0 + lane < task.count) {
             a.ids[row] = p;
-            a.rows[sorted + j0 + lane] = row;
+            a.rows[sorted + j0 + lane] = make_int2(row, RENEWED ? -1 : task.list);
         }
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
@@ -136,16 +136,25 @@ __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
     for (int q = max(full, from) + threadIdx.x; q < from + count; q += THREADS) slots[q - from] = task.base + q - full;
     if (from < full) {
         const int held = a.counts[task.stream];
-#pragma unroll 4
-        for (int slot0 = threadIdx.x * 4; slot0 < held; slot0 += THREADS * 4) {  // rooms are multiples of 4
-            const int4 labels = *(const int4*)(a.labels + table + slot0);
-            const int found[4] = {labels.x, labels.y, labels.z, labels.w};
+        constexpr int ONCE = 8 / BLOCKS;
+        for (int first = threadIdx.x * 4; first < held; first += THREADS * 4 * ONCE) {
+            int4 labels[ONCE];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (found[i] >> 5 == task.list && slot0 + i < held) {
-                    const int q = a.orders[table + slot0 + i] - from;
-                    if (q >= 0 && q < count && q + from < full) slots[q] = slot0 + i;
+            for (int j = 0; j < ONCE; ++j) {
+                const int slot = first + j * THREADS * 4;  // rooms are multiples of 4
+                labels[j] = slot < held ? *(const int4*)(a.labels + table + slot) : make_int4(-1, -1, -1, -1);
+            }
+#pragma unroll
+            for (int j = 0; j < ONCE; ++j) {
+                const int found[4] = {labels[j].x, labels[j].y, labels[j].z, labels[j].w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int slot = first + j * THREADS * 4 + i;
+                    if (found[i] >> 5 != task.list || slot >= held) continue;
+                    const int q = a.orders[table + slot] - from;
+                    if (q >= 0 && q < count && q + from < full) slots[q] = slot;
                 }
+            }
         }
     }
     __syncthreads();
@@ -155,7 +164,7 @@ __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
 // Phase 3 for a list with many new keys, or one that gets a new anchor, in a block.
 __device__ void enter_by_block(const State& a, const Plan* plans, int number, char* shared) {
     double* sums = (double*)shared;                                  // [WARPS][MINE][WARP]
-    int* slots = (int*)(shared + WARPS * MINE * WARP * 8);           // [WINDOW]
+    int* slots = (int*)(shared + MOVING - 8 * WINDOW - 16);          // [WINDOW]
     int* fresh = slots + WINDOW;                                     // [WINDOW]
     int* failed = fresh + WINDOW;                                    // and where the work begins
     const Task task = a.tasks[number];

@@ -1,4 +1,4 @@
-// What the phases of an addition share: the state, plans of sequences, rows of keys, barriers, sums and products.
+// What the phases of an addition share: the state, plans of sequences, rows of keys, barriers and sums.
 
 // Counters of a state; the last block of a launch leaves all but STATUS at zero. NEXT: heavy tasks that were begun.
 enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, NEXT };
@@ -26,8 +26,11 @@ struct State {
     float *mean_scales, *squares;
 
     int *holders, *free, *available;  // pages of the pool: how many streams hold each; a stack of free ones; its height
-    const float *forms, *bias;        // (H or S, L, D) and (H or S, L)
-    const float *forward, *step, *base;
+    const uint4* parts;       // (H or S, L, D / 4): four dimensions of a form, high and low
+    const float *unit, *bias; // (H or S) and (H or S, L): the parts are to be multiplied with it
+    const uint4* forward;     // of the codes, as lanes read it
+    const float4* step;       // (H, R): step of a field, one by it, and what its products are to be multiplied with
+    const float* base;
     const int* widths;
     const double* turns;      // (H, pairs): turns a position of the pairs that the view rotates; null for none
     const float* amplitudes;  // (H, pairs)
@@ -36,7 +39,8 @@ struct State {
     const int* fresh;   // (B,): only so many of the new keys, the last ones, belong to a sequence; null for all
     const int* labels_in;  // (S, M): lists of the entering keys where they are known; null where not
     u64* best;          // (S, M), zero between launches: score and list of each entering key
-    int *order, *rows;  // (S, M): entering keys sorted by list, and the row that each went to
+    int* order;         // (S, M): entering keys sorted by list
+    int2* rows;         // (S, M): the row that each of these went to, and the list, -1 if that is coded anew
     Task* tasks;        // (S * min(M, L))
     int* heavy;         // (S * min(M, L)): tasks for whole blocks
     int* work;          // (S, P): slots of the pages to be coded anew
@@ -196,23 +200,6 @@ __device__ void grid_barrier(const State& a, u32 target) {
         __threadfence();
     }
     __syncthreads();
-}
-
-// ---- Products on tensor cores: float32 as the sum of two numbers that they take
-
-// The second is zero for keys of 16 bits, and what lies below its digits does not count.
-__device__ __forceinline__ void split(float x, float& high, float& low) {
-    high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
-    low = x - high;
-}
-
-// c += a b for a of 16 x 8 and b of 8 x 8, of which the lower 13 bits are not read. Lane 4 g + t has of a rows g and
-// g + 8 in columns t and then t + 4, of b rows t and t + 4 in column g, of c rows g and g + 8 in columns 2 t, 2 t + 1.
-__device__ __forceinline__ void multiply(float* c, const float* a, float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
 // Exclusive sum over the block, and the total; every thread must call it.

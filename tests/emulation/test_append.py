@@ -15,6 +15,7 @@ from saapindex.attention.device_book import DeviceBook
 from saapindex.attention.device_keeping import DeviceKeeping
 from saapindex.attention.tensors import STORED
 from saapindex.backends.cuda.append import shared_bytes
+from saapindex.backends.paged import widened
 from saapindex.lists.device_pool import DevicePool
 from saapindex.rope import Rope
 
@@ -37,7 +38,8 @@ def emulated(monkeypatch, tmp_path_factory):
 
     def append_streams(made, d, dtype, *, many, stamps=None):
         sizes = (int(made[name][0]) for name in ("lists", "coded_dimensions", "batch"))
-        built(d, ELEMENTS[np.dtype(dtype)], 1 + many)(3, 256, shared_bytes(d, *sizes), made)
+        blocks = 1 + bool(many and made["labels_in"][0])
+        built(d, ELEMENTS[np.dtype(dtype)], blocks)(3, 256, shared_bytes(d, *sizes), made)
 
     monkeypatch.setattr(device_batch, "append_streams", append_streams)
 
@@ -78,6 +80,17 @@ def same(host, device):
             assert np.mean(x != y) <= most if x.size else True, name  # codes may differ where rounding ties
 
 
+def known_labels(batch, keys, count, entering, most):
+    """The lists of entering keys, (S, most), as a kernel before tells them on a device."""
+    heads, labels = batch.keeping.heads, np.zeros((len(batch.streams.counts), most), np.int32)
+    forms, bias = batch.keeping.book.forms[:2]
+    for b in np.flatnonzero(entering).tolist():
+        found = np.concatenate(batch._entering(b, keys, int(count[b]), int(entering[b])), axis=1)
+        scores = np.einsum("hnd,hld->hnl", widened(found, np.float32), forms) + bias[:, None]
+        labels[b * heads : (b + 1) * heads, : entering[b]] = scores.argmax(axis=2)
+    return labels
+
+
 def run(pair, counts):
     index, device, draw = pair
     for n in counts:
@@ -106,5 +119,8 @@ def test_sizes_of_heads(emulated, d, words):
     run(pair("float16", 1, d, 1, 20, words), (300, 60))
 
 
-def test_many_keys_at_once(emulated):
+@pytest.mark.parametrize("known", [False, True])
+def test_many_keys_at_once(emulated, monkeypatch, known):
+    if known:
+        monkeypatch.setattr(DeviceBatch, "_labels", known_labels)
     run(pair("bfloat16", 1, 64, 2, 9, 3, flush=256), (2400, 300))

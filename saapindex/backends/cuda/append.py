@@ -6,7 +6,6 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cuda.module import ELEMENTS, get_cupy, kernel
@@ -21,7 +20,6 @@ __all__ = [
     "PagesInPool",
     "append_streams",
     "argument",
-    "fragments",
     "load",
     "most_pages",
 ]
@@ -36,7 +34,7 @@ STATUS = {
     2: "keys were lost, for want of room",
     4: "nothing was added, since the arrays of the index have moved",
 }
-_KEYS, _WINDOW, _FORWARD = 64, 2048, 64 * 1024  # as in append.cu
+_KEYS, _WINDOW = 64, 2048  # as in append.cu
 _TABLES = 48 * 1024
 _SHARED_MOST = 96 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
@@ -72,7 +70,8 @@ _POINTERS = [
         "holders",
         "free",
         "available",
-        "forms",
+        "parts",
+        "unit",
         "bias",
         "forward",
         "step",
@@ -149,9 +148,11 @@ class Forms(NamedTuple):
     forms, bias
         (H, L, d) and (H, L) float32, or one for each stream: a key `x` in its view belongs to the list of the
         largest ``x . form + bias``.
-    forward
-        Of the codes, in the order of `fragments`.
-    step, base, widths
+    parts, unit
+        uint32 and float32, of `forms`: see `saapindex.backends.cuda.halves.halves`.
+    forward, step
+        Of the codes: see `saapindex.backends.cuda.halves.fragments`.
+    base, widths
         Of the codes, see `saapindex.backends.paged.Code`; widths are int32.
     turns, amplitudes
         (H, pairs) float64 and float32: turns a position, and factor, of the rotation that takes a key to its
@@ -162,6 +163,8 @@ class Forms(NamedTuple):
 
     forms: Array
     bias: Array
+    parts: Array
+    unit: Array
     forward: Array
     step: Array
     base: Array
@@ -187,7 +190,7 @@ class AppendSpace(NamedTuple):
     best
         (S, most) uint64, zero before and after.
     order, rows
-        (S, most) int32.
+        (S, most) and (S, most, 2) int32.
     tasks, heavy
         Of lists that keys enter.
     work
@@ -216,35 +219,13 @@ class AppendSpace(NamedTuple):
         return cls(
             best=xp.zeros((count, most), np.uint64),
             order=xp.empty((count, most), np.int32),
-            rows=xp.empty((count, most), np.int32),
+            rows=xp.empty((count, most, 2), np.int32),
             tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
             heavy=xp.empty(tasks, np.int32),
             work=xp.empty((count, room), np.int32),
             amounts=xp.zeros((count, 2), np.int32),
             counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
         )
-
-
-def fragments(forward: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the forward matrices of codes, (H, d, fields), as lanes of tensor cores read them.
-
-    Returns
-    -------
-    (H, ceil(d / 32), 2, ceil(fields / 8), 32, 4) : of 32 dimensions lane ``4 g + t`` takes four from ``8 t``
-    on, then the next four; of 8 fields field ``g // 2``, or ``g // 2 + 4`` for an odd `g`.
-
-    Examples
-    --------
-    >>> fragments(np.ones((2, 80, 24), np.float32)).shape
-    (2, 3, 2, 3, 32, 4)
-    """
-    heads, d, fields = forward.shape
-    padded = np.zeros((heads, -(-d // 32) * 32, -(-fields // 8) * 8), np.float32)
-    padded[:, :d, :fields] = forward
-    # Slabs, t, halves, dimensions; tiles, odd or not, g // 2.
-    parts = padded.reshape(heads, -1, 4, 2, 4, padded.shape[2] // 8, 2, 4)
-    lanes = parts.transpose(0, 1, 3, 5, 7, 6, 2, 4)
-    return np.ascontiguousarray(lanes).reshape(*lanes.shape[:4], 32, 4)
 
 
 def most_pages(entering: int, lists: int) -> int:
@@ -321,7 +302,7 @@ def append_streams(
     d, dtype
         Dimension of a key, and what it is stored in.
     many
-        Whether thousands of keys enter the lists, so that more blocks pay.
+        Whether thousands of keys enter the lists, so that more blocks pay where their lists are known.
     stamps
         (6,) int64, written: nanoseconds at the beginning of each phase. Slower.
     """
@@ -339,7 +320,8 @@ def load(
     """
     shared = shared_bytes(d, int(made["lists"][0]), int(made["coded_dimensions"][0]), int(made["batch"][0]))
     multiprocessors, most = _limits(get_cupy().cuda.runtime.getDevice())
-    each = 2 if many and 2 * (shared + 1024) <= most else 1
+    # Two blocks on a multiprocessor leave too few registers for an assignment.
+    each = 2 if many and made["labels_in"][0] and 2 * (shared + 1024) <= most else 1
     names = {
         np.dtype(np.float16): "float16",
         np.dtype(np.uint16): "bfloat16",
@@ -371,11 +353,11 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
     """
     elements = -(-d // 64) * 2  # of a lane, at most
     steps, tiles, slabs = -(-d // 16), -(-coded // 8), -(-d // 32)
-    assign = 4 * _KEYS * 16 * (steps if steps % 2 else steps + 1)
+    assign = 4 * _KEYS * (16 * (steps if steps % 2 else steps + 1) + 1)
     place = 80 + 4 * _tables(lists) * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
-    encode = 1024 * tiles * min(slabs, _FORWARD // (1024 * tiles))
-    shared = max(assign, place, enter, encode) + 16 * (batch + 1)
+    encode = 1024 * tiles * min(slabs, (64 if d <= 128 else 56) // tiles)
+    shared = max(assign, place, enter + encode) + 16 * (batch + 1)
     if shared > _SHARED_MOST:
         raise InvalidInputError(
             f"{lists} lists, {batch} sequences and {d} dimensions need {shared} bytes of shared memory on "
