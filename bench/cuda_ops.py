@@ -258,6 +258,7 @@ def searches(
     table, bias = cupy.asarray(routing.table), cupy.asarray(bias)
     found = recall(index.search(queries, 10)[1])
     setting = {
+        "data": name,
         "keys": n,
         "nlist": nlist,
         "nprobe": index.nprobe,

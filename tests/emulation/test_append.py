@@ -114,9 +114,15 @@ def test_prompts_and_tokens(emulated, dtype, view):
     run(pair(dtype, 2, 16, 2, 6, 1, view), (1, 5, 90, 1, 40, *[1] * 20, 200))
 
 
-@pytest.mark.parametrize(("d", "words"), [(8, 1), (24, 2), (64, 4), (128, 3), (160, 8), (256, 6)])
-def test_sizes_of_heads(emulated, d, words):
-    run(pair("float16", 1, d, 1, 20, words), (300, 60))
+@pytest.mark.parametrize(
+    ("d", "words", "dtype"),
+    [
+        *((d, words, "float16") for d, words in ((8, 1), (24, 2), (64, 4), (128, 3), (160, 8), (256, 6))),
+        *((d, 3, "float32") for d in (80, 128, 256)),
+    ],
+)
+def test_sizes_of_heads(emulated, d, words, dtype):
+    run(pair(dtype, 1, d, 1, 20, words), (300, 60))
 
 
 @pytest.mark.parametrize("known", [False, True])

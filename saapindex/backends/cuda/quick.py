@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from typing import Any, NamedTuple
+import threading
+from typing import Any
 
 import numpy as np
 
@@ -20,25 +20,56 @@ _KEPT = 64  # shapes of searches that are remembered
 _FLOAT = np.dtype(np.float32)
 
 
-class _Plan(NamedTuple):
-    """How a search of `q` queries for `k` keys in `p` lists is launched.
+class _Plan:
+    """The launches of a search of `q` queries for `k` keys in `p` lists, with their arguments in place.
 
-    Attributes
+    Kernels read their arguments from cells of 8 bytes, which all launches share; a search fills in its own.
+
+    Parameters
     ----------
-    nbytes, places
-        Of the memory that it works in, and where in that each array begins.
-    kernels, grids, shared
-        Of each launch.
-    sizes
-        The numbers that each launch takes, int32.
+    constants
+        What never changes: pointers, and numbers.
+    counts
+        Bytes of each array that it works in.
+    launches
+        A kernel, its grid, its shared memory, and its arguments: names of `constants`, of `counts`, or `x`,
+        `best` and `found`.
     """
 
-    nbytes: int
-    places: tuple[int, ...]
-    kernels: tuple[Any, ...]
-    grids: tuple[tuple[int, ...], ...]
-    shared: tuple[int, ...]
-    sizes: tuple[tuple[np.int32, ...], ...]
+    def __init__(
+        self,
+        constants: dict[str, int],
+        counts: dict[str, int],
+        launches: list[tuple[Any, tuple[int, int], int, list[str]]],
+    ) -> None:
+        names = ["x", "best", "found", *counts, *constants]
+        ends = np.cumsum([-(-count // 256) * 256 for count in counts.values()])
+        self.nbytes = int(ends[-1])
+        self._places = np.array([0, *ends[:-1]], np.uint64)
+        self._cells = np.zeros(len(names), np.uint64)
+        self._cells[3 + len(counts) :] = list(constants.values())
+        self._own, self._work = self._cells[:3], self._cells[3 : 3 + len(counts)]
+        address = {name: self._cells.ctypes.data + 8 * i for i, name in enumerate(names)}
+        self._given = [np.array([address[name] for name in given], np.uint64) for *_, given in launches]
+        self._kernels = [run.kernel for run, *_ in launches]  # keeps them loaded
+        self._launches = [
+            (function.ptr, *grid, 1, THREADS, 1, 1, shared, given.ctypes.data)
+            for function, (_, grid, shared, _), given in zip(
+                self._kernels, launches, self._given, strict=True
+            )
+        ]
+        self._lock, self._device = threading.Lock(), get_cupy().cuda.runtime.getDevice()
+
+    def run(self, x: int, best: int, found: int, work: int, stream: int) -> None:
+        """Launch with the addresses of queries, of results, and of memory to work in."""
+        cuda = get_cupy().cuda
+        launch = cuda.driver.launchKernel
+        cuda.runtime.setDevice(self._device)  # so that a thread which is new to the device has its context
+        with self._lock:  # the driver has copied the arguments when it comes back
+            self._own[:] = x, best, found
+            np.add(self._places, np.uint64(work), out=self._work)
+            for *how, given in self._launches:
+                launch(*how, stream, given, 0)
 
 
 class DeviceSearch:
@@ -57,12 +88,7 @@ class DeviceSearch:
     def __init__(self, table: Any, bias: Any, lists: Lists, l2: bool, device: int) -> None:
         self.d, self.nlist, self.l2, self.device = table.shape[1], len(bias), l2, device
         self.table, self.bias, self.lists = table, bias, lists
-        self._plan = functools.lru_cache(_KEPT)(self._planned)
-        held: Any = lists
-        self._held = tuple(
-            np.uint64(array.data.ptr)
-            for array in (table, bias, held.vectors, held.ids, held.offsets, held.sizes)
-        )
+        self._plans: dict[tuple[int, int, int], _Plan] = {}
 
     def fits(self, x: Any, k: Any) -> bool:
         """Whether these queries are float32 on this device, side by side, and `k` of them can be sorted."""
@@ -94,79 +120,82 @@ class DeviceSearch:
         """Search for queries that fit; None for what another way must do, or say what is wrong with."""
         if p > MOST_LISTS:
             return None
-        if type(x) is get_cupy().ndarray:
-            shape = len(x), k
-            try:
-                best, found = get_cupy().empty(shape, np.float32), get_cupy().empty(shape, np.int64)
-                self._launch(x.data.ptr, p, k, len(x), best.data.ptr, found.data.ptr)
-            except MemoryError:
-                return None
-            return best, found
-        torch = sys.modules["torch"]
-        with current(x):
-            best = torch.empty((len(x), k), dtype=torch.float32, device=x.device)
-            found = torch.empty((len(x), k), dtype=torch.int64, device=x.device)
-            try:
-                self._launch(x.data_ptr(), p, k, len(x), best.data_ptr(), found.data_ptr())
-            except MemoryError:
-                return None
+        try:
+            if type(x) is get_cupy().ndarray:
+                return self._on_cupy(x, p, k)
+            with current(x):
+                return self._on_torch(x, p, k)
+        except MemoryError:  # of which the general way tells more
+            return None
+
+    def _on_cupy(self, x: Any, p: int, k: int) -> tuple[Any, Any]:
+        empty, shape = get_cupy().empty, (len(x), k)
+        best, found = empty(shape, np.float32), empty(shape, np.int64)
+        self._launch(x.data.ptr, best.data.ptr, found.data.ptr, (len(x), p, k))
         return best, found
+
+    def _on_torch(self, x: Any, p: int, k: int) -> tuple[Any, Any]:
+        torch, shape = sys.modules["torch"], (len(x), k)
+        best, found = (
+            torch.empty(shape, dtype=kind, device=x.device) for kind in (torch.float32, torch.int64)
+        )
+        self._launch(x.data_ptr(), best.data_ptr(), found.data_ptr(), (len(x), p, k))
+        return best, found
+
+    def _launch(self, x: int, best: int, found: int, shape: tuple[int, int, int]) -> None:
+        cupy, plan = get_cupy(), self._plans.get(shape)
+        if plan is None:
+            if len(self._plans) >= _KEPT:
+                self._plans.clear()
+            plan = self._plans[shape] = self._planned(*shape)
+        work = cupy.empty(plan.nbytes, np.uint8)
+        plan.run(x, best, found, work.data.ptr, cupy.cuda.get_current_stream().ptr)
 
     def _planned(self, q: int, p: int, k: int) -> _Plan:
         splits, room, capacity, shared, merging = scan_shape(q, p, self.lists, k)
-        lists = self.lists
-        macros = {"ELEMENT": 0 if lists.vectors.dtype == np.float16 else 2, "D": self.d}
-        counts = (
-            4 * q * self.nlist,  # scores
-            8 * q * p,  # lists
-            4 * q * p,  # their scores
-            4 * q * (p + 1),  # blocks of keys before each
-            4 * q * p,  # and what is read of each
-            4 * q * splits * k if splits > 1 else 0,
-            8 * q * splits * k if splits > 1 else 0,
-        )
-        ends = np.cumsum([-(-count // 256) * 256 for count in counts]).tolist()
         score_grid, select_room, select_shared = routing_shape(q, self.nlist, p)
-        merge = kernel("scan", "scan_merge", shared=merging, **macros)
-        return _Plan(
-            nbytes=ends[-1],
-            places=(0, *ends[:-1]),
-            kernels=(
-                kernel("route", "route_scores"),
-                kernel("route", "route_select", shared=select_shared),
-                kernel("scan", "scan_l2" if self.l2 else "scan_ip", shared=shared, **macros),
-                *([merge] if splits > 1 else []),
-            ),
-            grids=(score_grid, (q,), (q, splits), (q,)),
-            shared=(0, select_shared, shared, merging),
-            sizes=tuple(
-                tuple(map(np.int32, sizes))
-                for sizes in (
-                    (q, self.d, self.nlist),
-                    (self.nlist, p, select_room),
-                    (p, k, room, capacity),
-                    (splits * k, k, room, self.l2),
-                )
-            ),
-        )
-
-    def _launch(self, x: int, p: int, k: int, q: int, best: int, found: int) -> None:
-        plan, pointer = self._plan(q, p, k), np.uint64
-        work = get_cupy().empty(plan.nbytes, np.uint8)
-        at = [pointer(work.data.ptr + place) for place in plan.places]
-        queries, out = pointer(x), (pointer(best), pointer(found))
-        table, bias, vectors, ids, offsets, sizes = self._held
-        scores, lists, list_scores, before, takes, some, some_found = at
-        merged = len(plan.kernels) > 3
-        arguments = (
-            (queries, table, bias, scores, *plan.sizes[0]),
-            (scores, lists, list_scores, *plan.sizes[1], sizes, before, takes),
-            (
-                *(queries, vectors, ids, offsets, pointer(0), lists, before, takes),
-                *plan.sizes[2],
-                *((some, some_found) if merged else out),
-            ),
-            (some, some_found, *plan.sizes[3], *out),
-        )
-        for run, grid, given, shared in zip(plan.kernels, plan.grids, arguments, plan.shared, strict=False):
-            run(grid, (THREADS,), given, shared_mem=shared)
+        held: Any = self.lists
+        macros = {"ELEMENT": 0 if held.vectors.dtype == np.float16 else 2, "D": self.d}
+        arrays = {
+            "table": self.table,
+            "bias": self.bias,
+            **{name: getattr(held, name) for name in ("vectors", "ids", "offsets", "sizes")},
+        }
+        numbers = {
+            "allowed": 0,
+            "q": q,
+            "d": self.d,
+            "nlist": self.nlist,
+            "p": p,
+            "k": k,
+            "select_room": select_room,
+            "room": room,
+            "capacity": capacity,
+            "parts": splits * k,
+            "l2": int(self.l2),
+        }
+        counts = {
+            "scores": 4 * q * self.nlist,
+            "lists": 8 * q * p,
+            "list_scores": 4 * q * p,
+            "before": 4 * q * (p + 1),
+            "takes": 4 * q * p,
+        }
+        some = ["best", "found"]
+        if splits > 1:
+            some = ["some", "some_found"]
+            counts |= {"some": 4 * q * splits * k, "some_found": 8 * q * splits * k}
+        scan = kernel("scan", "scan_l2" if self.l2 else "scan_ip", shared=shared, **macros)
+        reading = ["x", "vectors", "ids", "offsets", "allowed", "lists", "before", "takes"]
+        scored = ["x", "table", "bias", "scores", "q", "d", "nlist"]
+        chosen = ["scores", "lists", "list_scores", "nlist", "p", "select_room", "sizes", "before", "takes"]
+        launches = [
+            (kernel("route", "route_scores"), score_grid, 0, scored),
+            (kernel("route", "route_select", shared=select_shared), (q, 1), select_shared, chosen),
+            (scan, (q, splits), shared, [*reading, "p", "k", "room", "capacity", *some]),
+        ]
+        if splits > 1:
+            merge = kernel("scan", "scan_merge", shared=merging, **macros)
+            launches.append((merge, (q, 1), merging, [*some, "parts", "k", "room", "l2", "best", "found"]))
+        constants = {name: int(array.data.ptr) for name, array in arrays.items()} | numbers
+        return _Plan(constants, counts, launches)
