@@ -328,13 +328,19 @@ def main(
     """Time everything, print it and write it to OUT."""
     limits = ceilings()
     print(limits, flush=True)
+    kept = json.loads(out.read_text()) if out.exists() else {}
     with current(0):
-        result = {
+        machine = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "cupy": cupy.__version__,
-            "ceilings": limits,
-            "kernels": kernels(limits) if operations else json.loads(out.read_text())["kernels"],
+        }
+        if operations:
+            kept |= {**machine, "ceilings": limits, "kernels": kernels(limits)}
+        result = {
+            **kept,
+            "search machine": machine,
+            "search ceilings": limits,
             "search": [
                 *searches("real attention", *trace_head(test, train, head), 512, faiss),
                 *searches("attention-like", *attention_like(1_048_576, D), 2048, faiss),

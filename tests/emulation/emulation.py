@@ -26,7 +26,9 @@ REPLACED = {
     r'asm volatile\("ldmatrix.sync.aligned.m8n8.x4.trans.*?\);': "load_fragments(x, row, true);",
     r'asm\("cvt.rn.f16x2.*?\);': "pair = pair_of_bits(float_to_float16(x), float_to_float16(y));",
     r'asm\("cvt.rn.bf16x2.*?\);': "pair = pair_of_bits(float_to_bfloat16(x), float_to_bfloat16(y));",
-    r'asm\("mma.sync.aligned.m16n8k16.*?f32.f16.*?\);': "multiply_pairs(c, a, b0, b1, float16_to_float);",
+    r'asm(?: volatile)?\(\s*"mma.sync.aligned.m16n8k16\S*?f32.f16.*?\);': (
+        "multiply_pairs(c, a, b0, b1, float16_to_float);"
+    ),
     r'asm\("mma.sync.aligned.m16n8k16.*?f32.bf16.*?\);': "multiply_pairs(c, a, b0, b1, bfloat16_to_float);",
     r'asm volatile\("mov.u64 %0, %globaltimer.*?\);': "now = 0;",
     r'asm volatile\("prefetch.*?\);': ";",
