@@ -120,7 +120,7 @@ def prefill(book: LayerCodebook, dtype: str) -> dict[str, Any]:
 def _wrong_lists(index: AttentionIndex, keys: Any) -> float:
     """Compare lists with those of a plain product of matrices."""
     streams, wrong = index._batch.streams, 0  # type: ignore[union-attr]
-    forms, bias = index._batch._forms or index._batch.keeping.book.forms[:2]  # type: ignore[union-attr]
+    forms, bias = (index._batch._forms or index._batch.keeping.book.forms)[:2]  # type: ignore[union-attr]
     for h in range(HEADS):
         count = int(streams.counts[h])
         pages, lanes = streams.pages[h, :count], streams.labels[h, :count] & 31

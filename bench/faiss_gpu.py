@@ -1,10 +1,10 @@
-"""Time Faiss's IVF indexes on a GPU, for `bench/cuda_ops.py`: Faiss's wheels may want another NumPy.
+"""Time Faiss's IVF indexes on a GPU, for `bench/cuda_ops.py`: Faiss's wheels may want another NumPy and CUDA.
 
 ::
 
     python bench/faiss_gpu.py DATA.npz OUT.json    # written and read by bench/cuda_ops.py --faiss
 
-DATA holds keys, queries, their exact ten best, and nlist.
+DATA holds keys, queries, their exact ten best, and nlist, of which Faiss also takes half and twice as many.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ def microseconds(run: Callable[[], Any], repeats: int = 50) -> float:
     return float(statistics.median(times[5:]))
 
 
+def back_to_back(run: Callable[[], Any], calls: int = 50) -> float:
+    """Return the time of each of many calls of which none waits for the one before."""
+    run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e6 / calls
+
+
 def measured(index: Any, queries: Any, exact: Any, nlist: int) -> dict[str, Any]:
     """Return the least `nprobe` for a recall of 0.9, and the time of calls with it by k and batch."""
 
@@ -47,12 +58,14 @@ def measured(index: Any, queries: Any, exact: Any, nlist: int) -> dict[str, Any]
 
     nprobe = next((p for p in TRIED if p <= nlist and recall(p) >= 0.9), nlist)
     reached = recall(nprobe)
-    calls = {
-        f"{k} {batch}": microseconds(lambda k=k, batch=batch: index.search(queries[:batch], k))  # type: ignore[misc]
-        for k in (10, 100)
-        for batch in (1, 32, 1024)
-    }
-    return {"nprobe": nprobe, "recall@10": reached, "call us": calls}
+    found: dict[str, Any] = {"nlist": nlist, "nprobe": nprobe, "recall@10": reached}
+    for name, clock in (("call us", microseconds), ("back to back us", back_to_back)):
+        found[name] = {
+            f"{k} {batch}": clock(lambda k=k, batch=batch: index.search(queries[:batch], k))  # type: ignore[misc]
+            for k in (10, 100)
+            for batch in (1, 32, 1024)
+        }
+    return found
 
 
 def main(data: str, out: str) -> None:
@@ -63,18 +76,21 @@ def main(data: str, out: str) -> None:
     d, metric = keys.shape[1], gpu.METRIC_INNER_PRODUCT
     resources = gpu.StandardGpuResources()
     makers = {
-        "Faiss GPU IVFFlat": lambda: gpu.GpuIndexIVFFlat(resources, d, nlist, metric),
-        "Faiss GPU IVF SQfp16": lambda: gpu.GpuIndexIVFScalarQuantizer(
-            resources, d, nlist, gpu.ScalarQuantizer.QT_fp16, metric
+        "Faiss GPU IVFFlat": lambda lists: gpu.GpuIndexIVFFlat(resources, d, lists, metric),
+        "Faiss GPU IVF SQfp16": lambda lists: gpu.GpuIndexIVFScalarQuantizer(
+            resources, d, lists, gpu.ScalarQuantizer.QT_fp16, metric
         ),
     }
-    found: dict[str, Any] = {"version": gpu.__version__}
+    found: dict[str, Any] = {"version": gpu.__version__, "numpy": np.__version__}
+    held = torch.from_numpy(keys).cuda()
     for name, make in makers.items():
-        index = make()  # type: ignore[no-untyped-call]
-        index.train(torch.from_numpy(keys).cuda())
-        index.add(torch.from_numpy(keys).cuda())
-        found[name] = measured(index, queries, exact, nlist)
-        print(name, found[name], flush=True)
+        found[name] = []
+        for lists in (nlist // 2, nlist, 2 * nlist):
+            index = make(lists)  # type: ignore[no-untyped-call]
+            index.train(held)
+            index.add(held)
+            found[name].append(measured(index, queries, exact, lists))
+            print(name, found[name][-1], flush=True)
     with open(out, "w") as file:
         json.dump(found, file)
 

@@ -55,6 +55,31 @@ def test_answers_are_those_of_the_host(made, queries, dtype, metric, params):
     same(there.route(queries, params=params), index.route(queries, params=params))
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("metric", [sx.METRIC_INNER_PRODUCT, sx.METRIC_L2])
+def test_the_short_way_answers_as_the_host(made, cupy, torch, dtype, metric):
+    index, there = made(5000, metric, dtype=dtype)
+    rng = np.random.default_rng(2)
+    for q in (1, 3, 400):
+        x = whole(rng, q, D)
+        for k, nprobe in ((1, 1), (10, 4), (600, NLIST), (2049, NLIST)):
+            params = sx.SearchParameters(nprobe=nprobe)
+            known = index.search(x, k, params=params)
+            for given in (cupy.asarray(x), torch.from_numpy(x).cuda()):
+                found = there.search(given, k, params=params)
+                assert [type(part) for part in found] == 2 * [type(given)]
+                assert there._short.fits(given, k) == (k <= 2048)
+                for one, other in zip(found, known, strict=True):
+                    np.testing.assert_array_equal(one.get() if hasattr(one, "get") else one.cpu(), other)
+    for given in (cupy.asarray(x)[:, ::-1], cupy.asarray(x, np.float16), x):
+        assert not there._short.fits(given, 10)
+    there.add(whole(rng, 300, D))
+    for k in (10, 5300):
+        there.search(cupy.asarray(x), k, params=sx.SearchParameters(nprobe=NLIST))
+    assert int(there.search(cupy.asarray(x), 5300, params=sx.SearchParameters(nprobe=NLIST))[1].max()) == 5299
+
+
 def test_top_p_and_given_lists(made, queries):
     index, there = made()
     params = sx.SearchParameters(top_p=0.5)

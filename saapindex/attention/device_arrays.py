@@ -18,8 +18,10 @@ from saapindex.backends.cuda.append import (
     AppendSpace,
     PagesInPool,
     argument,
+    load,
     most_pages,
 )
+from saapindex.backends.cuda.halves import halves
 from saapindex.backends.cuda.streams import Streams
 from saapindex.errors import DeviceMemoryError
 
@@ -55,7 +57,7 @@ class DeviceArrays:
         self._known: tuple[Ints, Ints] | None = None
         self._captured_once = False
         self._begun = 0  # pages of a stream, at most
-        self._forms: tuple[Array, Array] | None = None
+        self._forms: tuple[Array, Array, Array, Array] | None = None
         self._made: tuple[Any, int] | None = None
         self._space: AppendSpace | None = None
         self.spaces: dict[Any, Any] = {}  # what `attend` works in
@@ -119,7 +121,8 @@ class DeviceArrays:
         keeping, pool = self.keeping, self.keeping.pool
         forms = keeping.book.forms
         if self._forms is not None:
-            forms = forms._replace(forms=self._forms[0], bias=self._forms[1])
+            own = dict(zip(("forms", "bias", "parts", "unit"), self._forms, strict=True))
+            forms = forms._replace(**own)
         rules = AppendRules(kept_near(keeping.window), keeping.flush, keeping.dense_below)
         pages = PagesInPool(pool.holders, pool.free, pool.available, pool.moved, pool.version)
         return argument(self.streams, pages, forms, rules, space)
@@ -174,7 +177,9 @@ class DeviceArrays:
         each = entering // LANES + min(entering, lists) + most_pages(self.keeping.ring, lists)
         self._provide(each * len(self._own["counts"]), each)
         with allocating("what the entering of keys needs"):
-            self._argument()
+            made = self._argument()
+        if self.keeping.xp is not np:
+            load(made, self._own["near_keys"].shape[2], self._own["near_keys"].dtype)
         self.reserved = tokens
 
     def _set_forms(self) -> None:
@@ -184,7 +189,8 @@ class DeviceArrays:
         if any(centroids is not None for centroids in self.centroids):
             offline = book.forms.forms, book.forms.bias
             found = [offline if c is None else book.own_forms(c) for c in self.centroids]
-            self._forms = tuple(xp.concatenate(part) for part in zip(*found, strict=True))
+            forms, bias = (xp.concatenate(part) for part in zip(*found, strict=True))
+            self._forms = forms, bias, *halves(forms, xp)
 
     def _near(self, b: int, start: int, end: int) -> tuple[Array, Array]:
         """Return near keys and values of a sequence at positions ``start : end``, (H, n, d)."""

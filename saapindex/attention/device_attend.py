@@ -41,9 +41,7 @@ def attend_on_device(
     xp, shape = batch.keeping.xp, tuple(q.shape)
     single, heads = len(shape) == 3, batch.keeping.heads
     count, d = len(batch.centroids), batch.keeping.book.codebook.d
-    x = placed(
-        q, "q", (count, None, d) if single else (count, None, None, d), type_of(q), device, check=False
-    )
+    x = placed(q, "q", (count, None, d) if single else (count, None, None, d), type_of(q), device)
     t, g = 1 if single else shape[2], shape[1] // heads
     grouped = x.reshape(count * heads, g, t, d)
     x = grouped.reshape(-1, 1, g, d) if t == 1 else xp.ascontiguousarray(grouped.transpose(0, 2, 1, 3))

@@ -11,12 +11,14 @@ from saapindex.attention.batch import Batch
 from saapindex.attention.device_arrays import BY_PAGE, BY_SEQUENCE, POOLED, DeviceArrays
 from saapindex.attention.device_cut import EMPTY, copy_open_pages, cut_lists, slots
 from saapindex.attention.device_keeping import DeviceKeeping, allocating, capturing
+from saapindex.attention.device_tensors import refuse
 from saapindex.attention.sequence import Keeping
 from saapindex.attention.streams import as_host, from_streams, to_streams
 from saapindex.attention.table import ADAPT_FROM
 from saapindex.attention.tensors import STORED
 from saapindex.backends.base import Ints
 from saapindex.backends.cuda.append import AppendSpace, append_streams, most_pages, with_keys
+from saapindex.backends.cuda.finite import Finiteness
 from saapindex.backends.cuda.streams import Streams
 from saapindex.errors import InvalidInputError
 
@@ -96,13 +98,26 @@ class DeviceBatch(DeviceArrays):
         if getattr(self, "_own", None):
             self.keeping.pool.abandon(self._own["pages"], self._own["counts"])
 
-    def added(self, keys: Array, values: Array, wanted: NDArray[np.bool_] | None = None) -> Self:
+    def added(
+        self,
+        keys: Array,
+        values: Array,
+        wanted: NDArray[np.bool_] | None = None,
+        looks: Finiteness | None = None,
+    ) -> Self:
         """Add keys and values, (B, H, m, d) on the device, to the end of each sequence.
 
         Parameters
         ----------
         wanted
             (B, m): which of them belong to each sequence; None for all.
+        looks
+            Finds out whether they are finite, for which the host waits when it has launched what it can.
+
+        Raises
+        ------
+        InvalidInputError
+            If they are not; then the sequences are as they were.
         """
         keys, values = (_rows_contiguous(x, self.keeping.xp) for x in (keys, values))
         if capturing(self.keeping.xp):
@@ -122,9 +137,13 @@ class DeviceBatch(DeviceArrays):
             with allocating(f"what the entering of {most} keys needs"):
                 if most > self._step_space().order.shape[1]:
                     space = AppendSpace.empty(self.streams, most, self.keeping.xp, self._counters)
+                if self.keeping.adapt and looks is not None:
+                    refuse(looks, self.keeping.dtype)
                 self._adapt(keys, count, entering)
                 if space is not None:
                     labels = self._labels(keys, count, entering, most)
+        if looks is not None:
+            refuse(looks, self.keeping.dtype)
         self._launch(keys, values, fresh, labels, space, many=many)
         self._set_known((lengths, start))
         if most:
@@ -278,10 +297,11 @@ class DeviceBatch(DeviceArrays):
 
 
 def _rows_contiguous(x: Array, xp: Any) -> Array:
-    """Return `x` with rows that kernels can read word by word."""
+    """Return `x` with rows that kernels can read 16 bytes at a time."""
     item = x.dtype.itemsize
-    fits = x.strides[-1] == item and all(stride % 4 == 0 for stride in x.strides[:-1])
-    return x if fits else xp.ascontiguousarray(x)
+    place = 0 if isinstance(x, np.ndarray) else x.data.ptr
+    fits = x.strides[-1] == item and all(at % 16 == 0 for at in (place, *x.strides[:-1]))
+    return x if fits else xp.array(x, order="C")
 
 
 def _packed(

@@ -14,6 +14,7 @@ from saapindex.attention.layer import ADAPT_POINTS, LayerCodebook
 from saapindex.backends.cuda.append import Forms
 from saapindex.backends.cuda.assign import accumulate, assign_heads, prepare
 from saapindex.backends.cuda.attend import DeviceCode
+from saapindex.backends.cuda.halves import fragments, halves
 from saapindex.errors import InvalidInputError
 from saapindex.partition import View
 from saapindex.partition.kmeans import assignment_form
@@ -39,11 +40,15 @@ class DeviceBook:
         found = [self._form(h, codebook.centroids[h]) for h in range(codebook.heads)]
         forms, bias = (np.stack(part) for part in zip(*found, strict=True))
         code, turns = codebook.code, _turns(codebook.views)
+        parts, unit = halves(forms, np)
+        forward, step = fragments(code.forward[:, :, : 32 * code.words], code.step[:, : 32 * code.words])
         self.forms = Forms(
             forms=xp.asarray(forms),
             bias=xp.asarray(bias),
-            forward=xp.asarray(np.ascontiguousarray(code.forward[:, :, : 32 * code.words])),
-            step=xp.asarray(np.ascontiguousarray(code.step[:, : 32 * code.words])),
+            parts=xp.asarray(parts),
+            unit=xp.asarray(unit),
+            forward=xp.asarray(forward),
+            step=xp.asarray(step),
             base=xp.asarray(code.base),
             widths=xp.asarray(code.widths.astype(np.int32)),
             turns=None if turns is None else xp.asarray(turns[0]),

@@ -36,7 +36,7 @@ def select_on_device(
     """See `AttentionIndex.select`; what is returned is on the device where `q` is, else in host memory."""
     xp, heads, book = batch.keeping.xp, batch.keeping.heads, batch.keeping.book
     count, streams = len(batch.centroids), batch.streams
-    x = placed(q, "q", (count, None, book.codebook.d), type_of(q), device, check=False)
+    x = placed(q, "q", (count, None, book.codebook.d), type_of(q), device)
     x = xp.ascontiguousarray(x).reshape(count * heads, 1, -1, book.codebook.d)
     limits = limits_of(wanted, batch, x.shape[2], device)
     everything = wanted.budget == 1

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 
 from saapindex.arrays import ArrayLike
 from saapindex.attention.tensors import STORED, element_type, stored
+from saapindex.backends.cuda.finite import Finiteness
 from saapindex.devices import device_of, get_cupy
 from saapindex.errors import InvalidInputError
 
-__all__ = ["buffer", "placed", "raw"]
+__all__ = ["buffer", "placed", "raw", "refuse"]
 
 _EXPONENT = 0x7F80  # of bfloat16
 
 
 def placed(
-    value: ArrayLike, name: str, shape: tuple[int | None, ...], kind: str, device: int, *, check: bool
+    value: ArrayLike,
+    name: str,
+    shape: tuple[int | None, ...],
+    kind: str,
+    device: int,
+    looks: Finiteness | None = None,
 ) -> Any:
     """Return `value` as a CuPy array of what an index of type `kind` stores, on `device`.
 
@@ -32,8 +37,8 @@ def placed(
         Expected; None stands for any size.
     kind
         A key of `saapindex.attention.tensors.STORED`.
-    check
-        Whether values that are not finite are refused, for which the host waits for the device.
+    looks
+        Is to find out whether all values are finite; None not to.
 
     Raises
     ------
@@ -52,11 +57,23 @@ def placed(
     given, array = element_type(value, name), raw(value)
     if given != kind:
         array = _converted(array, given, kind, cupy)
-    if check and array.size and not bool(_finite(device, kind == "bfloat16")(array)):
+    if looks is not None:
+        looks.look(name, array)
+    return array
+
+
+def refuse(looks: Finiteness, kind: str) -> None:
+    """Wait for what `placed` looked at.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is not finite.
+    """
+    for name in looks.bad():
         raise InvalidInputError(
             f"{name} holds NaN, infinity or what {kind} cannot hold, expected finite values"
         )
-    return array
 
 
 def raw(value: ArrayLike) -> Any:
@@ -82,14 +99,6 @@ def _converted(array: Any, given: str, kind: str, xp: Any) -> Any:
         np.uint16
     )
     return xp.where(xp.isnan(array), np.uint16(_EXPONENT), rounded)
-
-
-@functools.cache
-def _finite(device: int, bits: bool) -> Any:
-    """Return a kernel that tells whether all elements are finite, without an array as large as theirs."""
-    good = f"(x & {_EXPONENT}) != {_EXPONENT}" if bits else "isfinite((float)x)"
-    name = "bits_finite" if bits else "all_finite"
-    return get_cupy().ReductionKernel("T x", "bool y", good, "a && b", "y = a", "true", name)
 
 
 def buffer(model: ArrayLike, shape: tuple[int, ...], dtype: str, device: int) -> tuple[ArrayLike, Any]:

@@ -255,27 +255,37 @@ class AttentionStore:
         """
         dtype = self._dtype or element_type(k, "k")
         with self._current(k):
-            keys = self._stored(k, "k", None, dtype)
-            values = self._stored(v, "v", keys.shape[2], dtype)
+            looks = self._looks(k)
+            keys = self._stored(k, "k", None, dtype, looks)
+            values = self._stored(v, "v", keys.shape[2], dtype, looks)
             wanted = self._wanted(keys.shape[2], lengths, mask)
             batch = self._start(dtype)
             if batch.known:
                 self._check_end(batch.lengths + (keys.shape[2] if wanted is None else wanted.sum(axis=1)))
-            self._batch, self._dtype = batch.added(keys, values, wanted), dtype
+            later = () if looks is None else (looks,)
+            self._batch, self._dtype = batch.added(keys, values, wanted, *later), dtype
             if self._model is None and type(k).__module__.partition(".")[0] == "torch":
                 self._model = k.new_empty(0) if device_of(k) == self._device is not None else None
 
-    def _stored(self, value: ArrayLike, name: str, n: int | None, dtype: str) -> Any:
+    def _looks(self, k: ArrayLike) -> Any:
+        """Return what finds out whether new keys and values are finite; None where they are not looked at."""
+        if self._device is None:
+            return None
+        from saapindex.attention.device_keeping import capturing
+        from saapindex.backends.cuda.finite import Finiteness
+
+        # The host would wait for the answer, which a single step must not.
+        several = len(getattr(k, "shape", ())) == 4 and k.shape[2] > 1
+        return Finiteness() if several and not capturing(get_cupy()) else None
+
+    def _stored(self, value: ArrayLike, name: str, n: int | None, dtype: str, looks: Any) -> Any:
         """Return new keys or values as the index stores them, where it stores them."""
         shape = self.batch, self.codebook.heads, n, self.codebook.d
         if self._device is None:
             return stored(value, name, shape, dtype)
-        from saapindex.attention.device_keeping import capturing
         from saapindex.attention.device_tensors import placed
 
-        # The host would wait for the answer, which a single step must not.
-        check = len(getattr(value, "shape", ())) == 4 and value.shape[2] > 1 and not capturing(get_cupy())
-        return placed(value, name, shape, dtype, self._device, check=check)
+        return placed(value, name, shape, dtype, self._device, looks)
 
     def _check_end(self, ends: NDArray[np.int64]) -> None:
         if int(ends.max()) >= _POSITIONS_END:

@@ -7,27 +7,32 @@
 // A flush must be the same as in saapindex/attention/table.py: `Table.entered`. Sums are formed in double precision
 // in an order that does not depend on the schedule, so a flush gives the same bits each time it is run.
 //
-// Compiled with -DELEMENT, and -DD, the dimensions of a key: a multiple of 8.
+// Compiled with -DELEMENT, -DD, the dimensions of a key (a multiple of 8), and -DBLOCKS, how many blocks of the grid a
+// multiprocessor has: 1, or 2 where the lists of entering keys are known.
 
 #define THREADS 256
 #define WARPS (THREADS / WARP)
-#define ROW_WORDS (D * (int)sizeof(element) / 4)    // 32-bit words of a key
+#define ROW_WORDS (ELEMENT == 2 ? D : D / 2)       // 32-bit words of a key
+#define TOGETHER (ROW_WORDS % 128 == 0 ? 4 : ROW_WORDS % 64 == 0 ? 2 : 1)  // words that a lane reads at once
 #define WORDS ((ROW_WORDS + WARP - 1) / WARP)       // of them, those of a lane of a warp
-#define PART (4 / (int)sizeof(element))             // elements of a word
+#define PART (ELEMENT == 2 ? 1 : 2)              // elements of a word
 #define MINE (WORDS * PART)                         // elements of a lane
+#define PAIRED (PART * TOGETHER == 1 ? 1 : 2)       // of them, those that surely lie together
 #define AHEAD (WORDS > 4 ? 2 : WORDS > 2 ? 4 : 8)   // rows that a warp has in flight
 #define KEYS 64                                     // of a tile of the assignment
-#define LISTS 128
-#define SLAB 32
-#define PAD 8                                       // keeps the lanes of a product on different banks
-#define FEW LANES                                   // keys of a tile of the encoding, after a flush
-#define MANY (D <= 128 ? 64 : 32)                   // and after a prompt
-#define SHEAF (MANY / LANES)                        // pages of such a tile
-#define LISTS_EACH 4                               // of a thread that places keys
+#define LISTS (WARPS * 32)
+#define PITCH ((D + 15) / 16 % 2 ? (D + 15) / 16 * 16 : (D + 15) / 16 * 16 + 16)  // keeps rows on different banks
+#define TILES 12                                    // of 8 fields of a code, that a warp multiplies at once
+#define BETWEEN (BLOCKS == 1 ? 4 : 1)                // products after which the sum of one is waited for
+#define SLABS ((D + 31) / 32)                       // of 32 dimensions of the forward matrix
+#define FORWARD_BYTES ((D <= 128 ? 64 : 56) << 10)  // of it, that are held in shared memory at once
+#define LISTS_EACH 4                                // of a thread that places keys
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
+#define MOVING ((D + 63) / 64 * 16 * THREADS + 8 * WINDOW + 16)  // bytes that a block moves a list with
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
 #define TINY 1e-30f
 
+#include "halves.cuh"
 #include "append_state.cuh"
 #include "append_assign.cuh"
 #include "append_sort.cuh"
@@ -51,11 +56,11 @@ __device__ void store_near(const State& a, const Plan* plans, int w, int n) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
-    extern __shared__ __align__(16) char shared[];
-    __shared__ int needed, last;
-    Plan* plans = (Plan*)shared;
-    char* rest = shared + (a.batch * (int)sizeof(Plan) + 15) / 16 * 16;
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State a) {
+    extern __shared__ __align__(16) u8 memory[];
+    int &needed = ((int*)memory)[0], &last = ((int*)memory)[1], &begun = ((int*)memory)[2];
+    Plan* plans = (Plan*)(memory + 16);
+    char* rest = (char*)(plans + a.batch);
     const int tid = threadIdx.x, blocks = gridDim.x, streams = a.batch * a.heads;
     const int warp = blockIdx.x * WARPS + tid / WARP, warps = blocks * WARPS;
     int due = 0;
@@ -95,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
     STAMP(0);
     if (due) {
         u32 target = blocks;
-        if (!a.labels_in) {
+        if (BLOCKS == 1 && !a.labels_in) {
             const int columns = (a.lists + LISTS - 1) / LISTS;
             int skip = blockIdx.x;  // tiles until the next one of this block
             for (int s = 0; s < streams; ++s) {
@@ -116,23 +121,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
 
         STAMP(2);
         const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
-        for (int i = blockIdx.x; i < heavies; i += blocks) enter_by_block(a, plans, a.heavy[i], rest);
+        for (int i = blockIdx.x; i < heavies;) {
+            if (tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
+            enter_by_block(a, plans, a.heavy[i], rest);
+            i = blocks + begun;
+            __syncthreads();
+        }
         const int spared = heavies < blocks / 2 ? heavies : 0;  // blocks that have enough to do
-        for (int i = warp - spared * WARPS; i >= 0 && i < tasks; i += warps - spared * WARPS) {
-            const Task task = a.tasks[i];
+        const int first = warp - spared * WARPS, stride = warps - spared * WARPS;
+        Task next;
+        if (first >= 0 && first < tasks) next = a.tasks[first];
+        for (int i = first; i >= 0 && i < tasks; i += stride) {
+            const Task task = next;
+            if (i + stride < tasks) next = a.tasks[i + stride];
             if (task.heavy) continue;
             double values[MINE] = {};
+            float before[MINE];
+            load_sums(a, task, before);
             copy_in<false>(a, plans[task.stream / a.heads], task, 0, 1, values, values);
-            set_mean(a, task, values);
+            set_mean(a, task, before, values);
         }
+        // Perhaps of the head that this block encodes keys of.
+        const int tiles = (a.coded_dimensions + 7) / 8, head = (int)((i64)blockIdx.x * streams / blocks) % a.heads;
+        uint4* forward = (uint4*)(rest + MOVING);
+        ask_forward(a, head, 0, tiles, forward);
         grid_barrier(a, target);
         target += blocks;
 
         STAMP(3);
-        if (a.many)
-            encode<MANY>(a, plans, streams, (float*)rest);
-        else
-            encode<FEW>(a, plans, streams, (float*)rest);
+        encode(a, plans, streams, forward, head * SLABS);
         grid_barrier(a, target);
         STAMP(4);
         for (int i = warp; i < tasks; i += warps) add_squares(a, a.tasks[i]);
@@ -154,5 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) append(const State a) {
         a.lengths[b] = plans[b].now;
         a.first[b] = plans[b].until;
     }
-    if (tid >= TICKET && tid <= WORK) a.counters[tid] = 0;
+    if (due)
+        for (int s = tid; s < streams; s += THREADS) a.amounts[s] = make_int2(0, 0);
+    if (tid >= TICKET && tid <= NEXT) a.counters[tid] = 0;
 }

@@ -1,135 +1,289 @@
 // Phases 4 and 5 of a flush: codes of keys that entered, or whose list has a new anchor; squared scales.
 
-// A list that has its anchor from this very launch has as many keys as then.
-__device__ __forceinline__ bool is_renewed(const State& a, i64 list) { return a.coded[list] == a.sizes[list]; }
-
-// Phase 4: codes of up to ROWS keys of a stream, of which thread `r` of the first ROWS names list and row.
-template <int ROWS>
-__device__ void encode_tile(const State& a, int s, int list, int row, float* shared) {
-    float* xs = shared;                      // [D][ROWS + 4]
-    float* ys = xs + D * (ROWS + 4);         // [ROWS][R + 1]
-    __shared__ int listed[MANY], rows[MANY];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, R = a.coded_dimensions, h = s % a.heads;
-    __syncthreads();
-    if (threadIdx.x < ROWS) {
-        listed[threadIdx.x] = list;
-        rows[threadIdx.x] = row;
-    }
-    if (!__syncthreads_or(threadIdx.x < ROWS && row >= 0)) return;
+// Eight elements of a key less those of its anchor.
+__device__ __forceinline__ void residual(const element* key, const i8* anchor, float scale, float* out) {
+    const uint2 steps = *(const uint2*)anchor;
+#if ELEMENT == 2
+    widen_vector(*(const uint4*)key, out);
+    widen_vector(*(const uint4*)(key + 4), out + 4);
+#else
+    widen_vector(*(const uint4*)key, out);
+#endif
 #pragma unroll
-    for (int r0 = warp; r0 < ROWS; r0 += 2 * WARPS) {
-        u32 words[2][WORDS] = {};
-        i8 anchor[2][MINE] = {};
-        float scale[2] = {};
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-            const int r = r0 + u * WARPS;
-            const i64 at = (i64)s * a.lists + listed[r];
-            if (rows[r] < 0) continue;
-            load_row(a.keys + (i64)rows[r] * D, lane, words[u]);
-            scale[u] = a.anchor_scales[at];
-#pragma unroll
-            for (int i = 0; i < MINE; ++i)
-                if (element_of(lane, i) < D) anchor[u][i] = a.anchors[at * D + element_of(lane, i)];
-        }
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-#pragma unroll
-            for (int i = 0; i < MINE; ++i) {
-                const int e = element_of(lane, i);
-                if (e < D)
-                    xs[e * (ROWS + 4) + r0 + u * WARPS] =
-                        __fsub_rn(part_of(words[u][i / PART], i % PART), __fmul_rn((float)anchor[u][i], scale[u]));
-            }
-    }
-    int fields = 0;
-    for (int w = 0; w < a.words; ++w) fields += 32 / a.widths[h * a.words + w];
-    fields = min(fields, R);
-    __syncthreads();
-    const int c = threadIdx.x % 64, group = threadIdx.x / 64;
-    for (int c0 = c; c0 < fields; c0 += 64) {
-        float acc[ROWS / 4] = {};
-        const float* forward = a.forward + (i64)h * D * R + c0;
-#pragma unroll 16
-        for (int k = 0; k < D; ++k) {
-            const float f = __ldg(forward + k * R);
-#pragma unroll
-            for (int i = 0; i < ROWS / 4; i += 4) {
-                const float4 x = *(const float4*)(xs + k * (ROWS + 4) + group * (ROWS / 4) + i);
-                acc[i] = fmaf(f, x.x, acc[i]);
-                acc[i + 1] = fmaf(f, x.y, acc[i + 1]);
-                acc[i + 2] = fmaf(f, x.z, acc[i + 2]);
-                acc[i + 3] = fmaf(f, x.w, acc[i + 3]);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < ROWS / 4; ++i) ys[(group * (ROWS / 4) + i) * (R + 1) + c0] = acc[i];
-    }
-    __syncthreads();
-    for (int r = warp; r < ROWS; r += WARPS) {
-        if (rows[r] < 0) continue;
-        const float* y = ys + r * (R + 1);
-        float square = 0.f;
-        for (int i = lane; i < fields; i += WARP) square = fmaf(y[i], y[i], square);
-        const float norm = fmaxf(sqrtf(warp_sum(square)), TINY);
-        const i64 page = rows[r] / LANES, place = rows[r] % LANES;
-        float product = 0.f, length = 0.f;
-        int begin = 0;
-        for (int w = 0; w < a.words; ++w) {
-            const int bits = a.widths[h * a.words + w], count = 32 / bits, i = begin + lane;
-            u32 field = 0;
-            if (lane < count && i < fields) {
-                const float high = (float)((1 << bits) - 1), step = a.step[h * R + i];
-                const float spot = step > 0.f ? __fadd_rn(__fdiv_rn(__fdiv_rn(y[i], norm), step), high / 2) : 0.f;
-                const float rounded = fminf(fmaxf(rintf(spot), 0.f), high);
-                const float level = (rounded - high / 2) * step;
-                product = fmaf(y[i], level, product);
-                length = fmaf(level, level, length);
-                field = (u32)rounded << (8 * (lane % 4) + bits * (lane / 4));
-            }
-            field = __reduce_or_sync(FULL, field);
-            if (lane == 0) a.codes[(page * a.words + w) * LANES + place] = field;
-            begin += count;
-        }
-        const float scale = fmaxf(warp_sum(product) / fmaxf(warp_sum(length), TINY), TINY);
-        const float exponent = rintf(16.f * log2f(__fdiv_rn(scale, a.base[h]))) + 128.f;
-        if (lane == 0) a.exponents[rows[r]] = (u8)(int)fminf(fmaxf(exponent, 0.f), 255.f);
+    for (int i = 0; i < 8; ++i) {
+        const i8 step = (i8)((i < 4 ? steps.x : steps.y) >> (i % 4 * 8));
+        out[i] = __fsub_rn(out[i], __fmul_rn((float)step, scale));
     }
 }
 
-// All of phase 4: entering keys whose lists keep their anchors, then the pages of lists that have new ones.
-template <int ROWS>
-__device__ void encode(const State& a, const Plan* plans, int streams, float* shared) {
-    const int tid = threadIdx.x, blocks = gridDim.x;
-    int skip = blockIdx.x;  // tiles until the next one of this block
-    for (int s = 0; s < streams; ++s) {
-        const int m = plans[s / a.heads].until - plans[s / a.heads].first, tiles = (m + ROWS - 1) / ROWS;
-        for (; skip < tiles; skip += blocks) {
-            const int j = skip * ROWS + tid;
-            int list = 0, row = -1;
-            if (tid < ROWS && j < m) {
-                list = label_of(a, s, a.order[(i64)s * a.most + j]);
-                if (!is_renewed(a, (i64)s * a.lists + list)) row = a.rows[(i64)s * a.most + j];
-            }
-            encode_tile<ROWS>(a, s, list, row, shared);
-        }
-        skip -= tiles;
+// Sixteen keys of a stream that a warp encodes. Lane 4 g + t has rows g and g + 8, and of every 8 fields t and t + 4:
+// so of each word the byte t. The other lanes of a quad have the rest of these rows.
+struct Sixteen {
+    int row[2];
+    const element* key[2];
+    const i8* anchor[2];
+    float scale[2], factor[2];  // of the anchor; what brings the residual into the range of tensor cores
+    bool any;
+};
+
+// What a lane has of 32 dimensions, less the anchor; zero where there is no key.
+__device__ __forceinline__ void residuals(const Sixteen& x, int slab, float (*rest)[8]) {
+    const bool inside = D % 32 == 0 || slab * 32 + threadIdx.x % 4 * 8 < D;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) rest[i][e] = 0.f;
+        if (inside && x.row[i] >= 0) residual(x.key[i] + slab * 32, x.anchor[i] + slab * 32, x.scale[i], rest[i]);
     }
-    const int sheaf = ROWS / LANES, sheaves = a.counters[WORK] / sheaf;
-    for (; skip < sheaves; skip += blocks) {
-        const int s = a.work[skip * sheaf].x;
-        if (s < 0) continue;
-        int list = 0, row = -1;
-        if (tid < ROWS) {
-            const int2 work = a.work[skip * sheaf + tid / LANES];
-            const i64 slot = (i64)s * a.room + work.y;
-            if (work.x >= 0) {
+}
+
+// As lanes 0 to 15 name them: the row of a key, below zero for none, and its list.
+__device__ __forceinline__ Sixteen sixteen(const State& a, int s, int list, int row) {
+    Sixteen x;
+    const int lane = threadIdx.x % WARP;
+    x.any = __any_sync(FULL, lane < LANES && row >= 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        x.row[i] = __shfl_sync(FULL, row, lane / 4 + 8 * i);
+        const i64 at = (i64)s * a.lists + __shfl_sync(FULL, list, lane / 4 + 8 * i);
+        x.key[i] = a.keys + (i64)max(x.row[i], 0) * D + lane % 4 * 8;
+        x.anchor[i] = a.anchors + at * D + lane % 4 * 8;
+        x.scale[i] = a.anchor_scales[at];
+    }
+    float largest[2] = {};
+    if (x.any)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab) {
+            float rest[2][8];
+            residuals(x, slab, rest);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) largest[i / 8] = fmaxf(largest[i / 8], fabsf(rest[i / 8][i % 8]));
+        }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        largest[i] = fmaxf(largest[i], __shfl_xor_sync(FULL, largest[i], 1));
+        x.factor[i] = power(exponent_for(fmaxf(largest[i], __shfl_xor_sync(FULL, largest[i], 2))));
+    }
+    return x;
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(FULL, x, 1);
+    return x + __shfl_xor_sync(FULL, x, 2);
+}
+
+// How much of the forward matrix of a head fits in shared memory, in slabs of 32 dimensions.
+__device__ __forceinline__ int slabs_held(int tiles) { return min(SLABS, FORWARD_BYTES / (tiles * 2 * WARP * 16)); }
+
+// Ask for slabs of the forward matrix of a head in shared memory.
+__device__ __forceinline__ void ask_forward(const State& a, int h, int slab, int tiles, uint4* forward) {
+    const int count = min(slabs_held(tiles), SLABS - slab) * 2 * tiles * WARP;
+    const uint4* from = a.forward + (i64)(h * SLABS + slab) * 2 * tiles * WARP;
+    for (int i = threadIdx.x; i < count; i += THREADS) copy_async(forward + i, from + i);
+    asm volatile("cp.async.commit_group;");
+}
+
+// Have them there; `held` says which are.
+__device__ __forceinline__ void hold_forward(const State& a, int h, int slab, int tiles, uint4* forward, int& held) {
+    if (held == h * SLABS + slab) return;
+    held = h * SLABS + slab;
+    __syncthreads();
+    ask_forward(a, h, slab, tiles, forward);
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();
+}
+
+// Products of the residuals with `count` tiles of 8 fields from `tile0` on. All warps of a block come here together.
+__device__ void project(const State& a, const Sixteen& x, int h, int tile0, int count, float (*sums)[4],
+                        uint4* forward, int& held) {
+    const int tiles = (a.coded_dimensions + 7) / 8, lane = threadIdx.x % WARP, held_slabs = slabs_held(tiles);
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[n][i] = 0.f;
+#pragma unroll 1
+    for (int slab = 0; slab < SLABS; ++slab) {
+        if (slab % held_slabs == 0) hold_forward(a, h, slab, tiles, forward, held);
+        if (!x.any) continue;
+        float rest[2][8];
+        residuals(x, slab, rest);
+        u32 high[2][4], low[2][4];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {  // of a half the first pairs of both rows, then the second ones
+            const float* two = rest[e % 2] + e / 2 * 2;
+            const float u = two[0] * x.factor[e % 2], v = two[1] * x.factor[e % 2];
+            high[e / 4][e % 4] = to_float16_pair(u, v);
+            low[e / 4][e % 4] = rest_of_pair(u, v, high[e / 4][e % 4]);
+        }
+        const uint4* here = forward + (slab % held_slabs * 2 * tiles + tile0) * WARP + lane;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int n0 = 0; n0 < TILES; n0 += BETWEEN) {
+                if (n0 >= count) continue;
+                uint4 f[BETWEEN];
+#pragma unroll
+                for (int n = 0; n < BETWEEN; ++n) f[n] = here[(half * tiles + (BETWEEN == 1 ? n0 : min(n0 + n, count - 1))) * WARP];
+#pragma unroll
+                for (int n = 0; n < BETWEEN; ++n) multiply(sums[n0 + n], low[half], f[n].x, f[n].y);
+#pragma unroll
+                for (int n = 0; n < BETWEEN; ++n) multiply(sums[n0 + n], high[half], f[n].z, f[n].w);
+#pragma unroll
+                for (int n = 0; n < BETWEEN; ++n) multiply(sums[n0 + n], high[half], f[n].x, f[n].y);
+            }
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int field = (tile0 + n) * 8 + lane % 4 + 4 * e;
+            const float factor = n < count && field < a.coded_dimensions ? __ldg(a.step + h * a.coded_dimensions + field).z : 0.f;
+            sums[n][e] *= factor;
+            sums[n][2 + e] *= factor;
+        }
+}
+
+// Round what `project` found for words `word` to `end` to codes, and add up products and lengths.
+__device__ __forceinline__ void quantise_words(const State& a, const Sixteen& x, int h, int word, int end, int tile0,
+                                               int count, const float (*sums)[4], const float* inverse_norm,
+                                               float* product, float* length) {
+    const int t = threadIdx.x % 4, R = a.coded_dimensions;
+    int bits = a.widths[h * a.words + word], have = 0;  // bits of this lane's byte
+    u32 bytes[2] = {0, 0};
+    auto store = [&](int i, u32 code) {
+        const i64 page = x.row[i] / LANES;
+        if (t == i && x.row[i] >= 0) a.codes[(page * a.words + word) * LANES + x.row[i] % LANES] = code;
+    };
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        if (n >= count) continue;
+        const float high = (float)((1 << bits) - 1);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int field = (tile0 + n) * 8 + t + 4 * e;
+            const float4 steps = field < R ? __ldg(a.step + h * R + field) : make_float4(0.f, 0.f, 0.f, 0.f);
+            const float step = steps.x, inverse = steps.y;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float y = sums[n][2 * i + e];
+                const float spot = step > 0.f ? fmaf(y * inverse_norm[i], inverse, high / 2) : 0.f;
+                const float rounded = fminf(fmaxf(rintf(spot), 0.f), high);
+                const float level = (rounded - high / 2) * step;
+                product[i] = fmaf(y, level, product[i]);
+                length[i] = fmaf(level, level, length[i]);
+                bytes[i] |= (u32)rounded << have;
+            }
+            have += bits;
+        }
+        if (have < 8 && n + 1 < count) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            u32 code = bytes[i] << (8 * t);
+            code |= __shfl_xor_sync(FULL, code, 1);
+            code |= __shfl_xor_sync(FULL, code, 2);
+            store(i, code);
+            bytes[i] = 0;
+        }
+        have = 0;
+        if (++word < end) bits = a.widths[h * a.words + word];
+    }
+    for (; word < end; ++word)  // words for which there are no dimensions
+        for (int i = 0; i < 2; ++i) store(i, 0);
+}
+
+// Codes of sixteen keys for each warp of the block, all of one stream. Words whose products do not fit in registers
+// together are multiplied twice: once for the norm of all.
+__device__ void encode_rows(const State& a, int s, const Sixteen& x, uint4* forward, int& held) {
+    const int h = s % a.heads, t = threadIdx.x % 4;
+    float sums[TILES][4], square[2] = {}, inverse_norm[2] = {}, product[2] = {}, length[2] = {};
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+        bool whole = false;
+#pragma unroll 1
+        for (int word = 0, tile0 = 0; word < a.words;) {
+            int end = word, count = 0;
+            while (end < a.words && count + 4 / a.widths[h * a.words + end] <= TILES)
+                count += 4 / a.widths[h * a.words + end++];
+            count = min(count, (a.coded_dimensions + 7) / 8 - tile0);
+            whole = end - word == a.words;
+            if (pass == 0 || !whole) project(a, x, h, tile0, count, sums, forward, held);
+            if (pass == 0) {
+#pragma unroll
+                for (int n = 0; n < TILES; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) square[i / 2] = fmaf(sums[n][i], sums[n][i], square[i / 2]);
+            } else if (x.any) {
+                quantise_words(a, x, h, word, end, tile0, count, sums, inverse_norm, product, length);
+            }
+            word = end;
+            tile0 += count;
+        }
+        if (pass == 0)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) inverse_norm[i] = __fdiv_rn(1.f, fmaxf(sqrtf(quad_sum(square[i])), TINY));
+    }
+    if (!x.any) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float along = quad_sum(product[i]) / fmaxf(quad_sum(length[i]), TINY);
+        const float scale = fmaxf(__fdiv_rn(along, x.factor[i]), TINY);
+        const float exponent = rintf(16.f * log2f(__fdiv_rn(scale, a.base[h]))) + 128.f;
+        if (t == i && x.row[i] >= 0) a.exponents[x.row[i]] = (u8)(int)fminf(fmaxf(exponent, 0.f), 255.f);
+    }
+}
+
+// How many tiles of sixteen keys a stream has: entering keys whose lists keep their anchors, and pages of the others.
+struct Tiles {
+    int entering, pages;
+};
+
+__device__ __forceinline__ Tiles tiles_of(const State& a, const Plan* plans, int s) {
+    const Plan& plan = plans[s / a.heads];
+    const int2 amounts = a.amounts[s];
+    return {amounts.y ? (plan.until - plan.first + LANES - 1) / LANES : 0, amounts.x};
+}
+
+// All of phase 4. Blocks have tiles of the same stream next to each other, as many for each warp as there must be.
+// `held` says what was asked for of the forward matrix.
+__device__ void encode(const State& a, const Plan* plans, int streams, uint4* forward, int held) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, blocks = gridDim.x;
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();
+    int all = 0, groups = 0;
+    for (int s = lane; s < streams; s += WARP) {
+        const Tiles tiles = tiles_of(a, plans, s);
+        all += tiles.entering + tiles.pages;
+    }
+    all = warp_sum_int(all);
+    const int each = min(max((all + blocks - 1) / blocks, 1), WARPS);  // warps of a block that have a tile at once
+    for (int s = lane; s < streams; s += WARP) {
+        const Tiles tiles = tiles_of(a, plans, s);
+        groups += (tiles.entering + tiles.pages + each - 1) / each;
+    }
+    groups = warp_sum_int(groups);
+    int skip = (int)((i64)blockIdx.x * groups / blocks);
+    int left = (int)((i64)(blockIdx.x + 1) * groups / blocks) - skip;
+    for (int s = 0; s < streams && left; ++s) {
+        const Tiles tiles = tiles_of(a, plans, s);
+        const int here = (tiles.entering + tiles.pages + each - 1) / each;
+        for (; skip < here && left; ++skip, --left) {
+            const int tile = skip * each + warp;
+            int list = 0, row = -1;
+            if (warp < each && tile < tiles.entering) {
+                const int j = tile * LANES + lane;
+                if (lane < LANES && j < plans[s / a.heads].until - plans[s / a.heads].first) {
+                    const int2 place = a.rows[(i64)s * a.most + j];
+                    if (place.y >= 0) row = place.x, list = place.y;
+                }
+            } else if (warp < each && tile < tiles.entering + tiles.pages) {
+                const i64 slot = (i64)s * a.room + a.work[(i64)s * a.room + tile - tiles.entering];
                 const int label = a.labels[slot];
                 list = label >> 5;
-                if (tid % LANES < (label & 31)) row = a.pages[slot] * LANES + tid % LANES;
+                if (lane < (label & 31)) row = a.pages[slot] * LANES + lane;
             }
+            encode_rows(a, s, sixteen(a, s, list, row), forward, held);
         }
-        encode_tile<ROWS>(a, s, list, row, shared);
+        skip -= here;
     }
 }
 
@@ -145,10 +299,10 @@ __device__ void add_squares(const State& a, const Task& task) {
     double sum = 0.0;
     if (task.segment < 0) {
         for (int j = lane; j < task.count; j += WARP)
-            sum += squared_scale(a, h, a.rows[(i64)s * a.most + task.start + j]);
+            sum += squared_scale(a, h, a.rows[(i64)s * a.most + task.start + j].x);
     } else {
         for (int j = lane; j < task.old + task.count; j += WARP) {
-            const int page = a.pages[(i64)s * a.room + a.work[task.segment + j / LANES].y];
+            const int page = a.pages[(i64)s * a.room + a.work[(i64)s * a.room + task.segment + j / LANES]];
             sum += squared_scale(a, h, page * LANES + j % LANES);
         }
     }

@@ -5,52 +5,69 @@ __device__ __forceinline__ int slot_of(const Task& task, int q) {
     return q < full ? task.open : task.base + q - full;
 }
 
-// Copy the entering keys of a list into its pages, as warp `w` of `n`, and sum up what this warp has copied.
+// Copy the entering keys of a list into its pages, as warp `w` of `n`, and sum up what this warp has copied. A lane for
+// each of the next keys finds out where it goes.
 template <bool RENEWED>
 __device__ void copy_in(const State& a, const Plan& plan, const Task& task, int w, int n, double* values, double* keys) {
     const int s = task.stream, lane = threadIdx.x % WARP;
-    const int* order = a.order + (i64)s * a.most + task.start;
+    const i64 sorted = (i64)s * a.most + task.start;
+    auto next_key = [&](int j0) { return lane < AHEAD && j0 + lane < task.count ? a.order[sorted + j0 + lane] : 0; };
+    int next = next_key(w * AHEAD);
     for (int j0 = w * AHEAD; j0 < task.count; j0 += n * AHEAD) {
         u32 key[AHEAD][WORDS], value[AHEAD][WORDS];
-        int p[AHEAD];
+        const int p = plan.first + next;
+        int row = 0;
+        if (lane < AHEAD && j0 + lane < task.count) {
+            const int at = task.old + j0 + lane;
+            row = a.pages[(i64)s * a.room + slot_of(task, at / LANES)] * LANES + at % LANES;
+        }
+        next = next_key(j0 + n * AHEAD);
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u)
+        for (int u = 0; u < AHEAD; ++u) {
+            const int from = __shfl_sync(FULL, p, u);
             if (j0 + u < task.count) {
-                p[u] = plan.first + order[j0 + u];
-                load_row(entering_key(a, plan, s, p[u]), lane, key[u]);
-                load_row(entering_value(a, plan, s, p[u]), lane, value[u]);
+                load_row(entering_key(a, plan, s, from), lane, key[u]);
+                load_row(entering_value(a, plan, s, from), lane, value[u]);
             }
+        }
+        if (lane < AHEAD && j0 + lane < task.count) {
+            a.ids[row] = p;
+            a.rows[sorted + j0 + lane] = make_int2(row, RENEWED ? -1 : task.list);
+        }
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u)
+        for (int u = 0; u < AHEAD; ++u) {
+            const i64 to = __shfl_sync(FULL, row, u);
             if (j0 + u < task.count) {
-                const int at = task.old + j0 + u;
-                const int row = a.pages[(i64)s * a.room + slot_of(task, at / LANES)] * LANES + at % LANES;
-                store_row(a.keys + (i64)row * D, lane, key[u]);
-                store_row(a.values + (i64)row * D, lane, value[u]);
-                if (lane == 0) {
-                    a.ids[row] = p[u];
-                    a.rows[(i64)s * a.most + task.start + j0 + u] = row;
-                }
+                store_row(a.keys + to * D, lane, key[u]);
+                store_row(a.values + to * D, lane, value[u]);
                 add_row(value[u], values);
                 if (RENEWED) add_row(key[u], keys);
             }
+        }
+    }
+}
+
+// The sum of the values of a list before; a warp asks for it early.
+__device__ __forceinline__ void load_sums(const State& a, const Task& task, float* sums) {
+    const i64 list = (i64)task.stream * a.lists + task.list;
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+        const int at = element_of(threadIdx.x % WARP, i);
+        sums[i] = at < D ? a.sums[list * D + at] : 0.f;
     }
 }
 
 // The sum and the mean of the values of a list after `more` was added; a warp does it.
-__device__ void set_mean(const State& a, const Task& task, const double* more) {
+__device__ void set_mean(const State& a, const Task& task, const float* before, const double* more) {
     const int lane = threadIdx.x % WARP;
     const i64 list = (i64)task.stream * a.lists + task.list;
     double mean[MINE];
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
         const int at = element_of(lane, i);
-        mean[i] = 0.0;
-        if (at < D) {
-            const float sum = (float)((double)a.sums[list * D + at] + more[i]);
-            a.sums[list * D + at] = sum;
-            mean[i] = (double)sum / (double)(task.old + task.count);
-        }
+        const float sum = (float)((double)before[i] + more[i]);
+        if (at < D) a.sums[list * D + at] = sum;
+        mean[i] = at < D ? (double)sum / (double)(task.old + task.count) : 0.0;
     }
     quantise(mean, lane, a.means + list * D, a.mean_scales + list);
 }
@@ -119,16 +136,25 @@ __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
     for (int q = max(full, from) + threadIdx.x; q < from + count; q += THREADS) slots[q - from] = task.base + q - full;
     if (from < full) {
         const int held = a.counts[task.stream];
-#pragma unroll 4
-        for (int slot0 = threadIdx.x * 4; slot0 < held; slot0 += THREADS * 4) {  // rooms are multiples of 4
-            const int4 labels = *(const int4*)(a.labels + table + slot0);
-            const int found[4] = {labels.x, labels.y, labels.z, labels.w};
+        constexpr int ONCE = 8 / BLOCKS;
+        for (int first = threadIdx.x * 4; first < held; first += THREADS * 4 * ONCE) {
+            int4 labels[ONCE];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (found[i] >> 5 == task.list && slot0 + i < held) {
-                    const int q = a.orders[table + slot0 + i] - from;
-                    if (q >= 0 && q < count && q + from < full) slots[q] = slot0 + i;
+            for (int j = 0; j < ONCE; ++j) {
+                const int slot = first + j * THREADS * 4;  // rooms are multiples of 4
+                labels[j] = slot < held ? *(const int4*)(a.labels + table + slot) : make_int4(-1, -1, -1, -1);
+            }
+#pragma unroll
+            for (int j = 0; j < ONCE; ++j) {
+                const int found[4] = {labels[j].x, labels[j].y, labels[j].z, labels[j].w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int slot = first + j * THREADS * 4 + i;
+                    if (found[i] >> 5 != task.list || slot >= held) continue;
+                    const int q = a.orders[table + slot] - from;
+                    if (q >= 0 && q < count && q + from < full) slots[q] = slot;
                 }
+            }
         }
     }
     __syncthreads();
@@ -138,13 +164,15 @@ __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
 // Phase 3 for a list with many new keys, or one that gets a new anchor, in a block.
 __device__ void enter_by_block(const State& a, const Plan* plans, int number, char* shared) {
     double* sums = (double*)shared;                                  // [WARPS][MINE][WARP]
-    int* slots = (int*)(shared + WARPS * MINE * WARP * 8);           // [WINDOW]
+    int* slots = (int*)(shared + MOVING - 8 * WINDOW - 16);          // [WINDOW]
     int* fresh = slots + WINDOW;                                     // [WINDOW]
     int* failed = fresh + WINDOW;                                    // and where the work begins
     const Task task = a.tasks[number];
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 list = (i64)s * a.lists + task.list;
     double values[MINE] = {}, keys[MINE] = {};
+    float before[MINE];
+    if (warp == 0) load_sums(a, task, before);
     const int pages = full_pages(task.old + task.count), full = full_pages(task.old);
     bool renewed = task.segment >= 0;
     for (int from = 0; renewed && from < full; from += WINDOW) {
@@ -153,14 +181,12 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
     }
     if (renewed) {
         copy_in<true>(a, plans[s / a.heads], task, warp, WARPS, values, keys);
-        const int sheaves = (pages + SHEAF - 1) / SHEAF * SHEAF;
-        if (threadIdx.x == 0) failed[1] = atomicAdd(a.counters + WORK, sheaves);
+        if (threadIdx.x == 0) failed[1] = atomicAdd(&a.amounts[s].x, pages);
         __syncthreads();
         for (int from = 0; from < pages; from += WINDOW) {
             // They stand there from before where one look was enough.
             const int count = full && pages <= WINDOW ? pages : look_up(a, task, from, slots);
-            for (int q = threadIdx.x; q < count; q += THREADS) a.work[failed[1] + from + q] = make_int2(s, slots[q]);
-            for (int q = pages + threadIdx.x; q < sheaves; q += THREADS) a.work[failed[1] + q] = make_int2(-1, 0);
+            for (int q = threadIdx.x; q < count; q += THREADS) a.work[(i64)s * a.room + failed[1] + from + q] = slots[q];
             const int end = min(task.old - from * LANES, count * LANES);
             for (int j0 = warp * AHEAD; j0 < end; j0 += THREADS / WARP * AHEAD) {
                 u32 key[AHEAD][WORDS];
@@ -186,7 +212,10 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, ch
         copy_in<false>(a, plans[s / a.heads], task, warp, WARPS, values, keys);
     }
     block_sum(values, sums);
-    if (warp == 0) set_mean(a, task, values);
-    if (threadIdx.x == 0) a.tasks[number].segment = renewed ? failed[1] : -1;
+    if (warp == 0) set_mean(a, task, before, values);
+    if (threadIdx.x == 0) {
+        if (!renewed && task.segment >= 0) atomicAdd(&a.amounts[s].y, task.count);
+        a.tasks[number].segment = renewed ? failed[1] : -1;
+    }
     __syncthreads();
 }

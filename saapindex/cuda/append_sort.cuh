@@ -18,24 +18,27 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
     int* counts = taken + 4;                 // [tables][L]: of each part of the keys
     const int tables = min(a.tables, (m + 4 * WARP - 1) / (4 * WARP));
     const int part = (m + tables * WARP - 1) / (tables * WARP) * WARP;
-    for (int i = tid; i < tables * L; i += THREADS) counts[i] = 0;
-    __syncthreads();
-    for (int t = 0; t < tables; ++t)
-#pragma unroll 4
-        for (int i = t * part + tid; i < min(m, (t + 1) * part); i += THREADS)
-            atomicAdd(counts + t * L + label_of(a, s, i), 1);
-    int sorted = 0, held = a.counts[s];
-    for (int j0 = 0; j0 < L; j0 += THREADS * LISTS_EACH) {
-        int count[LISTS_EACH], old[LISTS_EACH], coded[LISTS_EACH], open[LISTS_EACH];
-        const i64 list = (i64)s * L + j0 + tid * LISTS_EACH;
-        u64 mine = 0;
+    int old[LISTS_EACH], coded[LISTS_EACH], open[LISTS_EACH];  // of the lists that a thread comes to next
+    auto fetch = [&](int j0) {
 #pragma unroll
         for (int i = 0; i < LISTS_EACH; ++i) {
-            const bool there = j0 + tid * LISTS_EACH + i < L;
-            old[i] = there ? a.sizes[list + i] : 0;
-            coded[i] = there ? a.coded[list + i] : 0;
-            open[i] = there ? a.last[list + i] : -1;
+            const int j = j0 + tid * LISTS_EACH + i;
+            const i64 list = (i64)s * L + j;
+            old[i] = j < L ? a.sizes[list] : 0;
+            coded[i] = j < L ? a.coded[list] : 0;
+            open[i] = j < L ? a.last[list] : -1;
         }
+    };
+    fetch(0);
+    int sorted = 0, held = a.counts[s], loose = 0;
+    for (int i = tid; i < tables * L; i += THREADS) counts[i] = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (int i = tid; i < m; i += THREADS) atomicAdd(counts + i / part * L + label_of(a, s, i), 1);
+    for (int j0 = 0; j0 < L; j0 += THREADS * LISTS_EACH) {
+        int count[LISTS_EACH], page[LISTS_EACH], heavy[LISTS_EACH];
+        const i64 list = (i64)s * L + j0 + tid * LISTS_EACH;
+        u64 mine = 0;
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < LISTS_EACH; ++i) {
@@ -55,6 +58,16 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
         }
         __syncthreads();
         const int top = taken[0], task0 = taken[1];
+        int rank0 = pages_in(before);
+#pragma unroll
+        for (int i = 0; i < LISTS_EACH; ++i) {  // what must be waited for, all at once
+            const int more = count[i] ? full_pages(old[i] + count[i]) - full_pages(old[i]) : 0;
+            const bool renewed = count[i] && old[i] + count[i] >= 2 * coded[i];
+            page[i] = more ? a.free[top - rank0] : 0;
+            heavy[i] = renewed || count[i] > HEAVY ? atomicAdd(a.counters + HEAVIES, 1) : -1;
+            if (count[i] && !renewed) loose += count[i];
+            rank0 += more;
+        }
 #pragma unroll
         for (int i = 0; i < LISTS_EACH; ++i) {
             if (!count[i]) continue;
@@ -72,25 +85,27 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             if (old[i] % LANES)
                 a.labels[table + open[i]] = j << 5 | min(LANES, old[i] + count[i] - (full - 1) * LANES);
             for (int q = 0; q < more; ++q) {
-                const int slot = task.base + q, page = a.free[top - rank - q];
-                a.pages[table + slot] = page;
+                const int slot = task.base + q, taken_page = q ? a.free[top - rank - q] : page[i];
+                a.pages[table + slot] = taken_page;
                 a.labels[table + slot] = j << 5 | min(LANES, old[i] + count[i] - (full + q) * LANES);
                 a.orders[table + slot] = full + q;
                 a.before[table + slot] = q ? slot - 1 : open[i];
-                a.holders[page] = 1;
+                a.holders[taken_page] = 1;
             }
             if (more) a.last[list + i] = task.base + more - 1;
             a.sizes[list + i] = old[i] + count[i];
-            const bool renewed = old[i] + count[i] >= 2 * coded[i];
-            if (renewed) task.segment = 0;
-            task.heavy = renewed || count[i] > HEAVY;
+            if (old[i] + count[i] >= 2 * coded[i]) task.segment = 0;
+            task.heavy = heavy[i] >= 0;
             a.tasks[number] = task;
-            if (task.heavy) a.heavy[atomicAdd(a.counters + HEAVIES, 1)] = number;
+            if (task.heavy) a.heavy[heavy[i]] = number;
             before += (u64)count[i] | (u64)more << PAGES_AT | 1ull << LISTS_AT;
         }
         sorted += keys_in(all);
         held += pages_in(all);
+        if (j0 + THREADS * LISTS_EACH < L) fetch(j0 + THREADS * LISTS_EACH);
     }
+    loose = warp_sum_int(loose);
+    if (lane == 0 && loose) atomicAdd(&a.amounts[s].y, loose);
     __syncthreads();
     if (tid == 0) a.counts[s] = held;
     if (warp < tables) {

@@ -1,7 +1,7 @@
 // What the phases of an addition share: the state, plans of sequences, rows of keys, barriers and sums.
 
-// Counters of a state; the last block of a launch leaves all but STATUS at zero.
-enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, WORK };
+// Counters of a state; the last block of a launch leaves all but STATUS at zero. NEXT: heavy tasks that were begun.
+enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, NEXT };
 enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
 
 // Keys of one list that enter in this launch.
@@ -10,7 +10,7 @@ struct Task {
     int start, count;  // where they stand in the sorted order of the stream
     int old;           // keys that were in the list
     int open, base;    // its last page if that has free lanes; the first of its new pages
-    int segment;       // its pages in the list of work if it is coded anew, else -1
+    int segment;       // where its pages stand in the stream's work if it is coded anew, else -1
     int heavy;         // whether a whole block moves it
 };
 
@@ -26,8 +26,11 @@ struct State {
     float *mean_scales, *squares;
 
     int *holders, *free, *available;  // pages of the pool: how many streams hold each; a stack of free ones; its height
-    const float *forms, *bias;        // (H or S, L, D) and (H or S, L)
-    const float *forward, *step, *base;
+    const uint4* parts;       // (H or S, L, D / 4): four dimensions of a form, high and low
+    const float *unit, *bias; // (H or S) and (H or S, L): the parts are to be multiplied with it
+    const uint4* forward;     // of the codes, as lanes read it
+    const float4* step;       // (H, R): step of a field, one by it, and what its products are to be multiplied with
+    const float* base;
     const int* widths;
     const double* turns;      // (H, pairs): turns a position of the pairs that the view rotates; null for none
     const float* amplitudes;  // (H, pairs)
@@ -36,17 +39,19 @@ struct State {
     const int* fresh;   // (B,): only so many of the new keys, the last ones, belong to a sequence; null for all
     const int* labels_in;  // (S, M): lists of the entering keys where they are known; null where not
     u64* best;          // (S, M), zero between launches: score and list of each entering key
-    int *order, *rows;  // (S, M): entering keys sorted by list, and the row that each went to
+    int* order;         // (S, M): entering keys sorted by list
+    int2* rows;         // (S, M): the row that each of these went to, and the list, -1 if that is coded anew
     Task* tasks;        // (S * min(M, L))
     int* heavy;         // (S * min(M, L)): tasks for whole blocks
-    int2* work;         // (S * (P + 4 L)): stream and page to be coded anew
+    int* work;          // (S, P): slots of the pages to be coded anew
+    int2* amounts;      // (S), zero between launches: how many those are, and how many keys enter beside them
     int* counters;
     const int* moved;  // how often arrays have moved; `version` when this launch was prepared
     i64* stamps;  // with -DSTAMPS: nanoseconds at the beginning of each phase
 
     i64 key_batch, key_head, key_token, value_batch, value_head, value_token;  // strides in elements
     int batch, heads, lists, room, ring, sinks, kept, flush, dense_below;
-    int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, version, many;
+    int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, version;
 };
 
 #ifdef STAMPS
@@ -105,19 +110,38 @@ __device__ __forceinline__ const element* entering_value(const State& a, const P
     return p < plan.old ? a.near_values + near_row(a, s, p) : new_value(a, s, p - plan.old + skipped(a, plan));
 }
 
+// Of every TOGETHER * WARP words of a row a lane has TOGETHER that lie together.
 __device__ __forceinline__ void load_row(const element* row, int lane, u32* words) {
 #pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-        const int at = lane + w * WARP;
-        words[w] = at < ROW_WORDS ? ((const u32*)row)[at] : 0;
+    for (int w = 0; w < WORDS; w += TOGETHER) {
+        const int at = w * WARP + lane * TOGETHER;
+        const bool inside = at < ROW_WORDS;
+        const u32* from = (const u32*)row + at;
+#if TOGETHER == 4
+        const uint4 x = inside ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+        words[w] = x.x, words[w + 1] = x.y, words[w + 2] = x.z, words[w + 3] = x.w;
+#elif TOGETHER == 2
+        const uint2 x = inside ? *(const uint2*)from : make_uint2(0, 0);
+        words[w] = x.x, words[w + 1] = x.y;
+#else
+        words[w] = inside ? *from : 0;
+#endif
     }
 }
 
 __device__ __forceinline__ void store_row(element* row, int lane, const u32* words) {
 #pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-        const int at = lane + w * WARP;
-        if (at < ROW_WORDS) ((u32*)row)[at] = words[w];
+    for (int w = 0; w < WORDS; w += TOGETHER) {
+        const int at = w * WARP + lane * TOGETHER;
+        u32* to = (u32*)row + at;
+        if (at >= ROW_WORDS) continue;
+#if TOGETHER == 4
+        *(uint4*)to = make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]);
+#elif TOGETHER == 2
+        *(uint2*)to = make_uint2(words[w], words[w + 1]);
+#else
+        *to = words[w];
+#endif
     }
 }
 
@@ -131,7 +155,8 @@ __device__ __forceinline__ float part_of(u32 word, int part) {
 
 // Number of the element that is `MINE`-th of a lane; may be D or more.
 __device__ __forceinline__ int element_of(int lane, int mine) {
-    return (lane + mine / PART * WARP) * PART + mine % PART;
+    const int word = mine / PART;
+    return (word / TOGETHER * TOGETHER * WARP + lane * TOGETHER + word % TOGETHER) * PART + mine % PART;
 }
 
 __device__ __forceinline__ void add_row(const u32* words, double* sum) {
@@ -156,6 +181,12 @@ __device__ void quantise(const double* x, int lane, i8* row, float* scale) {
     if (lane == 0) *scale = unit;
 }
 
+__device__ __forceinline__ u32 load_acquire(const u32* p) {
+    u32 x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
 // All threads of the grid have come here; what they wrote before can be read behind it.
 __device__ void grid_barrier(const State& a, u32 target) {
     __syncthreads();
@@ -164,9 +195,8 @@ __device__ void grid_barrier(const State& a, u32 target) {
         __threadfence();
         atomicAdd(counter, 1u);
         u32 seen;
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        } while (seen < target);
+        do seen = load_acquire(counter);
+        while (seen < target);
         __threadfence();
     }
     __syncthreads();

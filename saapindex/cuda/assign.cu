@@ -7,21 +7,13 @@
 #define THREADS 256
 #define NOTHING 0x7fffffff
 
+#include "halves.cuh"
+
 // ---- Centroids in two parts
 
 #ifdef D
 #define STEPS ((D + 31) / 32)  // of 32 dimensions
 #define PADDED (STEPS * 32)
-#define TERM 14  // the largest element of a row or a centroid is brought between 2^(TERM - 1) and 2^TERM
-
-__device__ __forceinline__ float power(int exponent) { return __int_as_float((exponent + 127) << 23); }
-
-// The exponent that brings `largest` there, so small that no power of two overflows.
-__device__ __forceinline__ int exponent_for(float largest) {
-    const int have = (int)(__float_as_uint(largest) >> 23) - 126;  // largest < 2^have
-    return largest > 0.f ? min(max(TERM - have, -120), 120) : 0;
-}
-
 // parts[list] = high and low part, (2, PADDED) float16; terms[list] = 2^-exponent and bias. A warp for each of
 // `lists` lists of a head, those beyond `nlist` never chosen. Grid (ceil(lists / 8), heads).
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -54,27 +46,10 @@ assign_split(const float* __restrict__ centroids, const float* __restrict__ bias
 #define STRIDE ((PADDED * 2) % 128 == 64 ? PADDED * 2 : PADDED * 2 + 64)
 #define STAGE_BYTES (TILE * 2 * STRIDE + TILE * 8)
 
-__device__ __forceinline__ void copy_async(u32 target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source));
-}
-
-__device__ __forceinline__ void multiply(float* sum, const u32* a, u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ uint4 read_shared(u32 address) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
     return x;
-}
-
-__device__ __forceinline__ u32 to_float16_pair(float low, float high) {
-    u32 both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
 }
 
 // Eight elements of a row that lie together: float16 as they are, others by `scale_row`.
@@ -100,7 +75,7 @@ __device__ __forceinline__ void load_eight(const element* x, bool inside, Eight&
 }
 
 // Copy a stage of lists from `first` on.
-__device__ __forceinline__ void load_stage(u32 stage, const u16* parts, const float2* terms, int first) {
+__device__ __forceinline__ void load_stage(char* stage, const u16* parts, const float2* terms, int first) {
     const int pieces = PADDED / 8;  // of 16 bytes in a part
     for (int i = threadIdx.x; i < TILE * 2 * pieces; i += THREADS)
         copy_async(stage + i / pieces * STRIDE + i % pieces * 16, parts + ((i64)first * 2 * pieces + i) * 8);
@@ -114,6 +89,7 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
                             const float2* terms, int lists, int split_lists, int* labels, float* scores) {
     extern __shared__ uint4 stages[];
     const u32 shared = (u32)__cvta_generic_to_shared(stages);
+    char* const held = (char*)stages;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, quad = lane / 4, part = lane % 4;
     const i64 head = blockIdx.y;
     const int first_row = (blockIdx.x * (THREADS / WARP) + warp) * M * 16 + quad;
@@ -123,7 +99,7 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
     terms += head * lists;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < count) load_stage(shared + i * STAGE_BYTES, parts, terms, begin + i * TILE);
+        if (i < count) load_stage(held + i * STAGE_BYTES, parts, terms, begin + i * TILE);
         asm volatile("cp.async.commit_group;");
     }
     u32 a[ROW_PARTS][M][STEPS][2][4];
@@ -165,8 +141,7 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
                     const u32 pair = to_float16_pair(low, high);
                     a[0][m][s][i / 2][i % 2 * 2 + half] = pair;
 #if ELEMENT == 2
-                    a[1][m][s][i / 2][i % 2 * 2 + half] = to_float16_pair(
-                        low - float16_to_float((u16)pair), high - float16_to_float((u16)(pair >> 16)));
+                    a[1][m][s][i / 2][i % 2 * 2 + half] = rest_of_pair(low, high, pair);
 #endif
 #endif
                 }
@@ -180,7 +155,7 @@ __device__ void assign_rows(const element* x, i64 row_stride, i64 head_stride, i
         __syncthreads();
         const int ahead = stage + STAGES - 1;
         const int free = slot == 0 ? STAGES - 1 : slot - 1;
-        if (ahead < count) load_stage(shared + free * STAGE_BYTES, parts, terms, begin + ahead * TILE);
+        if (ahead < count) load_stage(held + free * STAGE_BYTES, parts, terms, begin + ahead * TILE);
         asm volatile("cp.async.commit_group;");
         const u32 here = shared + slot * STAGE_BYTES;
 #pragma unroll 1

@@ -1,4 +1,4 @@
-"""The short way through `search`: a few queries in host memory, by `nprobe` alone, nothing to convert.
+"""The short way through `search`: queries where the index is, by `nprobe` alone, nothing to convert.
 
 A search of one query takes a few microseconds, less than all the questions that the general way asks first.
 What can be asked once for a state of the index is asked here, when the first such search comes.
@@ -49,15 +49,22 @@ class Quick:
     def __init__(self, held: Held, ops: Ops, d: int, nlist: int, l2: bool, rank: RankBy) -> None:
         self.held, self.ops, self.d, self.nlist, self.rank = held, ops, d, nlist, rank
         self.run: Callable[[Any, int, int], tuple[Floats, Ints] | None] | None = None
+        self._fits: Callable[[Any, Any], bool] | None = None  # of queries on a device
         routing, partition = held.routing, held.partition
         if routing is None or partition is None or held.coder is not None:
             return
         known = partition.max_position is None or held.state.next_id < partition.max_position
         if known and not partition.view.needs_positions and type(routing.router).features is Router.features:
             self.run = ops.prepare(routing.table, routing.bias(rank), held.state.lists.view, l2)
+        self._fits = getattr(self.run, "fits", None)
 
     def fits(self, x: Any, k: Any) -> bool:
-        """Whether these queries can go the short way as they are, if they are finite."""
+        """Whether these queries can go the short way as they are, if they are finite.
+
+        In the memory of the host only a few, of which the general way is slower; on a device any.
+        """
+        if self._fits is not None:
+            return bool(self._fits(x, k))
         return (
             type(x) is np.ndarray
             and x.ndim == 2

@@ -8,6 +8,7 @@ import pytest
 from saapindex.backends import get_ops
 from saapindex.backends.base import LANES, Lists, to_blocks
 from saapindex.backends.cuda.assign import assign_heads, prepare
+from saapindex.backends.cuda.finite import Finiteness
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.rope import rotate
 from saapindex.devices import check_device, current, device_of
@@ -173,6 +174,27 @@ def test_sums_are_the_same_from_run_to_run_and_right(cupy, ops, n, spread):
     np.testing.assert_array_equal(first[0].get(), second[0].get())
     np.testing.assert_allclose(first[0].get(), known, atol=1e-10)
     np.testing.assert_array_equal(first[1].get(), counts)
+
+
+@pytest.mark.parametrize("dtype", [*SIXTEEN, "float32"])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5, 7), (2, 3, 40_000, 24)])
+@pytest.mark.parametrize("order", ["as it is", "transposed", "cut"])
+def test_what_is_not_finite_is_found_anywhere(cupy, dtype, shape, order):
+    rng = np.random.default_rng(0)
+    stored, _ = rounded(rng.standard_normal(shape), dtype)
+    for bad in (np.nan, np.inf, -np.inf):
+        for place in (0, stored.size - 1, int(rng.integers(stored.size))):
+            spoilt = stored.copy()
+            spoilt.reshape(-1)[place] = rounded(np.array([bad]), dtype)[0][0]
+            arrays = [cupy.asarray(x) for x in (stored, spoilt)]
+            if order != "as it is":
+                arrays = [x.swapaxes(0, -2) if order == "transposed" else x[..., 1:] for x in arrays]
+            looks = Finiteness()
+            for name, array in zip(("good", "bad"), arrays, strict=True):
+                looks.look(name, array)
+            cut = order == "cut" and place % shape[-1] == 0
+            assert looks.bad() == ([] if cut else ["bad"])
+            assert looks.bad() == []
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)

@@ -31,6 +31,7 @@ struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
@@ -46,6 +47,7 @@ struct Fiber {
 struct Block {
     std::vector<char> shared;
     unsigned waiting = 0, turn = 0;
+    bool any = false;
 };
 struct Warp {
     uint64_t slots[32];
@@ -63,6 +65,7 @@ static std::function<void()> body;
 
 #define threadIdx (current->thread)
 #define blockIdx (current->block)
+#define gridDim (Dimension{(unsigned)::blocks.size(), 1, 1})
 
 inline void let_others_run() { swapcontext(&current->context, &scheduler); }
 
@@ -114,6 +117,16 @@ inline void meet_in_cluster() { meet(clusters[blockIdx.x / CLUSTER], threads_of_
 inline void __syncthreads() { meet(this_block(), threads_of_block); }
 inline void __syncwarp(unsigned = ~0u) { meet(this_warp(), 32); }
 inline void __threadfence() {}
+inline int __syncthreads_or(int x) {
+    Block& block = this_block();
+    block.any |= x != 0;
+    __syncthreads();
+    const bool any = block.any;
+    __syncthreads();
+    block.any = false;
+    __syncthreads();
+    return any;
+}
 
 template <typename T>
 inline T from_lane(T x, int lane) {
@@ -154,6 +167,11 @@ inline unsigned __ballot_sync(unsigned, int x) {
     __syncwarp();
     return all;
 }
+inline unsigned __match_any_sync(unsigned, int x) {
+    unsigned same = 0;
+    for (int lane = 0; lane < 32; ++lane) same |= (unsigned)(from_lane(x, lane) == x) << lane;
+    return same;
+}
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
     unsigned most = 0;
     for (int lane = 0; lane < 32; ++lane) most = max(most, from_lane(x, lane));
@@ -162,6 +180,10 @@ inline unsigned __reduce_max_sync(unsigned, unsigned x) {
 
 template <typename T>
 inline T __ldcg(const T* p) { return *p; }
+template <typename T>
+inline T __ldg(const T* p) { return *p; }
+template <typename T, typename U>
+inline T atomicSub(T* p, U x) { T old = *p; *p -= (T)x; return old; }
 template <typename T, typename U>
 inline T atomicAdd(T* p, U x) { T old = *p; *p += (T)x; return old; }
 template <typename T, typename U>
@@ -185,6 +207,12 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline void sincospif(float x, float* sine, float* cosine) {
+    *sine = (float)sin(M_PI * (double)x), *cosine = (float)cos(M_PI * (double)x);
+}
 
 // mma.sync.m16n8 of matrices with `PER` numbers in a register, fragments laid out as PTX says; `product` multiplies
 // those in the lower bits of two registers.

@@ -26,8 +26,11 @@ REPLACED = {
     r'asm volatile\("ldmatrix.sync.aligned.m8n8.x4.trans.*?\);': "load_fragments(x, row, true);",
     r'asm\("cvt.rn.f16x2.*?\);': "pair = pair_of_bits(float_to_float16(x), float_to_float16(y));",
     r'asm\("cvt.rn.bf16x2.*?\);': "pair = pair_of_bits(float_to_bfloat16(x), float_to_bfloat16(y));",
-    r'asm\("mma.sync.aligned.m16n8k16.*?f32.f16.*?\);': "multiply_pairs(c, a, b0, b1, float16_to_float);",
+    r'asm(?: volatile)?\(\s*"mma.sync.aligned.m16n8k16\S*?f32.f16.*?\);': (
+        "multiply_pairs(c, a, b0, b1, float16_to_float);"
+    ),
     r'asm\("mma.sync.aligned.m16n8k16.*?f32.bf16.*?\);': "multiply_pairs(c, a, b0, b1, bfloat16_to_float);",
+    r'asm volatile\("mov.u64 %0, %globaltimer.*?\);': "now = 0;",
     r'asm volatile\("prefetch.*?\);': ";",
     r'asm volatile\("red.global.add.v4.*?"memory"\);': ";",
     r'asm\("mma.sync.aligned.m16n8k8.row.col.f32.tf32.*?\)\);': "multiply_tf32(c, a, b0, b1);",
@@ -48,7 +51,7 @@ REPLACED = {
 }
 
 
-def build(folder, file, **macros):
+def build(folder, file, struct="Step", **macros):
     """Compile the kernel called as its file; return a function (grid, threads, shared bytes, argument)."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ to compile kernels for the host with")
@@ -57,7 +60,7 @@ def build(folder, file, **macros):
         text = re.sub(pattern, replacement, text, flags=re.DOTALL)
     assert "asm" not in re.sub(r"//.*", "", text)
     launch = (
-        f'extern "C" int launch(unsigned grid, unsigned threads, size_t shared, const Step* p) '
+        f'extern "C" int launch(unsigned grid, unsigned threads, size_t shared, const {struct}* p) '
         f"{{ return run_grid(grid, threads, shared, [=]() {{ {file}(*p); }}); }}\n"
     )
     name = "-".join([file, *(f"{key}{value}" for key, value in macros.items())])

@@ -20,6 +20,7 @@ __all__ = [
     "PagesInPool",
     "append_streams",
     "argument",
+    "load",
     "most_pages",
 ]
 
@@ -33,7 +34,7 @@ STATUS = {
     2: "keys were lost, for want of room",
     4: "nothing was added, since the arrays of the index have moved",
 }
-_KEYS, _LISTS, _SLAB, _PAD, _WINDOW = 64, 128, 32, 8, 2048  # as in append.cu
+_KEYS, _WINDOW = 64, 2048  # as in append.cu
 _TABLES = 48 * 1024
 _SHARED_MOST = 96 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
@@ -69,7 +70,8 @@ _POINTERS = [
         "holders",
         "free",
         "available",
-        "forms",
+        "parts",
+        "unit",
         "bias",
         "forward",
         "step",
@@ -81,7 +83,8 @@ _POINTERS = [
         "new_values",
         "fresh",
     ],
-    *["labels_in", "best", "order", "rows", "tasks", "heavy", "work", "counters", "moved", "stamps"],
+    *["labels_in", "best", "order", "rows", "tasks", "heavy", "work", "amounts"],
+    *["counters", "moved", "stamps"],
 ]
 _STRIDES = ["key_batch", "key_head", "key_token", "value_batch", "value_head", "value_token"]
 _INTEGERS = [
@@ -103,7 +106,6 @@ _INTEGERS = [
     "tokens",
     "tables",
     "version",
-    "many",
 ]
 APPEND = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
@@ -146,7 +148,11 @@ class Forms(NamedTuple):
     forms, bias
         (H, L, d) and (H, L) float32, or one for each stream: a key `x` in its view belongs to the list of the
         largest ``x . form + bias``.
-    forward, step, base, widths
+    parts, unit
+        uint32 and float32, of `forms`: see `saapindex.backends.cuda.halves.halves`.
+    forward, step
+        Of the codes: see `saapindex.backends.cuda.halves.fragments`.
+    base, widths
         Of the codes, see `saapindex.backends.paged.Code`; widths are int32.
     turns, amplitudes
         (H, pairs) float64 and float32: turns a position, and factor, of the rotation that takes a key to its
@@ -157,6 +163,8 @@ class Forms(NamedTuple):
 
     forms: Array
     bias: Array
+    parts: Array
+    unit: Array
     forward: Array
     step: Array
     base: Array
@@ -182,11 +190,13 @@ class AppendSpace(NamedTuple):
     best
         (S, most) uint64, zero before and after.
     order, rows
-        (S, most) int32.
+        (S, most) and (S, most, 2) int32.
     tasks, heavy
         Of lists that keys enter.
     work
-        Of pages that are coded anew.
+        (S, pages) int32, of pages that are coded anew.
+    amounts
+        (S, 2) int32, zero before and after: how many those are, and keys that enter other lists.
     counters
         (6,) int32, zero before; the first is the status, the others are zero after.
     """
@@ -197,6 +207,7 @@ class AppendSpace(NamedTuple):
     tasks: Array
     heavy: Array
     work: Array
+    amounts: Array
     counters: Array
 
     @classmethod
@@ -208,10 +219,11 @@ class AppendSpace(NamedTuple):
         return cls(
             best=xp.zeros((count, most), np.uint64),
             order=xp.empty((count, most), np.int32),
-            rows=xp.empty((count, most), np.int32),
+            rows=xp.empty((count, most, 2), np.int32),
             tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
             heavy=xp.empty(tasks, np.int32),
-            work=xp.empty((count * (room + 4 * lists), 2), np.int32),
+            work=xp.empty((count, room), np.int32),
+            amounts=xp.zeros((count, 2), np.int32),
             counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
         )
 
@@ -290,23 +302,35 @@ def append_streams(
     d, dtype
         Dimension of a key, and what it is stored in.
     many
-        Whether thousands of keys enter the lists, so that more blocks pay.
+        Whether thousands of keys enter the lists, so that more blocks pay where their lists are known.
     stamps
         (6,) int64, written: nanoseconds at the beginning of each phase. Slower.
     """
-    made["stamps"], made["many"] = _address(stamps), many
+    made["stamps"] = _address(stamps)
+    run, blocks, shared = load(made, d, dtype, many=many, stamps=stamps is not None)
+    run((blocks,), (THREADS,), (made,), shared_mem=shared)
+
+
+def load(
+    made: np.ndarray[Any, Any], d: int, dtype: np.dtype[Any], *, many: bool = False, stamps: bool = False
+) -> tuple[Any, int, int]:
+    """Return the kernel for an argument, compiled on the first call, its blocks, and their shared memory.
+
+    Nothing can be loaded while a graph is captured, so this comes before.
+    """
     shared = shared_bytes(d, int(made["lists"][0]), int(made["coded_dimensions"][0]), int(made["batch"][0]))
-    device = get_cupy().cuda.runtime.getDevice()
-    multiprocessors, most = _limits(device)
-    blocks = multiprocessors * (2 if many and 2 * (shared + 2048) <= most else 1)
+    multiprocessors, most = _limits(get_cupy().cuda.runtime.getDevice())
+    # Two blocks on a multiprocessor leave too few registers for an assignment.
+    each = 2 if many and made["labels_in"][0] and 2 * (shared + 1024) <= most else 1
     names = {
         np.dtype(np.float16): "float16",
         np.dtype(np.uint16): "bfloat16",
         np.dtype(np.float32): "float32",
     }
-    macros = {} if stamps is None else {"STAMPS": 1}
-    run = kernel("append", "append", shared=shared, D=d, ELEMENT=ELEMENTS[names[np.dtype(dtype)]], **macros)
-    run((blocks,), (THREADS,), (made,), shared_mem=shared)
+    macros = {"STAMPS": 1} if stamps else {}
+    element = ELEMENTS[names[np.dtype(dtype)]]
+    run = kernel("append", "append", shared=shared, D=d, ELEMENT=element, BLOCKS=each, **macros)
+    return run, multiprocessors * each, shared
 
 
 @functools.cache
@@ -328,12 +352,12 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
         If there are more lists than fit.
     """
     elements = -(-d // 64) * 2  # of a lane, at most
-    assign = 4 * d * (_KEYS + _PAD) + 4 * _SLAB * (_LISTS + _PAD)
+    steps, tiles, slabs = -(-d // 16), -(-coded // 8), -(-d // 32)
+    assign = 4 * _KEYS * (16 * (steps if steps % 2 else steps + 1) + 1)
     place = 80 + 4 * _tables(lists) * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
-    rows = 64 if d <= 128 else 32
-    encode = 4 * d * (rows + 4) + 4 * rows * (coded + 1)
-    shared = max(assign, place, enter, encode) + 16 * (batch + 1)
+    encode = 1024 * tiles * min(slabs, (64 if d <= 128 else 56) // tiles)
+    shared = max(assign, place, enter + encode) + 16 * (batch + 1)
     if shared > _SHARED_MOST:
         raise InvalidInputError(
             f"{lists} lists, {batch} sequences and {d} dimensions need {shared} bytes of shared memory on "

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.backends.base import LANES, Floats, Ints, Lists
+from saapindex.backends.base import LANES, Floats, Ints, Lists, QuickSearch
 from saapindex.backends.cuda import CudaOps
 from saapindex.backends.cuda.launch import host, mapped
+from saapindex.backends.cuda.quick import DeviceSearch
+from saapindex.backends.cuda.scan import ready
 from saapindex.devices import current, device_of, get_cupy
 
 __all__ = ["ResidentOps"]
@@ -169,6 +171,21 @@ class ResidentOps(CudaOps):
             CudaOps.range_scan, queries, queries, held, probes, limits, radius, l2
         )
         return found
+
+    def prepare(self, table: Floats, bias: Floats, lists: Lists, l2: bool) -> QuickSearch | None:
+        """See `Ops.prepare`; what it returns takes queries on this device, and says which `fits`."""
+        if lists.allowed is not None:
+            return None
+        with current(self.device):
+            cupy = get_cupy()
+            try:
+                kept_table, kept_bias = (
+                    cupy.ascontiguousarray(self.keep(part), np.float32) for part in (table, bias)
+                )
+                _, held = ready(kept_bias, self.hold(lists))
+            except MemoryError:  # of which the general way tells more
+                return None
+        return DeviceSearch(kept_table, kept_bias, held, l2, self.device)
 
     def search(
         self,

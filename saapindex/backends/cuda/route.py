@@ -11,11 +11,12 @@ from saapindex.backends.cuda.launch import on_device, power_of_two
 from saapindex.backends.cuda.module import kernel
 from saapindex.devices import get_cupy
 
-__all__ = ["THREADS", "choose", "route"]
+__all__ = ["MOST_LISTS", "THREADS", "choose", "route", "routing_shape"]
 
 THREADS = 256
 _QUERIES = 8  # that share a load of the table
-_MOST = 4096  # lists that a block of threads sorts
+MOST_LISTS = 4096
+"""Lists that a block of threads sorts."""
 ENTRY = 12  # bytes of a key and an id
 
 
@@ -35,22 +36,21 @@ def choose(features: Any, table: Any, bias: Any, p: int, sizes: Any = None) -> t
     nlist = len(bias)
     lists, best = cupy.empty((q, p), np.int64), cupy.empty((q, p), np.float32)
     before = takes = None
-    if sizes is not None and p <= _MOST:
+    if sizes is not None and p <= MOST_LISTS:
         before, takes = cupy.empty((q, p + 1), np.int32), cupy.empty((q, p), np.int32)
     if not q:
         return lists, best, before, takes
     features, table, bias = (cupy.ascontiguousarray(x, np.float32) for x in (features, table, bias))
     scores = cupy.empty((q, nlist), np.float32)
-    blocks = -(-nlist // LANES)
+    grid, room, shared = routing_shape(q, nlist, p)
     kernel("route", "route_scores")(
-        (-(-q // _QUERIES), -(-blocks // (THREADS // 32))),
+        grid,
         (THREADS,),
         (features, table, bias, scores, *map(np.int32, (q, h, nlist))),
     )
-    if p > _MOST:
+    if p > MOST_LISTS:
         return *_sorted(scores, p), None, None
-    room = power_of_two(p)
-    kernel("route", "route_select", shared=room * ENTRY)(
+    kernel("route", "route_select", shared=shared)(
         (q,),
         (THREADS,),
         (
@@ -63,9 +63,15 @@ def choose(features: Any, table: Any, bias: Any, p: int, sizes: Any = None) -> t
                 for x in (sizes if takes is not None else None, before, takes)
             ),
         ),
-        shared_mem=room * ENTRY,
+        shared_mem=shared,
     )
     return lists, best, before, takes
+
+
+def routing_shape(q: int, nlist: int, p: int) -> tuple[tuple[int, int], int, int]:
+    """Return the grid of the scores, the room for what is chosen, and its bytes of shared memory."""
+    blocks, room = -(-nlist // LANES), power_of_two(p)
+    return (-(-q // _QUERIES), -(-blocks // (THREADS // 32))), room, room * ENTRY
 
 
 def _sorted(scores: Any, p: int) -> tuple[Any, Any]:

@@ -15,10 +15,11 @@ from saapindex.backends.reference.scan import range_scan as range_scan_reference
 from saapindex.backends.reference.scan import scan as scan_reference
 from saapindex.devices import get_cupy
 
-__all__ = ["best_of", "planned", "range_scan", "ready", "scan"]
+__all__ = ["MOST_RESULTS", "best_of", "planned", "range_scan", "ready", "scan", "scan_shape"]
 
 _STEP = 512  # keys that a block of threads reads at once
-_MOST = 2048  # results of a query that a block of threads sorts
+MOST_RESULTS = 2048
+"""Results of a query that a block of threads sorts."""
 _BLOCKS = 8  # blocks of keys that are worth a block of threads
 _MERGED = 3000  # results of all parts of a query that are worth merging
 _ROUNDS = 4  # blocks of threads for each multiprocessor
@@ -30,6 +31,18 @@ def _splits(q: int, p: int, lists: Lists, k: int = 1) -> int:
     threads = _ROUNDS * multiprocessors(lists.vectors.device.id)  # type: ignore[attr-defined]
     most = min(-(-threads // max(q, 1)), blocks // _BLOCKS, _MERGED // k, 256)
     return max(1, int(most))
+
+
+def scan_shape(q: int, p: int, lists: Lists, k: int) -> tuple[int, int, int, int, int]:
+    """Return the parts of the scan of a query, what a part has room for, and bytes of shared memory.
+
+    Returns
+    -------
+    splits, room, capacity, shared, merging : shared memory of a part, and of what merges them
+    """
+    room, capacity = power_of_two(k), max(2048, k + 2 * _STEP)
+    shared = (room + capacity) * ENTRY + 4 * lists.vectors.shape[1]
+    return _splits(q, p, lists, k), room, capacity, shared, room * ENTRY
 
 
 def planned(lists: Lists, probes: Any, limits: Any) -> tuple[Any, Any]:
@@ -60,12 +73,10 @@ def best_of(
     """Launch the scan of probes that are planned; see `Ops.scan`."""
     cupy = get_cupy()
     q, p = probes.shape
-    if k > _MOST:
+    if k > MOST_RESULTS:
         return _best_of_many(queries, lists, probes, before, takes, k, l2)
     best, found = cupy.empty((q, k), np.float32), cupy.empty((q, k), np.int64)
-    splits = _splits(q, p, lists, k)
-    room, capacity = power_of_two(k), max(2048, k + 2 * _STEP)
-    shared = (room + capacity) * ENTRY + 4 * lists.vectors.shape[1]
+    splits, room, capacity, shared, merging = scan_shape(q, p, lists, k)
     some, some_found = best, found
     if splits > 1:
         some, some_found = cupy.empty((q, splits, k), np.float32), cupy.empty((q, splits, k), np.int64)
@@ -88,11 +99,11 @@ def best_of(
         shared_mem=shared,
     )
     if splits > 1:
-        kernel("scan", "scan_merge", shared=room * ENTRY, **_macros(lists))(
+        kernel("scan", "scan_merge", shared=merging, **_macros(lists))(
             (q,),
             (THREADS,),
             (some, some_found, *map(np.int32, (splits * k, k, room, l2)), best, found),
-            shared_mem=room * ENTRY,
+            shared_mem=merging,
         )
     return best, found
 

@@ -1,0 +1,201 @@
+"""The short way through a search on a device: the kernels of `search`, and what can be asked before is."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+from saapindex.backends.base import Lists
+from saapindex.backends.cuda.module import kernel
+from saapindex.backends.cuda.route import MOST_LISTS, THREADS, routing_shape
+from saapindex.backends.cuda.scan import MOST_RESULTS, scan_shape
+from saapindex.devices import current, get_cupy
+
+__all__ = ["DeviceSearch"]
+
+_KEPT = 64  # shapes of searches that are remembered
+_FLOAT = np.dtype(np.float32)
+
+
+class _Plan:
+    """The launches of a search of `q` queries for `k` keys in `p` lists, with their arguments in place.
+
+    Kernels read their arguments from cells of 8 bytes, which all launches share; a search fills in its own.
+
+    Parameters
+    ----------
+    constants
+        What never changes: pointers, and numbers.
+    counts
+        Bytes of each array that it works in.
+    launches
+        A kernel, its grid, its shared memory, and its arguments: names of `constants`, of `counts`, or `x`,
+        `best` and `found`.
+    """
+
+    def __init__(
+        self,
+        constants: dict[str, int],
+        counts: dict[str, int],
+        launches: list[tuple[Any, tuple[int, int], int, list[str]]],
+    ) -> None:
+        names = ["x", "best", "found", *counts, *constants]
+        ends = np.cumsum([-(-count // 256) * 256 for count in counts.values()])
+        self.nbytes = int(ends[-1])
+        self._places = np.array([0, *ends[:-1]], np.uint64)
+        self._cells = np.zeros(len(names), np.uint64)
+        self._cells[3 + len(counts) :] = list(constants.values())
+        self._own, self._work = self._cells[:3], self._cells[3 : 3 + len(counts)]
+        address = {name: self._cells.ctypes.data + 8 * i for i, name in enumerate(names)}
+        self._given = [np.array([address[name] for name in given], np.uint64) for *_, given in launches]
+        self._kernels = [run.kernel for run, *_ in launches]  # keeps them loaded
+        self._launches = [
+            (function.ptr, *grid, 1, THREADS, 1, 1, shared, given.ctypes.data)
+            for function, (_, grid, shared, _), given in zip(
+                self._kernels, launches, self._given, strict=True
+            )
+        ]
+        self._lock, self._device = threading.Lock(), get_cupy().cuda.runtime.getDevice()
+
+    def run(self, x: int, best: int, found: int, work: int, stream: int) -> None:
+        """Launch with the addresses of queries, of results, and of memory to work in."""
+        cuda = get_cupy().cuda
+        launch = cuda.driver.launchKernel
+        cuda.runtime.setDevice(self._device)  # so that a thread which is new to the device has its context
+        with self._lock:  # the driver has copied the arguments when it comes back
+            self._own[:] = x, best, found
+            np.add(self._places, np.uint64(work), out=self._work)
+            for *how, given in self._launches:
+                launch(*how, stream, given, 0)
+
+
+class DeviceSearch:
+    """`Ops.search` with a table, whose features are the queries themselves, in lists on a device.
+
+    Parameters
+    ----------
+    table, bias, lists
+        On the device, C-contiguous, as `Ops.search` takes them; all keys may be read.
+    l2
+        Whether scores are distances.
+    device
+        Number of the device.
+    """
+
+    def __init__(self, table: Any, bias: Any, lists: Lists, l2: bool, device: int) -> None:
+        self.d, self.nlist, self.l2, self.device = table.shape[1], len(bias), l2, device
+        self.table, self.bias, self.lists = table, bias, lists
+        self._plans: dict[tuple[int, int, int], _Plan] = {}
+
+    def fits(self, x: Any, k: Any) -> bool:
+        """Whether these queries are float32 on this device, side by side, and `k` of them can be sorted."""
+        if type(k) is not int or not 0 < k <= MOST_RESULTS:
+            return False
+        cupy = get_cupy()
+        if type(x) is cupy.ndarray:
+            return (
+                x.dtype == _FLOAT
+                and x.flags.c_contiguous
+                and x.data.device_id == self.device == cupy.cuda.runtime.getDevice()
+                and self._shaped(x.shape)
+            )
+        torch = sys.modules.get("torch")
+        return (
+            torch is not None
+            and type(x) is torch.Tensor
+            and x.is_cuda
+            and x.dtype is torch.float32
+            and x.device.index == self.device
+            and x.is_contiguous()
+            and self._shaped(x.shape)
+        )
+
+    def _shaped(self, shape: Any) -> bool:
+        return len(shape) == 2 and shape[0] > 0 and shape[1] == self.d
+
+    def __call__(self, x: Any, p: int, k: int) -> tuple[Any, Any] | None:
+        """Search for queries that fit; None for what another way must do, or say what is wrong with."""
+        if p > MOST_LISTS:
+            return None
+        try:
+            if type(x) is get_cupy().ndarray:
+                return self._on_cupy(x, p, k)
+            with current(x):
+                return self._on_torch(x, p, k)
+        except MemoryError:  # of which the general way tells more
+            return None
+
+    def _on_cupy(self, x: Any, p: int, k: int) -> tuple[Any, Any]:
+        empty, shape = get_cupy().empty, (len(x), k)
+        best, found = empty(shape, np.float32), empty(shape, np.int64)
+        self._launch(x.data.ptr, best.data.ptr, found.data.ptr, (len(x), p, k))
+        return best, found
+
+    def _on_torch(self, x: Any, p: int, k: int) -> tuple[Any, Any]:
+        torch, shape = sys.modules["torch"], (len(x), k)
+        best, found = (
+            torch.empty(shape, dtype=kind, device=x.device) for kind in (torch.float32, torch.int64)
+        )
+        self._launch(x.data_ptr(), best.data_ptr(), found.data_ptr(), (len(x), p, k))
+        return best, found
+
+    def _launch(self, x: int, best: int, found: int, shape: tuple[int, int, int]) -> None:
+        cupy, plan = get_cupy(), self._plans.get(shape)
+        if plan is None:
+            if len(self._plans) >= _KEPT:
+                self._plans.clear()
+            plan = self._plans[shape] = self._planned(*shape)
+        work = cupy.empty(plan.nbytes, np.uint8)
+        plan.run(x, best, found, work.data.ptr, cupy.cuda.get_current_stream().ptr)
+
+    def _planned(self, q: int, p: int, k: int) -> _Plan:
+        splits, room, capacity, shared, merging = scan_shape(q, p, self.lists, k)
+        score_grid, select_room, select_shared = routing_shape(q, self.nlist, p)
+        held: Any = self.lists
+        macros = {"ELEMENT": 0 if held.vectors.dtype == np.float16 else 2, "D": self.d}
+        arrays = {
+            "table": self.table,
+            "bias": self.bias,
+            **{name: getattr(held, name) for name in ("vectors", "ids", "offsets", "sizes")},
+        }
+        numbers = {
+            "allowed": 0,
+            "q": q,
+            "d": self.d,
+            "nlist": self.nlist,
+            "p": p,
+            "k": k,
+            "select_room": select_room,
+            "room": room,
+            "capacity": capacity,
+            "parts": splits * k,
+            "l2": int(self.l2),
+        }
+        counts = {
+            "scores": 4 * q * self.nlist,
+            "lists": 8 * q * p,
+            "list_scores": 4 * q * p,
+            "before": 4 * q * (p + 1),
+            "takes": 4 * q * p,
+        }
+        some = ["best", "found"]
+        if splits > 1:
+            some = ["some", "some_found"]
+            counts |= {"some": 4 * q * splits * k, "some_found": 8 * q * splits * k}
+        scan = kernel("scan", "scan_l2" if self.l2 else "scan_ip", shared=shared, **macros)
+        reading = ["x", "vectors", "ids", "offsets", "allowed", "lists", "before", "takes"]
+        scored = ["x", "table", "bias", "scores", "q", "d", "nlist"]
+        chosen = ["scores", "lists", "list_scores", "nlist", "p", "select_room", "sizes", "before", "takes"]
+        launches = [
+            (kernel("route", "route_scores"), score_grid, 0, scored),
+            (kernel("route", "route_select", shared=select_shared), (q, 1), select_shared, chosen),
+            (scan, (q, splits), shared, [*reading, "p", "k", "room", "capacity", *some]),
+        ]
+        if splits > 1:
+            merge = kernel("scan", "scan_merge", shared=merging, **macros)
+            launches.append((merge, (q, 1), merging, [*some, "parts", "k", "room", "l2", "best", "found"]))
+        constants = {name: int(array.data.ptr) for name, array in arrays.items()} | numbers
+        return _Plan(constants, counts, launches)

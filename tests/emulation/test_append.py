@@ -1,0 +1,132 @@
+"""The kernel that adds keys, emulated on the host, is the definition: the same lists, nearly all codes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saapindex.attention import AttentionIndex, device_batch, fit_layer
+from saapindex.attention.device_batch import DeviceBatch
+from saapindex.attention.device_book import DeviceBook
+from saapindex.attention.device_keeping import DeviceKeeping
+from saapindex.attention.tensors import STORED
+from saapindex.backends.cuda.append import shared_bytes
+from saapindex.backends.paged import widened
+from saapindex.lists.device_pool import DevicePool
+from saapindex.rope import Rope
+
+SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent / "emulation.py")
+emulation = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(emulation)
+
+STATISTICS = ("sizes", "coded", "anchors", "anchor_scales", "sums", "means", "mean_scales")
+ELEMENTS = {np.dtype(np.float16): 0, np.dtype(np.uint16): 1, np.dtype(np.float32): 2}
+
+
+@pytest.fixture
+def emulated(monkeypatch, tmp_path_factory):
+    """Let batches on arrays of NumPy append by the kernel."""
+
+    @functools.cache
+    def built(d, element, blocks):
+        folder = tmp_path_factory.mktemp("append")
+        return emulation.build(folder, "append", "State", D=d, ELEMENT=element, BLOCKS=blocks)
+
+    def append_streams(made, d, dtype, *, many, stamps=None):
+        sizes = (int(made[name][0]) for name in ("lists", "coded_dimensions", "batch"))
+        blocks = 1 + bool(many and made["labels_in"][0])
+        built(d, ELEMENTS[np.dtype(dtype)], blocks)(3, 256, shared_bytes(d, *sizes), made)
+
+    monkeypatch.setattr(device_batch, "append_streams", append_streams)
+
+
+def pair(dtype, batch, d, heads, nlist, words, view="rotated", **change):
+    """An index on the host, the same on arrays that kernels read, and what draws keys for both."""
+    rng = np.random.default_rng(0)
+    centers = 1.5 * rng.standard_normal((heads, 12, d))
+
+    def draw(n):
+        k = centers[np.arange(heads)[:, None], rng.integers(0, 12, (batch, heads, n))]
+        noise, v = rng.standard_normal((2, *k.shape))
+        return (x.astype(np.float32) for x in (k + 0.5 * noise, v))
+
+    rope = Rope(dim=d) if view != "rotated" else None
+    queries = rng.standard_normal((heads, 200, d))
+    how = {"words": words, "view": view, "rope": rope, "backend": "reference"}
+    book = fit_layer(next(draw(600))[0], queries, nlist, **how)
+    rules = {"window": 20, "sinks": 2, "flush": 16, "adapt": 0, "dense_below": 0, **change}
+    index = AttentionIndex(book, batch=batch, dtype=dtype, backend="reference", **rules)
+    pool = DevicePool(np, d, STORED[dtype], words)
+    keeping = DeviceKeeping(DeviceBook(book, np), pool, dtype, *(rules[name] for name in rules), np)
+    return index, DeviceBatch.empty(keeping, batch), draw
+
+
+def same(host, device):
+    one, other = host._batch, device.to_host(host._batch.keeping)
+    np.testing.assert_array_equal(one.lengths, other.lengths)
+    for a, c in zip(one.sequences, other.sequences, strict=True):
+        for x, y in zip(a.content(one.keeping), c.content(other.keeping), strict=True):
+            np.testing.assert_array_equal(x, y)
+        for name in STATISTICS:
+            np.testing.assert_array_equal(getattr(a.lists, name), getattr(c.lists, name), name)
+        np.testing.assert_allclose(a.lists.squares, c.lists.squares, rtol=1e-5, atol=1e-6)
+        rows = [t.lists.rows(np.zeros_like(t.lists.sizes), t.lists.sizes) for t in (a, c)]
+        for name, most in (("ids", 0.0), ("codes", 0.01), ("exponents", 0.01)):
+            x, y = (i.keeping.pool.pages.take(name, r) for i, r in zip((one, other), rows, strict=True))
+            assert np.mean(x != y) <= most if x.size else True, name  # codes may differ where rounding ties
+
+
+def known_labels(batch, keys, count, entering, most):
+    """The lists of entering keys, (S, most), as a kernel before tells them on a device."""
+    heads, labels = batch.keeping.heads, np.zeros((len(batch.streams.counts), most), np.int32)
+    forms, bias = batch.keeping.book.forms[:2]
+    for b in np.flatnonzero(entering).tolist():
+        found = np.concatenate(batch._entering(b, keys, int(count[b]), int(entering[b])), axis=1)
+        scores = np.einsum("hnd,hld->hnl", widened(found, np.float32), forms) + bias[:, None]
+        labels[b * heads : (b + 1) * heads, : entering[b]] = scores.argmax(axis=2)
+    return labels
+
+
+def run(pair, counts):
+    index, device, draw = pair
+    for n in counts:
+        k, v = draw(n)
+        index.add(k, v)
+        stored = (x.astype(STORED[index.dtype]) for x in (k, v))
+        if index.dtype == "bfloat16":
+            stored = (bfloat16(x) for x in (k, v))
+        device.added(*stored)
+        same(index, device)
+
+
+def bfloat16(x):
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("view", ["rotated", "windowed"])
+def test_prompts_and_tokens(emulated, dtype, view):
+    run(pair(dtype, 2, 16, 2, 6, 1, view), (1, 5, 90, 1, 40, *[1] * 20, 200))
+
+
+@pytest.mark.parametrize(
+    ("d", "words", "dtype"),
+    [
+        *((d, words, "float16") for d, words in ((8, 1), (24, 2), (64, 4), (128, 3), (160, 8), (256, 6))),
+        *((d, 3, "float32") for d in (80, 128, 256)),
+    ],
+)
+def test_sizes_of_heads(emulated, d, words, dtype):
+    run(pair(dtype, 1, d, 1, 20, words), (300, 60))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_many_keys_at_once(emulated, monkeypatch, known):
+    if known:
+        monkeypatch.setattr(DeviceBatch, "_labels", known_labels)
+    run(pair("bfloat16", 1, 64, 2, 9, 3, flush=256), (2400, 300))
