@@ -23,7 +23,6 @@
 #define LISTS (WARPS * 32)
 #define PITCH ((D + 15) / 16 % 2 ? (D + 15) / 16 * 16 : (D + 15) / 16 * 16 + 16)  // keeps rows on different banks
 #define TILES 12                                    // of 8 fields of a code, that a warp multiplies at once
-#define BETWEEN (BLOCKS == 1 ? 4 : 1)                // products after which the sum of one is waited for
 #define SLABS ((D + 31) / 32)                       // of 32 dimensions of the forward matrix
 #define FORWARD_BYTES ((D <= 128 ? 64 : 56) << 10)  // of it, that are held in shared memory at once
 #define LISTS_EACH 4                                // of a thread that places keys

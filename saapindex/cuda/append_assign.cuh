@@ -117,8 +117,6 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
         }
     }
     const float unit = a.unit[form];
-    u64* bests = (u64*)xs;  // [WARPS][KEYS]
-    __syncthreads();
 #pragma unroll
     for (int i = 0; i < KEYS / 8; ++i) {  // rows 8 i + g
         const float factor = inverse[i * 8 + g] * unit;
@@ -138,14 +136,8 @@ __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, i
             const u64 other = __shfl_xor_sync(FULL, best, step);
             best = other > best ? other : best;
         }
-        if (t == 0) bests[threadIdx.x / WARP * KEYS + i * 8 + g] = best;
-    }
-    __syncthreads();
-    if (threadIdx.x < KEYS && key0 + threadIdx.x < m) {
-        u64 best = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) best = max(best, bests[w * KEYS + threadIdx.x]);
-        if (best) atomicMax(a.best + (i64)s * a.most + key0 + threadIdx.x, best);
+        const int key = key0 + i * 8 + g;
+        if (t == 0 && key < m && best) atomicMax(a.best + (i64)s * a.most + key, best);
     }
 }
 

@@ -119,18 +119,13 @@ __device__ void project(const State& a, const Sixteen& x, int h, int tile0, int 
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int n0 = 0; n0 < TILES; n0 += BETWEEN) {
-                if (n0 >= count) continue;
-                uint4 f[BETWEEN];
-#pragma unroll
-                for (int n = 0; n < BETWEEN; ++n) f[n] = here[(half * tiles + (BETWEEN == 1 ? n0 : min(n0 + n, count - 1))) * WARP];
-#pragma unroll
-                for (int n = 0; n < BETWEEN; ++n) multiply(sums[n0 + n], low[half], f[n].x, f[n].y);
-#pragma unroll
-                for (int n = 0; n < BETWEEN; ++n) multiply(sums[n0 + n], high[half], f[n].z, f[n].w);
-#pragma unroll
-                for (int n = 0; n < BETWEEN; ++n) multiply(sums[n0 + n], high[half], f[n].x, f[n].y);
-            }
+            for (int n = 0; n < TILES; ++n)
+                if (n < count) {
+                    const uint4 f = here[(half * tiles + n) * WARP];
+                    multiply(sums[n], low[half], f.x, f.y);
+                    multiply(sums[n], high[half], f.z, f.w);
+                    multiply(sums[n], high[half], f.x, f.y);
+                }
     }
 #pragma unroll
     for (int n = 0; n < TILES; ++n)

@@ -33,8 +33,10 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
     int sorted = 0, held = a.counts[s], loose = 0;
     for (int i = tid; i < tables * L; i += THREADS) counts[i] = 0;
     __syncthreads();
+    for (int t = 0; t < tables; ++t)
 #pragma unroll 4
-    for (int i = tid; i < m; i += THREADS) atomicAdd(counts + i / part * L + label_of(a, s, i), 1);
+        for (int i = t * part + tid; i < min(m, (t + 1) * part); i += THREADS)
+            atomicAdd(counts + t * L + label_of(a, s, i), 1);
     for (int j0 = 0; j0 < L; j0 += THREADS * LISTS_EACH) {
         int count[LISTS_EACH], page[LISTS_EACH], heavy[LISTS_EACH];
         const i64 list = (i64)s * L + j0 + tid * LISTS_EACH;

@@ -151,6 +151,7 @@ attend_whole(const __grid_constant__ Step p) {
         for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
         fetch_anchors(p, row, min(own, ROOM), anchors);
         load_rows(p, head, first_row, last_row, rows);
+        const int in_lists = max(0, p.first[sequence] - p.sinks), coded = p.coded[head];
         int first_sizes[PER];
         float first_squares[PER];
 #pragma unroll
@@ -169,6 +170,7 @@ attend_whole(const __grid_constant__ Step p) {
             s.deferred = 0;
             expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
         }
+        if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
 #pragma unroll 1
@@ -203,7 +205,6 @@ attend_whole(const __grid_constant__ Step p) {
         meet_choosers();
         STAMP(2);
         find_norms(p, s, row, own, rank, first_sizes, first_squares, logits, sizes);
-        if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, p.first[sequence], head);
         STAMP(3);
         const int total = select(p, s, rank, first_list, own, logits, sizes, table);
         STAMP(4);

@@ -23,10 +23,8 @@ __device__ __forceinline__ u32 rest_of_pair(float x, float y, u32 pair) {
 
 // c += a b for a of 16 x 16 and b of 16 x 8. Lane 4 g + t has of a rows g, g + 8, g and g + 8, of b column g, and of
 // each two pairs along the product, in whatever order is the same in both; of c rows g and g + 8, columns 2 t, 2 t + 1.
-// Products stay in the order in which they stand.
 __device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -196,9 +196,9 @@ __device__ __forceinline__ void find_norms(
 }
 
 // How many keys of lists may be fetched.
-__device__ __noinline__ int keys_to_visit(const Step& p, int from, int head) {
-    const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * p.coded[head];
-    const double left = floor(fmax(p.budget * max(0, from - p.sinks) * p.row_bytes - fixed, 0.));
+__device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int coded) {
+    const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * coded;
+    const double left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
     return (int)fmin((double)((i64)left / p.row_bytes), 2147483647.);
 }
 

@@ -21,8 +21,9 @@ SMALL = {
     "flush": 16,
     "dense_below": 0,
     "backend": "reference",
-    "params": AttendParameters(slopes=False),
+    "params": AttendParameters(slopes=False, refine=True),
 }
+"""Codes are read on the host and on a device; by default, some devices do without."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -203,9 +204,11 @@ class TestGraphs:
 
     STEPS = 150
 
+    @pytest.mark.parametrize("refine", [True, False], ids=["codes", "whole_lists"])
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-    def test_torch(self, make_codebook, data, torch, dtype):
-        host, device = pair(make_codebook(), dtype, 2, adapt=0, sinks=3)
+    def test_torch(self, make_codebook, data, torch, dtype, refine):
+        params = AttendParameters(slopes=False, refine=refine)
+        host, device = pair(make_codebook(), dtype, 2, adapt=0, sinks=3, params=params)
         k, v = data(np.random.default_rng(1), 2, 500 + self.STEPS)
         for index in (host, device):
             index.add(k[:, :, :500], v[:, :, :500])
@@ -333,7 +336,15 @@ class TestBoundary:
         rng = np.random.default_rng(2)
         for shape in ((2, 6, 16), (2, 6, 3, 16)):
             q = rng.standard_normal(shape).astype(np.float32)
-            for how in ({"budget": 1.0}, {"budget": 0.3}, {"nprobe": 2}, {"budget": 0.3, "near": False}):
+            whole_lists = {"params": AttendParameters(budget=0.3, refine=False)}
+            ways = (
+                {"budget": 1.0},
+                {"budget": 0.3},
+                {"nprobe": 2},
+                {"budget": 0.3, "near": False},
+                whole_lists,
+            )
+            for how in ways:
                 want, want_lse = host.attend(q, **how)
                 for asked in (q, cupy.asarray(q), torch.from_numpy(q).cuda()):
                     out, lse = device.attend(asked, **how)

@@ -38,7 +38,7 @@ def pair(make_codebook, data):
         "dtype": "float32",
         "batch": 2,
         "backend": "reference",
-        "params": AttendParameters(slopes=False),
+        "params": AttendParameters(slopes=False, refine=True),
     }
     host = AttentionIndex(make_codebook(), **settings)
     device = AttentionIndex(make_codebook(), device="cuda", **settings)
@@ -80,7 +80,7 @@ def same(found, expected, share=0.0):
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_is_what_the_host_selects(pair, q, cupy, torch, way):
     host, device, _ = pair
-    params = AttendParameters(slopes=False, **way)
+    params = AttendParameters(**{"slopes": False, "refine": True, **way})
     want = host.select(q, params=params)
     for asked in (q, cupy.asarray(q), torch.from_numpy(q).cuda()):
         found = device.select(asked, params=params)

@@ -22,7 +22,7 @@ def devices():
 
 
 def test_attention_in_turn(devices, make_codebook, data, torch):
-    how = {**SMALL, "dtype": "float32", "batch": 2, "params": AttendParameters(slopes=False)}
+    how = {**SMALL, "dtype": "float32", "batch": 2, "params": AttendParameters(slopes=False, refine=True)}
     host = AttentionIndex(make_codebook(), **how)
     there = [AttentionIndex(make_codebook(), device=device, **how) for device in devices]
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Float32 matrices as the sums of two in float16, for tensor cores, in the order in which kernels read."""
+"""Float32 matrices as the sums of two in float16, for tensor cores, in the order in which kernels read them."""
 
 from __future__ import annotations
 

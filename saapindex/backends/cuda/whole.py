@@ -14,8 +14,8 @@ from saapindex.backends.paged import Scaling
 __all__ = ["Shape", "attend_whole", "most_fetched", "shape_of", "whole_shape", "whole_shared"]
 
 Array = Any  # cupy.ndarray
-# Blocks of a cluster, and how many multiprocessors of 132 do not fit into such clusters: those of an H100 come
-# in groups of different sizes.
+# Blocks of a cluster, and how many of 132 multiprocessors do not fit into such clusters: those of an H100
+# come in groups of different sizes.
 _CLUSTERS = ((16, 20), (8, 12), (4, 12), (2, 0))
 # Lists in the bin of a cut, as in cuda/attend_whole.cu.
 _OWN = 512
