@@ -1,4 +1,4 @@
-"""Float32 matrices as the sums of two in float16, for tensor cores, in the order in which kernels read them."""
+"""Float32 matrices as the sums of two in float16, for tensor cores, in the order of the kernels that read."""
 
 from __future__ import annotations
 
