@@ -13,6 +13,7 @@ from saapindex.devices import current, device_of, get_cupy
 from saapindex.errors import InvalidInputError
 
 __all__ = [
+    "SHARED_MOST",
     "element",
     "has_clusters",
     "host",
@@ -23,6 +24,8 @@ __all__ = [
     "rows",
 ]
 
+SHARED_MOST = 227 * 1024
+"""The shared memory that a block of an H100 may have, in bytes."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -102,9 +105,14 @@ def multiprocessors(device: int) -> int:
 
 @functools.cache
 def has_clusters(device: int) -> bool:
-    """Return whether blocks of a device can form clusters, and read each other's shared memory."""
-    capability: str = get_cupy().cuda.Device(device).compute_capability
-    return int(capability) >= 90
+    """Return whether blocks of a device can form clusters and have the shared memory of an H100."""
+    found = get_cupy().cuda.Device(device)
+    return int(found.compute_capability) >= 90 and _shared_of(found) >= SHARED_MOST
+
+
+def _shared_of(device: Any) -> int:
+    most: int = device.attributes["MaxSharedMemoryPerBlockOptin"]
+    return most
 
 
 def power_of_two(n: int) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
-from saapindex.backends.cuda.launch import element, has_clusters, multiprocessors
+from saapindex.backends.cuda.launch import SHARED_MOST, element, has_clusters, multiprocessors
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.step import BINS, POLICIES, DeviceCode, Limits, Workspace, step
 from saapindex.backends.cuda.streams import Streams
@@ -22,8 +23,6 @@ _OWN = 512
 # Warps that choose and that attend, as many as there are registers and shared memory for.
 _WARPS = tuple((8, attending) for attending in (8, 7, 6, 5, 4, 3, 2))
 _FEW_WARPS = tuple((4, attending) for attending in (4, 3, 2))
-# The shared memory that a block may have.
-_SHARED_MOST = 227 * 1024
 
 
 class Shape(NamedTuple):
@@ -87,6 +86,7 @@ def most_fetched(limits: Limits, lists: int, most_pages: int) -> int:
     return min(most_pages, math.ceil(limits.budget * most_pages) + lists + 1)
 
 
+@functools.cache
 def whole_shape(
     units: int,
     multiprocessors: int,
@@ -117,7 +117,7 @@ def whole_shape(
     cluster = next((c for c, spare in _CLUSTERS if units * c <= multiprocessors - spare), 1)
     for choosers, attending in _WARPS if d <= 128 else _FEW_WARPS:
         shape = Shape(cluster, 32 * (choosers + attending), 32 * choosers, 2)
-        if whole_shared(shape, d, group, lists, fetched, itemsize, mixed=mixed) <= _SHARED_MOST:
+        if whole_shared(shape, d, group, lists, fetched, itemsize, mixed=mixed) <= SHARED_MOST:
             return shape
     return None
 
