@@ -34,7 +34,7 @@ from rich.table import Table
 
 import saapindex
 from saapindex.attention import AttentionIndex, LayerCodebook, fit_layer
-from saapindex.backends.cpu import step
+from saapindex.backends.cpu import stages, step
 from saapindex.params import default_nlist
 from saapindex.progress import track
 from saapindex.rope import Rope
@@ -190,7 +190,7 @@ def by_stage(layer: Layer, dtype: str, repeats: int) -> dict[str, Any]:
         step.set_up = set_up
     (record, *arrays), threads = captured[0], numba.get_num_threads()
     counts, memory, _ = set_up(record, *arrays)
-    one_stage = {name: np.where(np.arange(step.STAGES) == i, counts, 0) for i, name in enumerate(STAGES)}
+    one_stage = {name: np.where(np.arange(stages.STAGES) == i, counts, 0) for i, name in enumerate(STAGES)}
     found: dict[str, Any] = {"type": dtype, "tasks": dict(zip(STAGES, counts.tolist(), strict=True))}
     for title, number in (("one thread", 1), (f"{threads} threads", threads)):
         runs = {
