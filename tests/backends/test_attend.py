@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from saapindex.backends import get_ops
 from saapindex.backends.attention_ops import AttentionOps
-from saapindex.backends.cpu import step, vector
+from saapindex.backends.cpu import functions, step
 from saapindex.backends.paged import Reading, Scaling
 
 SHAPES = {
@@ -303,12 +303,12 @@ def test_fast_functions_are_those_of_the_library(x):
 
 @numba.njit
 def exponential(x):
-    return np.array([vector.exp(value) for value in x])
+    return np.array([functions.exp(value) for value in x])
 
 
 @numba.njit
 def logarithm(x):
-    return np.array([vector.log(value) for value in x])
+    return np.array([functions.log(value) for value in x])
 
 
 def test_with_everything_kept_it_is_exact(backend, paged):

@@ -14,8 +14,10 @@ from numba import njit
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.codes import addressed, code_arrays, place_of, rotated
 from saapindex.backends.cpu.expected import expect_keys, expect_lists
+from saapindex.backends.cpu.functions import capped, exp
+from saapindex.backends.cpu.memory import padded, plain
 from saapindex.backends.cpu.select import largest
-from saapindex.backends.cpu.vector import HEADS, KEYS, KINDS, capped, dots, exp, mix, padded, plain
+from saapindex.backends.cpu.vector import HEADS, KEYS, KINDS, dots, mix
 from saapindex.backends.paged import Code, PagedLists, Pages, Scaling
 
 CHUNK = 256

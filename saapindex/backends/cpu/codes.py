@@ -9,7 +9,9 @@ from numba import carray, njit
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats, Ints
-from saapindex.backends.cpu.vector import HEADS, capped, code_sums, exp, padded, plain, pointer
+from saapindex.backends.cpu.functions import capped, exp
+from saapindex.backends.cpu.memory import padded, plain, pointer
+from saapindex.backends.cpu.vector import HEADS, code_sums
 from saapindex.backends.paged import Code, PagedLists, Pages, Scaling
 from saapindex.backends.reference.codes import CORRECTION, coded, fields
 

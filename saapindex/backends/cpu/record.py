@@ -10,7 +10,7 @@ import numpy as np
 from numba import carray, njit
 
 from saapindex.backends.base import LANES
-from saapindex.backends.cpu.vector import pointer
+from saapindex.backends.cpu.memory import pointer
 
 SCANNED = 32
 """Pages whose codes a task scans."""

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats, Ints, Lists, QuickSearch
 from saapindex.backends.cpu.grouped import scan_grouped
+from saapindex.backends.cpu.memory import pointer
 from saapindex.backends.cpu.route import route_some
 from saapindex.backends.cpu.scan import FEW, kernel_view, scan_some
 from saapindex.backends.cpu.threads import get_threads, launch
-from saapindex.backends.cpu.vector import pointer
 
 # Queries that a thread takes at once: many share lists, and what they have found stays in the cache.
 _MOST, _LEAST = 1024, 16

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from saapindex.backends.base import Floats, Ints
 from saapindex.backends.cpu.codes import centers, code_arrays, rotated
+from saapindex.backends.cpu.functions import capped, exp, log
 from saapindex.backends.cpu.heap import replace_root, sort_heap, worse
-from saapindex.backends.cpu.vector import capped, exp, log, padded, plain
+from saapindex.backends.cpu.memory import padded, plain
 from saapindex.backends.paged import Code, PagedLists, Reading, Scaling
 from saapindex.backends.reference.codes import CORRECTION
 

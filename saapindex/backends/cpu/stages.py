@@ -23,6 +23,7 @@ from saapindex.backends.cpu.attend import (
 from saapindex.backends.cpu.codes import place_of, prepare, rotated, scan_pages, visited_pages
 from saapindex.backends.cpu.expected import expect_keys
 from saapindex.backends.cpu.heap import worse
+from saapindex.backends.cpu.memory import integer_at, pointer
 from saapindex.backends.cpu.record import (
     SCANNED,
     STEP,
@@ -45,7 +46,6 @@ from saapindex.backends.cpu.record import (
     visited_of,
 )
 from saapindex.backends.cpu.select import BINS, UNION, cut, largest, pool, rank, visit, worst_kept
-from saapindex.backends.cpu.vector import integer_at, pointer
 
 STAGES = 6
 PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)

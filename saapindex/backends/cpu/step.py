@@ -16,6 +16,7 @@ from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.attend import CHUNK, kind_of
 from saapindex.backends.cpu.codes import addressed, code_arrays, page_total
 from saapindex.backends.cpu.helpers import call_helpers
+from saapindex.backends.cpu.memory import atomic_add, atomic_read, atomic_write, call_at, padded, plain
 from saapindex.backends.cpu.record import SCANNED, STEP
 from saapindex.backends.cpu.select import POLICIES
 from saapindex.backends.cpu.stages import (
@@ -28,7 +29,6 @@ from saapindex.backends.cpu.stages import (
     STAGES,
     task_address,
 )
-from saapindex.backends.cpu.vector import atomic_add, atomic_read, atomic_write, call_at, padded, plain
 from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling, Slots
 
 ROUND_BYTES = 1 << 26
