@@ -18,12 +18,12 @@ from saapindex.learn.peers.ladder import Ladder, Learned
 from saapindex.learn.texts import TAIL
 from saapindex.partition import View
 
-__all__ = ["Candidate", "chosen", "freeze", "index_errors", "log_errors"]
+__all__ = ["LOOKUP", "Candidate", "chosen", "freeze", "index_errors", "log_errors"]
 
 # Query positions of a sequence that ask.
 _QUERIES = 128
 # A query looks something up where one key far back has this share of its attention.
-_LOOKUP = 0.2
+LOOKUP = 0.2
 
 
 class Candidate(NamedTuple):
@@ -94,7 +94,7 @@ def _errors(job: LayerJob, snapshot: Snapshot, learned: Learned) -> torch.Tensor
     peer = Ladder(scan_share=job.settings.scan_share).learned(lambda n: learned)
     peer.build(snapshot.context)
     errors, peaks = query_errors(peer, snapshot, job.settings.share)
-    lookups = peaks >= _LOOKUP
+    lookups = peaks >= LOOKUP
     return torch.stack([errors.mean(), errors[lookups].mean()]).double().cpu()
 
 
