@@ -84,7 +84,8 @@ def best_weights(errors: Floats, powers: Floats, least: Floats) -> Floats:
     array([0.9, 1.1])
     """
     if least.mean() >= 1:
-        return least / least.mean()
+        alike: Floats = least / least.mean()
+        return alike
     most = np.maximum(least, _MOST)
 
     def weights(price: float) -> Floats:
