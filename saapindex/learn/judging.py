@@ -63,7 +63,8 @@ def index_errors(job: LayerJob, candidate: Candidate, code: TransformCode) -> to
     -------
     Tensor
         float64, (held-out sequences, 2, heads): of all queries, and of those that look something up: one key
-        in the lists has a fifth of their attention or more. NaN where there is no such query.
+        in the lists has a fifth of their attention or more. NaN where there is no such query, and of
+        sequences of less than half the keys of the longest, for which the lists are too many.
 
     Raises
     ------
@@ -75,8 +76,11 @@ def index_errors(job: LayerJob, candidate: Candidate, code: TransformCode) -> to
             f"layers {list(job.layers)}: logits are capped, which judge='error' cannot simulate: expected "
             "judge='recall'"
         )
-    found = torch.empty(len(job.held_out), 2, job.heads, dtype=torch.float64)
+    found = torch.full((len(job.held_out), 2, job.heads), torch.nan, dtype=torch.float64)
+    longest = max(len(context.key_positions) for context in job.held_out)
     for at, context in enumerate(job.held_out):
+        if 2 * len(context.key_positions) < longest:
+            continue
         for head in range(job.heads):
             metric = None if candidate.metric is None else candidate.metric[head]
             learned = Learned(

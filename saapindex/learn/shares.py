@@ -14,13 +14,15 @@ from saapindex.codebook_layer import CodebookLayer
 __all__ = ["ERRORS", "LEFT", "LOOKUPS", "best_weights", "share_out"]
 
 ERRORS, LEFT, LOOKUPS = "shares.errors", "shares.left", "shares.lookups"
-"""Names of the tensors in a codebook: error at two budgets, (H, 2), bytes that these leave, (H, 2), as a
-share of all, and the share of queries that look something up, (H,)."""
-RATE = 0.05
-"""A head looks things up if so many of its queries do."""
+"""Names of the tensors in a codebook: error at two budgets, (H, 2); bytes that these leave, as a share of
+all, (H, 2); of each held-out sequence the share of queries that look something up, and their error, (H,
+n, 2)."""
+RATE, LOST = 0.02, 0.02
+"""A head looks things up if in some held-out sequence so many of its queries do, and loses them if their mean
+error is so large."""
 LOOKUP_WEIGHT, LOOKUP_CODES = 2.2, 0.75
-"""Such a head takes at least so many times an even part, and so much of it for codes: at 5 % of the bytes it
-reads the codes of all keys."""
+"""A head that loses what it looks up takes at least so many times an even part, and so much of it for codes:
+at 5 % of the bytes it reads the codes of all keys."""
 _LEAST, _MOST = 0.3, 4.0
 _POWERS = 0.2, 2.5
 
@@ -29,8 +31,8 @@ def share_out(layers: Mapping[int, CodebookLayer]) -> dict[int, CodebookLayer]:
     """Return the layers of a model with the shares of their heads, if they were measured.
 
     The error of a head is taken for a power of the bytes that it reads after statistics, and the mean error
-    over all heads is made as small as it can be. A head that looks things up takes more: what is lost with a
-    key that it wants is no matter of means.
+    over all heads is made as small as it can be. A head that loses what it looks up takes more: a key that is
+    wanted is no matter of means.
     """
     found = dict(layers)
     if not all({ERRORS, LEFT, LOOKUPS} <= layer.extra.keys() for layer in layers.values()):
@@ -40,7 +42,7 @@ def share_out(layers: Mapping[int, CodebookLayer]) -> dict[int, CodebookLayer]:
         for name in (ERRORS, LEFT, LOOKUPS)
     )
     powers = _powers(errors, left)
-    asks = lookups >= RATE
+    asks = ((lookups[..., 0] >= RATE) & (lookups[..., 1] >= LOST)).any(axis=1)
     weights = best_weights(errors[:, 0], powers, np.where(asks, LOOKUP_WEIGHT, _LEAST))
     codes = np.where(asks, LOOKUP_CODES, 0.0)
     start = 0

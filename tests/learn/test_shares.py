@@ -18,6 +18,7 @@ from saapindex.learn.shares import (
     LOOKUP_CODES,
     LOOKUP_WEIGHT,
     LOOKUPS,
+    LOST,
     RATE,
     best_weights,
     share_out,
@@ -94,7 +95,8 @@ def test_the_codebook_says_what_heads_take(codebook, tmp_path):
     weights = np.concatenate([shares.weights for shares in every])
     assert weights.mean() == pytest.approx(1, abs=1e-3)
     for number, shares in zip(codebook.layers, every, strict=True):
-        asks = codebook.layer(number).extra[LOOKUPS] >= RATE
+        rate, lost = np.moveaxis(codebook.layer(number).extra[LOOKUPS], 2, 0)
+        asks = ((rate >= RATE) & (lost >= LOST)).any(axis=1)
         np.testing.assert_allclose(shares.codes, np.where(asks, LOOKUP_CODES, 0))
     codebook.save(tmp_path / "book.safetensors")
     again = LayerCodebook.of(Codebook.load(tmp_path / "book.safetensors").layer(4), 400).shares
@@ -103,7 +105,10 @@ def test_the_codebook_says_what_heads_take(codebook, tmp_path):
 
 def test_heads_that_look_things_up_take_more(codebook):
     layers = {number: codebook.layer(number) for number in codebook.layers}
-    asks = {1: np.float32([0.0, 0.3]), 4: np.float32([0.0, 0.0])}
+    # (head, sequence, rate and error): the second head of layer 1 loses lookups in the second sequence.
+    asks = {number: np.zeros((2, 2, 2), np.float32) for number in (1, 4)}
+    asks[1][1, 1] = 0.3
+    asks[1][0, 0, 0] = asks[4][0, 1, 1] = 0.3  # looks up and loses nothing; hardly looks up
     plain = {
         number: dataclasses.replace(layer, extra={**layer.extra, LOOKUPS: asks[number]})
         for number, layer in layers.items()
@@ -122,19 +127,28 @@ def test_without_the_measurement_all_take_the_same(folder, codebook):
     assert share_out(both)[4].extra.keys() == judged.layer(4).extra.keys()
 
 
-def test_a_sequence_that_looks_things_up_counts_by_itself(tmp_path, make_trace):
-    """The share of queries that look something up is the largest over the held-out sequences."""
-    for seed in range(3):
+def test_lookups_are_measured_in_each_sequence(tmp_path, make_trace):
+    """Also in a short one, whose errors count for nothing else."""
+    for seed in range(4):
         (tmp_path / f"text-{seed}").mkdir()
-        trace = make_trace(seed, 1)
-        if seed == 2:  # every query asks for one key that no other is like
+        trace = make_trace(seed, 1, n=150 if seed == 3 else 400, m=60)
+        if seed == 3:  # every query of the first head asks for one key that no other is like
             keys, queries = np.array(trace.keys), np.array(trace.queries)
-            keys[:, 40] = 20 * keys[:, 40] / np.linalg.norm(keys[:, 40], axis=-1, keepdims=True)
+            keys[:, 5] = 20 * keys[:, 5] / np.linalg.norm(keys[:, 5], axis=-1, keepdims=True)
             queries[:] = 0
-            queries[: queries.shape[0] // 2] = keys[0, 40]
+            queries[: queries.shape[0] // 2] = keys[0, 5]
             trace = dataclasses.replace(trace, keys=keys, queries=queries)
         write_trace(tmp_path / f"text-{seed}" / "layer-01.safetensors", trace)
-    found = train(tmp_path, dataclasses.replace(SMALL, view="rotated"), held_out=2)
-    lookups = found.layer(1).extra[LOOKUPS]
-    assert lookups[0] == 1.0
-    assert HeadShares.of(found.layer(1).extra).codes[0] == np.float32(LOOKUP_CODES)
+    settings = dataclasses.replace(SMALL, nlist=(2, 6))
+    found = {}
+    for held in (["text-2"], ["text-2", "text-3"]):
+        found[len(held)] = train(tmp_path, settings, held_out=held, sequences=["text-0", "text-1", *held])
+    lookups = found[2].layer(1).extra[LOOKUPS]
+    assert lookups.shape == (2, 2, 2)
+    assert lookups[0, 1, 0] == 1.0
+    assert lookups[1, 1].tolist() == [0.0, 0.0]
+    for name in (ERRORS, LEFT):
+        np.testing.assert_allclose(found[2].layer(1).extra[name], found[1].layer(1).extra[name])
+    heads = [head["errors"] for head in found[2].report["heads"]]
+    assert all(by.keys() <= {"text-2", "text-2, lookups"} for head in heads for by in head.values())
+    assert heads == [head["errors"] for head in found[1].report["heads"]]
