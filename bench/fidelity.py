@@ -457,7 +457,8 @@ def shift(traces: Traces = Path("traces"), out: Out = RESULTS, layers: Layers = 
                 )
                 held = held_out(traces) if learn == "train" else 1
                 codebook = train_codebook(folder, settings, layers=chosen, held_out=held, device=DEVICE)
-                for parts in ({"refine": False, "adapt": 0}, {"adapt": 0}, {"adapt": 3}):
+                ways: list[dict[str, Any]] = [{"refine": False, "adapt": 0}, {"adapt": 0}, {"adapt": 3}]
+                for parts in ways:
                     make = peers_from_codebook(codebook, device=DEVICE, **parts)
                     records: list[Record] = []
                     for path, head in itertools.product(files(traces, test, chosen), range(3)):

@@ -38,7 +38,9 @@ TARGETS = {0.02: 0.02, 0.05: 0.005}
 """Perplexity above dense that is aimed at, by share of bytes."""
 LABELS = {
     "saapindex": ("saapindex", "C3", "o"),
+    "evenly": ("saapindex, bytes split evenly", "C5", "p"),
     "ladder": ("saapindex, simulated", "C1", "v"),
+    "looks": ("two looks, simulated", "C6", "<"),
     "quest=": ("Quest, bounds counted", "C0", "s"),
     "quest=uncounted": ("Quest, pages of 16, bounds not counted", "C9", "D"),
     "saap=": ("SAAP (paper), classifier counted", "C2", "^"),
@@ -56,9 +58,9 @@ def family(name: str, methods: dict[str, Any]) -> tuple[str, float]:
     method = methods[name]
     kind = method.get("name")
     if kind is None:
-        return "saapindex", method["budget"]
-    if kind == "ladder":
-        return "ladder", method["budget"]
+        return "evenly" if method.get("by_head") is False else "saapindex", method["budget"]
+    if kind in ("ladder", "looks"):
+        return kind, method["budget"]
     uncounted = False in (method["settings"].get(name) for name in ("count_bounds", "count_router"))
     return f"{kind}={'uncounted' if uncounted else ''}", method["budget"]
 

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from two_looks import TwoLooks
 
 from saapindex.codebook import Codebook
 from saapindex.learn import read_trace
@@ -31,7 +32,7 @@ from saapindex.learn.evaluation import training_sequence
 from saapindex.learn.layers import Layer
 from saapindex.learn.peers import PEERS, Peer
 from saapindex.learn.peers.base import Context, Queries
-from saapindex.learn.peers.ladder import peers_from_codebook
+from saapindex.learn.peers.ladder import Ladder, peers_from_codebook
 from saapindex.learn.peers.paper import SAAP
 from saapindex.learn.traces import find_traces
 from saapindex.progress import track
@@ -54,7 +55,7 @@ class PeerMethod:
     Attributes
     ----------
     name
-        ``"saap"`` and ``"ladder"`` come from files, others are made with `settings`.
+        ``"saap"``, ``"ladder"`` and ``"looks"`` come from files, others are made with `settings`.
     budget
         Share of the long-range bytes.
     settings
@@ -69,7 +70,7 @@ class PeerMethod:
     def parse(cls, text: str) -> Self | None:
         """Read a method; None if `text` names none."""
         first, *rest = (part.strip().partition("=") for part in text.split(","))
-        if first[0] not in PEERS:
+        if first[0] not in (*PEERS, TwoLooks.name):
             return None
         settings: dict[str, Any] = {}
         for name, _, value in rest:
@@ -82,8 +83,9 @@ class PeerMethod:
     def maker(self, codebook: Codebook, device: Any) -> Make:
         """Return what makes the method for a layer and KV head."""
         settings = dict(self.settings)
-        if self.name == "ladder":
-            return peers_from_codebook(codebook, device=device, **settings)
+        if self.name in ("ladder", TwoLooks.name):
+            kind = Ladder if self.name == "ladder" else TwoLooks
+            return peers_from_codebook(codebook, device=device, kind=kind, **settings)
         if self.name == "saap":
             trained = load_saap(Path(settings.pop("file")), device, settings)
             return lambda layer, head: copy.copy(trained[layer, head])

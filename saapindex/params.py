@@ -283,6 +283,12 @@ class AttendParameters:
         kernels of a device do without.
     scan_share
         Share of the budget that goes to codes, after statistics, in (0, 1).
+    by_head
+        Give each head the share of the budget that the codebook has for it, and to codes at least as much of
+        that as it says: heads that look things up read more, heads that lose little read less. The mean over
+        all heads of a model is the budget; a layer alone may read more or less. By default where the codebook
+        says something of heads, and on the host alone: the kernels of a device split evenly. True asks for
+        it.
 
     Examples
     --------
@@ -302,6 +308,7 @@ class AttendParameters:
     remainder: bool = True
     slopes: bool | None = None
     scan_share: float = 0.4
+    by_head: bool | None = None
 
     def __post_init__(self) -> None:
         limits = ("budget", "nprobe", "top_p")
@@ -321,7 +328,7 @@ class AttendParameters:
             check_choice("rank", self.rank, ("key", "mass"))
         if not isinstance(self.remainder, bool):
             raise InvalidInputError(f"remainder is {self.remainder!r}, expected True or False")
-        for name in ("refine", "slopes"):
+        for name in ("refine", "slopes", "by_head"):
             if getattr(self, name) not in (None, True, False):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected True, False or None")
         if not _is_share(self.scan_share) or self.scan_share == 1:

@@ -101,3 +101,42 @@ def test_saap_comes_back_from_a_file(peers, tmp_path):
         peer.build(context)
     expected, found = (peer.read(queries, 40 * context.row) for peer in (trained, loaded))
     assert torch.equal(expected.keys, found.keys)
+
+
+def test_a_first_look_at_whole_codes_is_the_index(peers):
+    """Two looks are the index without slopes where the first is all; and never read more than they may."""
+    import torch
+
+    from saapindex.learn.peers.base import Context, Queries
+    from saapindex.learn.peers.ladder import Ladder
+
+    draw = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(900, 64, generator=draw) for _ in range(2))
+    context = Context(keys, values, torch.arange(900), None, 0.4, window=10)
+    asked = Queries(torch.randn(3, 5, 64, generator=draw), torch.arange(900, 905))
+    known = Ladder(nlist=8, scan_share=0.5, slopes=False)
+    known.fit([context], [asked])
+    budget = 0.3 * 900 * context.row
+
+    def read(**settings):
+        peer = peers.TwoLooks(scan_share=0.5, **settings).learned(known._learned)
+        peer.build(context)
+        return peer.read(asked, budget)
+
+    known.build(context)
+    expected, found = known.read(asked, budget), read(first=3)
+    assert torch.equal(found.keys, expected.keys)
+    torch.testing.assert_close(found.bytes, expected.bytes)
+    torch.testing.assert_close(found.log_weights, expected.log_weights)
+    fetched = {}
+    for name, settings in {"sum": {}, "any": {"any_head": True}, "exact": {"exact": True}}.items():
+        other = read(first=1, **settings)
+        assert (other.bytes <= budget).all()
+        logits = (asked.x @ keys.T) * context.scale
+        best = logits.argmax(-1)  # of each head
+        fetched[name] = other.keys[torch.arange(5), best].float().mean()
+    assert fetched["exact"] >= fetched["any"] >= fetched["sum"]
+    assert peers.PeerMethod.parse("looks=0.05,first=1,any_head=true").settings == {
+        "first": 1,
+        "any_head": True,
+    }

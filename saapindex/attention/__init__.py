@@ -6,6 +6,7 @@ from saapindex.attention.layer import LayerCodebook, fit_layer
 from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.merging import merge
 from saapindex.attention.selection import Selection
+from saapindex.attention.shares import HeadShares
 from saapindex.attention.slots import SlotIndex
 from saapindex.attention.store import DENSE_BELOW
 from saapindex.params import AttendParameters
@@ -14,6 +15,7 @@ __all__ = [
     "DENSE_BELOW",
     "AttendParameters",
     "AttentionIndex",
+    "HeadShares",
     "LayerCodebook",
     "MemoryStatement",
     "PagedCache",

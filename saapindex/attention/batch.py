@@ -155,7 +155,9 @@ class Batch:
         """Return what a step may read in each stream."""
         if params not in self._readings:
             codebook, element = self.keeping.codebook, self.keeping.pool.dtype.itemsize
-            self._readings[params] = reading(params, self.long, codebook.code, codebook.nlist, element)
+            self._readings[params] = reading(
+                params, self.long, codebook.code, codebook.nlist, element, codebook.shares
+            )
         return self._readings[params]
 
     def _by_head(self, x: Ints) -> Ints:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.arrays import ArrayLike, as_numpy, integers
+from saapindex.attention.shares import HeadShares
 from saapindex.backends import get_ops
 from saapindex.backends.base import Floats, Ints, Ops
 from saapindex.codebook_layer import CodebookLayer
@@ -52,6 +53,8 @@ class LayerCodebook:
         Of the logits; None for none.
     max_position
         Positions below this are known; None where they do not matter.
+    shares
+        What each head takes of a budget; None for an even split.
 
     Raises
     ------
@@ -67,6 +70,7 @@ class LayerCodebook:
     views: Sequence[View] = ()
     softcap: float | None = None
     max_position: int | None = None
+    shares: HeadShares | None = None
 
     def __post_init__(self) -> None:
         if self.centroids.ndim != 3 or self.centroids.dtype != np.float32:
@@ -94,6 +98,8 @@ class LayerCodebook:
         if len(views) != heads:
             raise InvalidInputError(f"{len(views)} views for {heads} KV heads, expected one for each")
         object.__setattr__(self, "views", views)
+        if self.shares is not None:
+            self.shares.check(heads)
         for name in ("scale", "softcap"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -125,6 +131,7 @@ class LayerCodebook:
             views=layer.views,
             softcap=layer.softcap,
             max_position=layer.max_position,
+            shares=HeadShares.of(layer.extra),
         )
 
     @property
@@ -188,6 +195,7 @@ class LayerCodebook:
         """Return a checksum of everything, to tell whether a saved index belongs to this codebook."""
         digest = hashlib.blake2b(digest_size=16)
         tensors: dict[str, Any] = {"centroids": self.centroids, "metric": self.metric, **self.code.tensors()}
+        tensors |= {} if self.shares is None else self.shares._asdict()
         for name, tensor in sorted(tensors.items()):
             if tensor is not None:
                 digest.update(f"{name}:{tensor.dtype.str}:{tensor.shape}".encode())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from saapindex.attention.shares import HeadShares
 from saapindex.backends.base import Ints
 from saapindex.backends.paged import Reading
 from saapindex.codes import TransformCode
+from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
 
 __all__ = ["reading"]
@@ -17,11 +19,19 @@ MATRIX_ELEMENT = 2
 """Bytes of an element of the matrices that take queries into the space of the codes, and codes to values."""
 
 
-def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: int, element: int) -> Reading:
+def reading(
+    params: AttendParameters,
+    long: Ints,
+    code: TransformCode,
+    nlist: int,
+    element: int,
+    shares: HeadShares | None = None,
+) -> Reading:
     """Return what a step may read in each stream.
 
     A share of the bytes of the keys in lists and their values: first the statistics of all lists and the
-    matrices of the codes, then codes up to `scan_share` of what is left, then keys and values.
+    matrices of the codes, then codes up to `scan_share` of what is left, then keys and values. What is left
+    is shared out among heads as the codebook says, if it does.
 
     Parameters
     ----------
@@ -33,6 +43,13 @@ def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: in
         Of the layer.
     element
         Bytes of a stored element.
+    shares
+        Of the heads, or None for an even split.
+
+    Raises
+    ------
+    InvalidInputError
+        If heads are to have shares of their own, and there are none.
 
     Examples
     --------
@@ -47,7 +64,15 @@ def reading(params: AttendParameters, long: Ints, code: TransformCode, nlist: in
     coded = np.tile(code.coded, len(long) // code.heads)
     fixed = nlist * (2 * d + LIST_EXTRA) + matrices * MATRIX_ELEMENT * d * coded
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
-    scan = params.scan_share * left / code.nbytes_per_key if params.reads_codes() else left / row
+    codes = np.full(len(long), params.scan_share)
+    if params.by_head and shares is None:
+        raise InvalidInputError(
+            "by_head is True, but the codebook says nothing of heads: expected None or False, or a codebook "
+            "that was trained with judge='error'"
+        )
+    if shares is not None and params.by_head is not False:
+        left, codes = shares.apply(left, (long * row).astype(np.float64), params.scan_share)
+    scan = codes * left / code.nbytes_per_key if params.reads_codes() else left / row
     return Reading(
         scan.astype(np.int64),
         left.astype(np.int64),

@@ -18,12 +18,12 @@ from saapindex.learn.peers.ladder import Ladder, Learned
 from saapindex.learn.texts import TAIL
 from saapindex.partition import View
 
-__all__ = ["Candidate", "chosen", "freeze", "index_errors", "log_errors"]
+__all__ = ["LOOKUP", "Candidate", "chosen", "freeze", "index_errors", "log_errors"]
 
 # Query positions of a sequence that ask.
 _QUERIES = 128
 # A query looks something up where one key far back has this share of its attention.
-_LOOKUP = 0.2
+LOOKUP = 0.2
 
 
 class Candidate(NamedTuple):
@@ -63,7 +63,8 @@ def index_errors(job: LayerJob, candidate: Candidate, code: TransformCode) -> to
     -------
     Tensor
         float64, (held-out sequences, 2, heads): of all queries, and of those that look something up: one key
-        in the lists has a fifth of their attention or more. NaN where there is no such query.
+        in the lists has a fifth of their attention or more. NaN where there is no such query, and of
+        sequences of less than half the keys of the longest, for which the lists are too many.
 
     Raises
     ------
@@ -75,8 +76,11 @@ def index_errors(job: LayerJob, candidate: Candidate, code: TransformCode) -> to
             f"layers {list(job.layers)}: logits are capped, which judge='error' cannot simulate: expected "
             "judge='recall'"
         )
-    found = torch.empty(len(job.held_out), 2, job.heads, dtype=torch.float64)
+    found = torch.full((len(job.held_out), 2, job.heads), torch.nan, dtype=torch.float64)
+    longest = max(len(context.key_positions) for context in job.held_out)
     for at, context in enumerate(job.held_out):
+        if 2 * len(context.key_positions) < longest:
+            continue
         for head in range(job.heads):
             metric = None if candidate.metric is None else candidate.metric[head]
             learned = Learned(
@@ -94,7 +98,7 @@ def _errors(job: LayerJob, snapshot: Snapshot, learned: Learned) -> torch.Tensor
     peer = Ladder(scan_share=job.settings.scan_share).learned(lambda n: learned)
     peer.build(snapshot.context)
     errors, peaks = query_errors(peer, snapshot, job.settings.share)
-    lookups = peaks >= _LOOKUP
+    lookups = peaks >= LOOKUP
     return torch.stack([errors.mean(), errors[lookups].mean()]).double().cpu()
 
 

@@ -208,7 +208,8 @@ def _by_sequence(names: Sequence[str], errors: torch.Tensor) -> dict[str, float]
     """Return the errors of one head as a report has them."""
     named = {}
     for name, (every, lookups) in zip(names, errors.tolist(), strict=True):
-        named[name] = every
+        if not math.isnan(every):
+            named[name] = every
         if not math.isnan(lookups):
             named[f"{name}, lookups"] = lookups
     return named

@@ -14,6 +14,7 @@ from saapindex.errors import FileFormatError, MissingDependencyError
 from saapindex.learn.report import TrainingReport
 from saapindex.learn.sequences import Sequences
 from saapindex.learn.settings import TrainingSettings
+from saapindex.learn.shares import share_out
 from saapindex.progress import track
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ def default_stages() -> tuple[Stage, ...]:
     from saapindex.learn.stage_codes import fit_layer_codes
     from saapindex.learn.stage_partitions import fit_partitions
     from saapindex.learn.stage_routers import fit_routers
+    from saapindex.learn.stage_shares import measure_heads
 
-    return (fit_partitions, fit_routers, fit_layer_codes)
+    return (fit_partitions, fit_routers, fit_layer_codes, measure_heads)
 
 
 def train(
@@ -107,7 +109,7 @@ def train(
         parts |= _train_group(group, data, settings, on, steps, folder)
     report = TrainingReport.join([TrainingReport.from_dict(parts[number].report) for number in data.layers])
     return Codebook(
-        {number: parts[number].layer(number) for number in data.layers},
+        share_out({number: parts[number].layer(number) for number in data.layers}),
         **model,
         settings={**settings.to_dict(), "sequences": data.train, "held_out": data.held_out},
         report=report.to_dict(),

@@ -330,7 +330,11 @@ def _int8(x: torch.Tensor) -> torch.Tensor:
 
 
 def peers_from_codebook(
-    codebook: Codebook | Path, *, device: torch.device | str = "cpu", **settings: Any
+    codebook: Codebook | Path,
+    *,
+    device: torch.device | str = "cpu",
+    kind: type[Ladder] = Ladder,
+    **settings: Any,
 ) -> Callable[[int, int], Peer]:
     """Return what makes the method for a layer and KV head of a codebook.
 
@@ -340,8 +344,10 @@ def peers_from_codebook(
         Of a model, or the path of its file.
     device
         Of the evaluation.
+    kind
+        `Ladder`, or a method that goes on from it.
     settings
-        Arguments of `Ladder`.
+        Its arguments.
     """
     book = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
 
@@ -358,7 +364,7 @@ def peers_from_codebook(
             view, centroids = found.views[at], tensor(found.centroids[at])
             return Learned(view, centroids, metric, found.spherical, found.code.head(at))
 
-        return Ladder(**settings).learned(learned)
+        return kind(**settings).learned(learned)
 
     return make
 
