@@ -287,8 +287,7 @@ class AttendParameters:
         Give each head the share of the budget that the codebook has for it, and to codes at least as much of
         that as it says: heads that look things up read more, heads that lose little read less. The mean over
         all heads of a model is the budget; a layer alone may read more or less. By default where the codebook
-        says something of heads, and on the host alone: the kernels of a device split evenly. True asks for
-        it.
+        says something of heads. True asks for it.
 
     Examples
     --------

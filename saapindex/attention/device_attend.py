@@ -11,6 +11,7 @@ from saapindex.arrays import ArrayLike, as_array
 from saapindex.attention.device_batch import DeviceBatch
 from saapindex.attention.device_keeping import allocating
 from saapindex.attention.device_tensors import buffer, placed
+from saapindex.attention.limits import check_by_head
 from saapindex.attention.streams import as_host
 from saapindex.attention.tensors import element_type
 from saapindex.backends.cuda.attend import Limits, Workspace, attend_streams, launch_shape
@@ -99,6 +100,8 @@ def type_of(q: ArrayLike) -> str:
 
 def limits_of(wanted: AttendParameters, batch: DeviceBatch, group: int, device: int) -> Limits:
     """Return what a step may read, as kernels take it."""
+    shares = batch.keeping.book.codebook.shares
+    by_head = check_by_head(wanted, shares)
     limits = Limits(
         budget=wanted.budget or 0.0,
         share=wanted.scan_share,
@@ -108,6 +111,8 @@ def limits_of(wanted: AttendParameters, batch: DeviceBatch, group: int, device: 
         by_mass=wanted.ranks_by_mass,
         refine=False,
         remainder=wanted.remainder,
+        by_head=by_head,
+        weight=float(shares.weights.max()) if by_head and shares is not None else 1.0,
     )
     whole = shape_of(limits, batch.streams, group, 1, device) is not None
     return limits._replace(refine=wanted.reads_codes(default=not whole))

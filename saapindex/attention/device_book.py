@@ -59,7 +59,8 @@ class DeviceBook:
     @cached_property
     def code(self) -> DeviceCode:
         """The codes, as attention reads them."""
-        return DeviceCode.of(self.codebook.code.view, self.codebook.code.coded, self.xp)
+        codebook = self.codebook
+        return DeviceCode.of(codebook.code.view, codebook.code.coded, self.xp, codebook.shares)
 
     @property
     def nbytes(self) -> int:

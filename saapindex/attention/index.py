@@ -257,12 +257,11 @@ class AttentionIndex(AttentionStore):
         params = params.replace(**given) if given else params
         if self._device is None:
             return params
-        for name in ("slopes", "by_head"):
-            if getattr(params, name):
-                raise InvalidInputError(
-                    f"{name} is True, expected None or False on a device: its kernels do without"
-                )
-        return params.replace(slopes=False, by_head=False)
+        if params.slopes:
+            raise InvalidInputError(
+                "slopes is True, expected None or False on a device: its kernels do without"
+            )
+        return params.replace(slopes=False)
 
     def _grouped(self, q: ArrayLike) -> tuple[NDArray[np.float32], int]:
         """Return queries as (S, t, g, d), and `g`."""

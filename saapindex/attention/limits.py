@@ -11,7 +11,7 @@ from saapindex.codes import TransformCode
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
 
-__all__ = ["reading"]
+__all__ = ["check_by_head", "reading"]
 
 LIST_EXTRA = 8
 """Bytes of a list besides its anchor and mean value in int8: their scales, its size and its spread."""
@@ -65,12 +65,7 @@ def reading(
     fixed = nlist * (2 * d + LIST_EXTRA) + matrices * MATRIX_ELEMENT * d * coded
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
     codes = np.full(len(long), params.scan_share)
-    if params.by_head and shares is None:
-        raise InvalidInputError(
-            "by_head is True, but the codebook says nothing of heads: expected None or False, or a codebook "
-            "that was trained with judge='error'"
-        )
-    if shares is not None and params.by_head is not False:
+    if check_by_head(params, shares) and shares is not None:
         left, codes = shares.apply(left, (long * row).astype(np.float64), params.scan_share)
     scan = codes * left / code.nbytes_per_key if params.reads_codes() else left / row
     return Reading(
@@ -85,3 +80,13 @@ def reading(
         refine=params.reads_codes(),
         remainder=params.remainder,
     )
+
+
+def check_by_head(params: AttendParameters, shares: HeadShares | None) -> bool:
+    """Return whether heads have shares of their own; refuse parameters that ask for what is not there."""
+    if params.by_head and shares is None:
+        raise InvalidInputError(
+            "by_head is True, but the codebook says nothing of heads: expected None or False, or a codebook "
+            "that was trained with judge='error'"
+        )
+    return shares is not None and params.by_head is not False

@@ -36,6 +36,12 @@ __device__ __forceinline__ Group corrected(const Step& p, const Shared& s, Group
     return dots;
 }
 
+// The bytes of lists that a head may read: of a budget, after statistics, its weight in it.
+__device__ __forceinline__ double bytes_to_read(const Step& p, int in_lists, int coded, float weight) {
+    const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * coded, all = (double)in_lists * p.row_bytes;
+    return floor(fmin(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.) * (double)weight, all));
+}
+
 // How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
 __device__ __forceinline__ int list_weight(const Step& p, float weight, int size, float masses) {
     if (p.nprobe) return 1;

@@ -33,6 +33,7 @@ struct Step {
     const float *inverse, *steps, *base, *spread, *distortion;  // inverse: (H, R, D)
     const int *coded, *slots, *chunks;  // slots: (H, R), chunks: (H,), quads: (H, FIELDS)
     const u32* quads;
+    const float *weights, *least_codes;  // (H,): of a budget, and which part of it goes to codes at least
     const void* queries;
     const int* positions;  // (B, t), or none: the newest tokens
     void* out;
@@ -50,7 +51,7 @@ struct Step {
     double budget, share;
     float scale, cap, top_p;
     int heads, tokens, lists, ring, sinks, most_pages, coded_most, blocks, width;
-    int code_bytes, row_bytes, nprobe, by_mass, refine, remainder, near, everything, cached;
+    int code_bytes, row_bytes, nprobe, by_mass, refine, remainder, near, everything, cached, by_head;
 };
 
 enum { SUM, MAX, UNION };

@@ -196,10 +196,9 @@ __device__ __forceinline__ void find_norms(
 }
 
 // How many keys of lists may be fetched.
-__device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int coded) {
-    const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * coded;
-    const double left = floor(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.));
-    return (int)fmin((double)((i64)left / p.row_bytes), 2147483647.);
+__device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int coded, float weight) {
+    const i64 left = (i64)bytes_to_read(p, in_lists, coded, weight);
+    return (int)fmin((double)(left / p.row_bytes), 2147483647.);
 }
 
 // Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all

@@ -104,11 +104,6 @@ def test_what_is_refused(make_codebook, uneven, data):
     ):
         with pytest.raises(InvalidInputError, match=message):
             dataclasses.replace(make_codebook(), shares=shares)
-    index, _ = steps(uneven, data, AttendParameters(budget=0.2))
-    index._device = 0  # a machine without a device has no other way here
-    with pytest.raises(InvalidInputError, match="by_head is True, expected None or False on a device"):
-        index._parameters(AttendParameters(by_head=True), None, None, None)
-    assert index._parameters(AttendParameters(), None, None, None).by_head is False
 
 
 def test_shares_are_used_unless_they_are_refused(make_codebook, uneven, data):

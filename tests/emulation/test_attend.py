@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from saapindex.attention import AttendParameters, AttentionIndex, fit_layer
+from saapindex.attention.shares import HeadShares
 from saapindex.attention.streams import to_streams
 from saapindex.backends.cuda import step as launched
 from saapindex.backends.cuda.attend import attend_streams
@@ -43,7 +45,9 @@ WAYS = [
 class Case:
     """An index on the host, and the same keys as the kernel sees them."""
 
-    def __init__(self, d, group, heads, n, nlist, words, dtype, tokens, *, softcap=None, batch=1):
+    def __init__(
+        self, d, group, heads, n, nlist, words, dtype, tokens, *, softcap=None, batch=1, shares=None
+    ):
         rng = np.random.default_rng(0)
         centers = 1.5 * rng.standard_normal((heads, 12, d))
         k = centers[np.arange(heads)[:, None], rng.integers(0, 12, (heads, n))]
@@ -53,13 +57,15 @@ class Case:
         near = self.q[0].repeat(20, axis=1)
         queries = near + 0.3 * rng.standard_normal(near.shape)
         book = fit_layer(k[0], queries, nlist, words=words, softcap=softcap, backend="reference")
+        if shares is not None:
+            book = dataclasses.replace(book, shares=HeadShares(*np.float32(shares)))
         small = {"window": 63, "sinks": 3, "dense_below": 0, "flush": 32, "backend": "reference"}
         self.index = AttentionIndex(book, batch=batch, dtype=dtype, **small)
         self.index.add(k, v)
         if batch > 1:
             self.index.truncate(n // 2, sequence=1)
         self.streams = to_streams(self.index._batch, fill=255)
-        self.code = launched.DeviceCode.of(book.code.view, book.code.coded, np)
+        self.code = launched.DeviceCode.of(book.code.view, book.code.coded, np, book.shares)
         self.scaling = Scaling(book.scale, softcap or 0.0)
         self.macros = {"D": d, "G": group, "WORDS": words, "ELEMENT": ELEMENTS[dtype], "QUERY": 2}
         self.macros |= {"CAPPED": 1} if softcap else {}
@@ -87,6 +93,8 @@ class Case:
             reading.by_mass,
             reading.refine,
             reading.remainder,
+            self.index.codebook.shares is not None,
+            1.0 if self.index.codebook.shares is None else float(self.index.codebook.shares.weights.max()),
         )
         return params, limits, {"everything": params.budget == 1}
 
@@ -239,8 +247,9 @@ def test_every_way(folder, monkeypatch, cached):
         ((80, 8, 1, 500, 8, 3, "bfloat16", 1), 2, 64, {}),
         ((16, 4, 1, 700, 8, 2, "float32", 1), 2, 128, {"softcap": 5.0}),
         ((16, 2, 2, 700, 8, 1, "float32", 1), 2, 128, {"batch": 2}),
+        ((16, 2, 2, 700, 8, 1, "float32", 1), 2, 128, {"shares": ([0.5, 1.7], [0.0, 0.7])}),
     ],
-    ids=["odd_group", "several_tokens", "eight_heads", "softcap", "lengths"],
+    ids=["odd_group", "several_tokens", "eight_heads", "softcap", "lengths", "shares"],
 )
 def test_shapes_and_types(folder, shape, blocks, threads, options):
     case = Case(*shape, **options)
@@ -260,8 +269,18 @@ def test_shapes_and_types(folder, shape, blocks, threads, options):
         ((80, 8, 1, 500, 8, 3, "bfloat16", 1), (2, 64, 32, 2), {}),
         ((128, 4, 1, 500, 8, 3, "bfloat16", 1), (16, 96, 64, 2), {}),
         ((16, 1, 1, 60, 8, 1, "float16", 1), (4, 64, 32, 2), {}),
+        ((16, 2, 2, 700, 8, 1, "float32", 1), (2, 64, 32, 2), {"shares": ([0.5, 7], [0.0, 0.7])}),
     ],
-    ids=["every_way", "odd_group", "softcap", "lengths", "eight_heads", "more_blocks_than_lists", "no_lists"],
+    ids=[
+        "every_way",
+        "odd_group",
+        "softcap",
+        "lengths",
+        "eight_heads",
+        "more_blocks_than_lists",
+        "no_lists",
+        "shares",
+    ],
 )
 def test_whole_lists(folder, shape, launch, options):
     case = Case(*shape, **options)
@@ -337,6 +356,7 @@ def test_rows_of_any_bits(folder, most, everything):
         ((64, 3, 1, 2000, 16, 3, "float32", 2), 5, {}),
         ((128, 8, 1, 2000, 16, 3, "float32", 1), 132, {}),
         ((16, 1, 1, 900, 8, 1, "float16", 1), 1, {"softcap": 5.0}),
+        ((64, 3, 2, 2000, 16, 3, "bfloat16", 1), 16, {"shares": ([0.5, 1.7], [0.0, 0.7])}),
     ],
     ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else "",
 )

@@ -85,7 +85,11 @@ def most_chosen(streams: Streams, limits: Limits, *, everything: bool) -> int:
     1600
     """
     room: int = LANES * streams.pages.shape[1]
-    return room if everything or not limits.budget else min(room, int(limits.budget * room))
+    return (
+        room
+        if everything or not limits.budget
+        else min(room, int(limits.budget * max(limits.weight, 1) * room))
+    )
 
 
 def chosen_step(

@@ -29,13 +29,14 @@ _POINTERS = (
     "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids",
     "pages", "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales",
     "squares", "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads",
+    "weights", "least_codes",
     "queries", "positions", "out", "lse", "bits", "dots", "rotated", "estimates", "masses", "visited",
     "bins", "kept", "rows", "histogram", "candidates", "counters", "partial", "stamps",
 )
 _INTEGERS = (
     "heads", "tokens", "lists", "ring", "sinks", "most_pages", "coded_most", "blocks", "width",
     "code_bytes", "row_bytes", "nprobe", "by_mass", "refine", "remainder", "near", "everything",
-    "cached",
+    "cached", "by_head",
 )
 # fmt: on
 STEP = np.dtype(
@@ -68,6 +69,8 @@ class DeviceCode(NamedTuple):
     quads
         (H, 8 W) int32: offset in a page, shift (from bit 16) and mask (from bit 24) of four fields that lie
         in the four bytes of a word.
+    weights, least_codes
+        (H,) float32: what each head takes of a budget, and which part of it goes to codes at least.
     """
 
     inverse: Array
@@ -79,10 +82,12 @@ class DeviceCode(NamedTuple):
     slots: Array
     chunks: Array
     quads: Array
+    weights: Array
+    least_codes: Array
 
     @classmethod
-    def of(cls, code: Code, coded: Any, xp: Any) -> DeviceCode:
-        """Return a code of the host in arrays of `xp`."""
+    def of(cls, code: Code, coded: Any, xp: Any, shares: tuple[Any, Any] | None = None) -> DeviceCode:
+        """Return a code of the host, and the shares of its heads, in arrays of `xp`."""
         most = 32 * code.widths.shape[1]
         rows, (steps, spread, distortion) = (
             np.swapaxes(code.inverse, 1, 2)[:, :most],
@@ -94,7 +99,10 @@ class DeviceCode(NamedTuple):
         plans = [_plan(widths, rows.shape[1]) for widths in code.widths.tolist()]
         plan = (np.stack([one[i] for one in plans]) for i in range(3))
         whole = [np.ascontiguousarray(array, np.int32) for array in (coded, *plan)]
-        return cls(*(xp.asarray(array) for array in (*floats, *whole)))
+        heads = len(code.base)
+        even = np.ones(heads), np.zeros(heads)
+        own = [np.ascontiguousarray(array, np.float32) for array in (even if shares is None else shares)]
+        return cls(*(xp.asarray(array) for array in (*floats, *whole, *own)))
 
 
 def _plan(widths: list[int], dimensions: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -131,6 +139,9 @@ class Limits(NamedTuple):
     by_mass: bool = False
     refine: bool = True
     remainder: bool = True
+    by_head: bool = False
+    weight: float = 1.0
+    """The largest of the weights of heads."""
 
 
 class Workspace(NamedTuple):
@@ -288,6 +299,7 @@ def step(
         "remainder": limits.remainder,
         "near": near,
         "everything": everything,
+        "by_head": limits.by_head,
         "cached": _cached(lists, queries.shape[2]),
     }
     made = np.zeros(1, STEP)

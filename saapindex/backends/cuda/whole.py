@@ -83,7 +83,7 @@ def most_fetched(limits: Limits, lists: int, most_pages: int) -> int:
     """Return the most pages of a unit that a step may fetch: at most one of each list is not full."""
     if limits.nprobe or limits.top_p:
         return most_pages
-    return min(most_pages, math.ceil(limits.budget * most_pages) + lists + 1)
+    return min(most_pages, math.ceil(limits.budget * max(limits.weight, 1) * most_pages) + lists + 1)
 
 
 @functools.cache
