@@ -328,8 +328,9 @@ class AttendParameters:
         if not isinstance(self.remainder, bool):
             raise InvalidInputError(f"remainder is {self.remainder!r}, expected True or False")
         for name in ("refine", "slopes", "by_head"):
-            if getattr(self, name) not in (None, True, False):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected True, False or None")
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise InvalidInputError(f"{name} is {value!r}, expected True, False or None")
         if not _is_share(self.scan_share) or self.scan_share == 1:
             raise InvalidInputError(f"scan_share is {self.scan_share!r}, expected a share in (0, 1)")
 

@@ -31,8 +31,8 @@ class HeadShares(NamedTuple):
     --------
     >>> shares = HeadShares(np.float32([0.8, 2.0]), np.float32([0.0, 0.75]))
     >>> left, codes = shares.apply(np.array([100, 100]), np.array([150, 150]), 0.4)
-    >>> left.tolist(), codes.round(2).tolist()
-    ([80, 150], [0.4, 0.75])
+    >>> left.round(2).tolist(), codes.round(2).tolist()
+    ([80.0, 150.0], [0.4, 0.75])
     """
 
     weights: NDArray[np.float32]

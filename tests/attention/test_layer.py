@@ -141,7 +141,7 @@ def test_bfloat16_is_rounded_as_torch_rounds(torch):
         ({"budget": 0.1, "nprobe": 1}, "budget and nprobe are given together"),
         ({"policy": "mean"}, "policy is 'mean', expected one of 'sum', 'max', 'union'"),
         ({"rank": "size"}, "rank is 'size'"),
-        ({"refine": 1}, "refine is 1, expected True or False"),
+        ({"refine": 1}, "refine is 1, expected True, False or None"),
         ({"scan_share": 1.0}, "scan_share is 1.0"),
     ],
 )
