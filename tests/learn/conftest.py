@@ -65,3 +65,21 @@ def folder(tmp_path_factory, make_trace):
         for layer in (1, 4):
             write_trace(root / f"text-{seed}" / f"layer-{layer:02d}.safetensors", make_trace(seed, layer))
     return root
+
+
+@pytest.fixture(scope="session")
+def by_error():
+    """Settings of a small training that judges by what the index returns."""
+    from saapindex.learn.settings import TrainingSettings
+
+    return TrainingSettings(
+        nlist=6, cutoffs=(30.0,), niter=3, window=20, routers=("mean",), words=1, share=0.5, judge="error"
+    )
+
+
+@pytest.fixture(scope="session")
+def codebook(folder, by_error):
+    """What it trains."""
+    from saapindex.learn.train import train
+
+    return train(folder, by_error, held_out=2)

@@ -21,17 +21,8 @@ from saapindex.learn.evaluation.measures import query_errors  # noqa: E402
 from saapindex.learn.judging import chosen, log_errors  # noqa: E402
 from saapindex.learn.peers.ladder import peers_from_codebook  # noqa: E402
 
-SMALL = TrainingSettings(
-    nlist=6, cutoffs=(30.0,), niter=3, window=20, routers=("mean",), words=1, share=0.5, judge="error"
-)
 
-
-@pytest.fixture(scope="module")
-def codebook(folder):
-    return train(folder, SMALL, held_out=2)
-
-
-def test_heads_take_the_view_of_the_least_error(codebook):
+def test_heads_take_the_view_of_the_least_error(codebook, by_error):
     report = TrainingReport.from_dict(codebook.report)
     assert TrainingReport.from_dict(report.to_dict()) == report
     for head in report.heads:
@@ -44,11 +35,11 @@ def test_heads_take_the_view_of_the_least_error(codebook):
                 parts[name.endswith(", lookups")].append(np.log(error))
             means[view] = np.mean([np.mean(part) for part in parts if part])
         least = min(means.values())
-        assert means[head.view] <= least + SMALL.min_gain
-        assert head.view == "rotated" or means[head.view] < means["rotated"] - SMALL.min_gain
+        assert means[head.view] <= least + by_error.min_gain
+        assert head.view == "rotated" or means[head.view] < means["rotated"] - by_error.min_gain
 
 
-def test_the_error_is_that_of_the_index(folder, codebook):
+def test_the_error_is_that_of_the_index(folder, codebook, by_error):
     report = TrainingReport.from_dict(codebook.report)
     protocol = Protocol(window=20, span=200, max_queries=128)
     make = peers_from_codebook(codebook)
@@ -57,14 +48,14 @@ def test_the_error_is_that_of_the_index(folder, codebook):
         snapshot = take_snapshot(trace, head.head, protocol)
         peer = make(4, head.head)
         peer.build(snapshot.context)
-        found = measure(peer, snapshot, [SMALL.share], modes=["group"])
+        found = measure(peer, snapshot, [by_error.share], modes=["group"])
         error = np.mean([record.error for record in found])
         assert head.errors[head.view]["text-3"] == pytest.approx(error, rel=1e-3)
 
 
-def test_each_layer_takes_a_size_of_codes(folder, codebook):
+def test_each_layer_takes_a_size_of_codes(folder, codebook, by_error):
     """Small codes leave room for more of them; that of the two which was judged better is kept."""
-    settings = dataclasses.replace(SMALL, view="rotated", words=(1, 8), share=0.3, scan_share=0.6)
+    settings = dataclasses.replace(by_error, view="rotated", words=(1, 8), share=0.3, scan_share=0.6)
     apart = {words: train(folder, dataclasses.replace(settings, words=words), held_out=2) for words in (1, 8)}
     both = train(folder, settings, held_out=2, layers_together=2)
     alone = train(folder, settings, held_out=2, layers=[4])
@@ -99,19 +90,19 @@ def test_lookups_count_by_how_much_worse_they_get():
     assert chosen([one, one - 1e-5], 0.01) == [0, 0, 0]
 
 
-def test_what_cannot_be_judged_is_named(tmp_path, make_trace):
+def test_what_cannot_be_judged_is_named(tmp_path, make_trace, by_error):
     for seed in range(2):
         write_trace(tmp_path / f"text{seed}-layer0.safetensors", make_trace(seed, info={"softcap": 5.0}))
     with pytest.raises(InvalidInputError, match="logits are capped"):
-        train(tmp_path, SMALL)
+        train(tmp_path, by_error)
     with pytest.raises(InvalidInputError, match="judge is 'guess'"):
         TrainingSettings(judge="guess")
 
 
-def test_a_held_out_sequence_that_is_too_short_is_named(tmp_path, make_trace):
+def test_a_held_out_sequence_that_is_too_short_is_named(tmp_path, make_trace, by_error):
     for seed in range(2):
         write_trace(tmp_path / f"text{seed}-layer0.safetensors", make_trace(seed))
-    settings = dataclasses.replace(SMALL, window=199)
+    settings = dataclasses.replace(by_error, window=199)
     with pytest.raises(
         InvalidInputError, match="no key lies more than 199 positions before the last queries"
     ):

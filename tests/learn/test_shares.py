@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from saapindex.attention import HeadShares, LayerCodebook
 from saapindex.codebook import Codebook
-from saapindex.learn.settings import TrainingSettings
 from saapindex.learn.shares import (
     ERRORS,
     LEFT,
@@ -32,15 +31,6 @@ pytestmark = pytest.mark.torch
 from saapindex.learn.evaluation import Protocol, take_snapshot  # noqa: E402
 from saapindex.learn.evaluation.measures import query_errors  # noqa: E402
 from saapindex.learn.peers.ladder import peers_from_codebook  # noqa: E402
-
-SMALL = TrainingSettings(
-    nlist=6, cutoffs=(30.0,), niter=3, window=20, routers=("mean",), words=1, share=0.5, judge="error"
-)
-
-
-@pytest.fixture(scope="module")
-def codebook(folder):
-    return train(folder, SMALL, held_out=2)
 
 
 @given(
@@ -73,9 +63,9 @@ def test_too_many_that_ask_for_more_share_alike():
     np.testing.assert_allclose(found, 1)
 
 
-def test_each_head_was_measured_as_the_index_reads(folder, codebook):
+def test_each_head_was_measured_as_the_index_reads(folder, codebook, by_error):
     layer = codebook.layer(4)
-    make = peers_from_codebook(codebook, scan_share=SMALL.scan_share)
+    make = peers_from_codebook(codebook, scan_share=by_error.scan_share)
     for head in range(2):
         parts = []
         for name in ("text-2", "text-3"):
@@ -120,14 +110,14 @@ def test_heads_that_look_things_up_take_more(codebook):
     assert np.concatenate([shares.weights for shares in found.values()]).mean() == pytest.approx(1, abs=1e-3)
 
 
-def test_without_the_measurement_all_take_the_same(folder, codebook):
-    judged = train(folder, dataclasses.replace(SMALL, judge="recall"), held_out=2)
+def test_without_the_measurement_all_take_the_same(folder, codebook, by_error):
+    judged = train(folder, dataclasses.replace(by_error, judge="recall"), held_out=2)
     assert all(LayerCodebook.of(judged.layer(n), 400).shares is None for n in judged.layers)
     both = {1: codebook.layer(1), 4: judged.layer(4)}
     assert share_out(both)[4].extra.keys() == judged.layer(4).extra.keys()
 
 
-def test_lookups_are_measured_in_each_sequence(tmp_path, make_trace):
+def test_lookups_are_measured_in_each_sequence(tmp_path, make_trace, by_error):
     """Also in a short one, whose errors count for nothing else."""
     for seed in range(4):
         (tmp_path / f"text-{seed}").mkdir()
@@ -139,7 +129,7 @@ def test_lookups_are_measured_in_each_sequence(tmp_path, make_trace):
             queries[: queries.shape[0] // 2] = keys[0, 5]
             trace = dataclasses.replace(trace, keys=keys, queries=queries)
         write_trace(tmp_path / f"text-{seed}" / "layer-01.safetensors", trace)
-    settings = dataclasses.replace(SMALL, nlist=(2, 6))
+    settings = dataclasses.replace(by_error, nlist=(2, 6))
     found = {}
     for held in (["text-2"], ["text-2", "text-3"]):
         found[len(held)] = train(tmp_path, settings, held_out=held, sequences=["text-0", "text-1", *held])
