@@ -16,6 +16,14 @@ __device__ __forceinline__ int pages_of_block(int pages, int block, int blocks) 
 // Where the share of a block in `count` things begins.
 __device__ __forceinline__ int share_of(int count, int block, int blocks) { return (u32)count * (u32)block / (u32)blocks; }
 
+// The place of a near key of which so many come before it: sinks, then the recent ones, whose first is at `turned` in the
+// ring.
+__device__ __forceinline__ int near_place(const Step& p, int before, int sinks, int turned) {
+    if (before < sinks) return before;
+    const int place = before + turned - sinks;
+    return place + (place < p.ring ? p.sinks : p.sinks - p.ring);
+}
+
 // Order-preserving integers, so that atomicMax works on floats; zero is below all.
 __device__ __forceinline__ u32 ordered(float x) {
     const u32 bits = __float_as_uint(x);
@@ -199,19 +207,10 @@ __device__ __forceinline__ void clear_histogram(Shared& s) {
     for (int i = threadIdx.x; i < BINS / 4; i += CHOOSERS) ((int4*)s.histogram)[i] = make_int4(0, 0, 0, 0);
 }
 
-// Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh
-// more than `limit`; -1 where everything fits.
-#define RUN ((BINS / 4 + CHOOSERS - 1) / CHOOSERS * 4)
-__device__ __noinline__ void find_bin(Shared& s, int limit) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, begin = threadIdx.x * RUN;
-    int counts[RUN], sum = 0;
-#pragma unroll
-    for (int i = 0; i < RUN; i += 4) {
-        const int4 four = begin + i < BINS ? *(const int4*)(s.histogram + BINS - 4 - begin - i) : make_int4(0, 0, 0, 0);
-        counts[i] = four.w, counts[i + 1] = four.z, counts[i + 2] = four.y, counts[i + 3] = four.x;
-        sum += four.x + four.y + four.z + four.w;
-    }
-    int before = sum;
+// The sum of what the choosers before this one have; sums of their warps are left in `reduced`.
+__device__ __forceinline__ int sum_before(Shared& s, int own) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int before = own;
 #pragma unroll
     for (int step = 1; step < WARP; step <<= 1) {
         const int other = __shfl_up_sync(FULL, before, step);
@@ -219,9 +218,24 @@ __device__ __noinline__ void find_bin(Shared& s, int limit) {
     }
     int* warps = (int*)s.reduced;
     if (lane == WARP - 1) warps[warp] = before;
-    if (threadIdx.x == 0) s.boundary = -1, s.reached = limit, s.owned = 0;
     meet_choosers();
-    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
+    return before + warp_sum_int(lane < warp ? warps[lane] : 0) - own;
+}
+
+// Find the bin of the block's histogram in which the cut falls: all bins above weigh `reached`, with it they weigh
+// more than `limit`; -1 where everything fits.
+#define RUN ((BINS / 4 + CHOOSERS - 1) / CHOOSERS * 4)
+__device__ __noinline__ void find_bin(Shared& s, int limit) {
+    const int begin = threadIdx.x * RUN;
+    int counts[RUN], sum = 0;
+#pragma unroll
+    for (int i = 0; i < RUN; i += 4) {
+        const int4 four = begin + i < BINS ? *(const int4*)(s.histogram + BINS - 4 - begin - i) : make_int4(0, 0, 0, 0);
+        counts[i] = four.w, counts[i + 1] = four.z, counts[i + 2] = four.y, counts[i + 3] = four.x;
+        sum += four.x + four.y + four.z + four.w;
+    }
+    if (threadIdx.x == 0) s.boundary = -1, s.reached = limit, s.owned = 0;
+    int before = sum_before(s, sum);
     if (before <= limit && before + sum > limit) {
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {

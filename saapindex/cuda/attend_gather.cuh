@@ -83,12 +83,7 @@ __device__ __forceinline__ int gather_near(const Step& p, Shared& s, int start, 
     const int turned = (u32)(recent - p.sinks) % (u32)p.ring;  // where the first recent key is in the ring
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += THREADS) {
-        int place = start + i;
-        if (place >= sinks) {
-            place += turned - sinks;
-            place += place < p.ring ? p.sinks : p.sinks - p.ring;
-        }
-        s.rows[i] = -1 - place;
+        s.rows[i] = -1 - near_place(p, start + i, sinks, turned);
     }
     if (threadIdx.x == 0) s.gathered = max(count, 0);
     __syncthreads();

@@ -42,18 +42,18 @@ __device__ __forceinline__ double bytes_to_read(const Step& p, int in_lists, int
     return floor(fmin(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.) * (double)weight, all));
 }
 
-// How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30.
-__device__ __forceinline__ int list_weight(const Step& p, float weight, int size, float masses) {
+// How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30. The masses of "sum" add
+// up to G, those of others to something between one and G.
+__device__ __forceinline__ int list_weight(const Step& p, float weight, int size) {
     if (p.nprobe) return 1;
-    return p.top_p > 0.f ? (int)(fminf(weight * (float)size, (float)G) * masses) : size;
+    return p.top_p > 0.f ? (int)(fminf(weight * (float)size, (float)G) * ((float)(1 << 30) / G)) : size;
 }
-#define MASSES ((float)(1 << 30) / G)  // the masses of "sum" add up to G, those of others to something between one and G
 
 // Cut the order of the lists: take lists as long as they fit into the limit, in the order of their ranks, and those of
 // equal rank in their own. The block's histogram is of the ranks. `lists` gives rank (minus infinity for none) and
 // size, and takes how many keys of a list are visited.
 template <typename Lists>
-__device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists& lists, float masses) {
+__device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists& lists) {
     meet_choosers();
     int limit = s.scan;
     if (p.nprobe) limit = p.nprobe;
@@ -81,7 +81,7 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
             if (own < OWN) {
                 s.rows[own] = list;
                 s.rows[OWN + own] = __float_as_int(rank);
-                s.rows[2 * OWN + own] = list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size, masses);
+                s.rows[2 * OWN + own] = list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size);
             }
         }
         lists.take(list, bin > boundary ? size : 0);

@@ -229,7 +229,6 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
     int* taken = table.taken;
     const int* sizes = table.sizes;
     find_norms(p, s, part, table);
-    const float masses = MASSES;
     for (int ranker = 0; ranker < RANKERS; ++ranker) {
         clear_histogram(s);
         __syncthreads();
@@ -242,9 +241,9 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
             const float weight = pooled_weight(logits.x, s.norm, POLICY, ranker);
             const float rank = p.by_mass ? weight * (float)size : weight;
             ranks[list] = rank;
-            atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, weight, size, masses));
+            atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, weight, size));
         }
-        cut_lists(p, s, Listed{ranks, taken, sizes}, masses);
+        cut_lists(p, s, Listed{ranks, taken, sizes});
     }
 }
 

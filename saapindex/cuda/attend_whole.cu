@@ -76,16 +76,7 @@ __device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;"
 // The near keys of a stream that this block attends to, by their places.
 struct Near {
     i64 row;  // of the first place
-    int start, end, sinks, turned, ring;
-    __device__ __forceinline__ i64 at(int i) const {
-        int place = i;
-        if (place >= sinks) {
-            place += turned - sinks;
-            if (place >= ring) place -= ring;
-            place += sinks;
-        }
-        return row + place;
-    }
+    int start, end, sinks, turned;
 };
 
 // Fetch a tile: near keys from the `i`-th on, or a page.
@@ -94,7 +85,8 @@ __device__ __forceinline__ void fetch_near(const Step& p, const Near& near, int 
 #pragma unroll 4
     for (int c = lane; c < TILE * VECTORS; c += WARP) {
         const int r = c / VECTORS, v = c % VECTORS;
-        const i64 offset = near.at(min(i + r, near.end - 1)) * D + v * VECTOR;
+        const int place = near_place(p, min(i + r, near.end - 1), near.sinks, near.turned);
+        const i64 offset = (near.row + place) * D + v * VECTOR;
         copy_16(tile + r * PITCH + 16 * v, p.near_keys + offset);
         copy_16(tile + (TILE + r) * PITCH + 16 * v, p.near_values + offset);
     }
@@ -233,7 +225,7 @@ attend_whole(const __grid_constant__ Step p) {
         const int all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
         const Near near = {
             (i64)unit * (p.sinks + p.ring), share_of(all_near, rank, CLUSTER), share_of(all_near, rank + 1, CLUSTER),
-            min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring), p.ring
+            min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring)
         };
         load_queries(p, s, unit);
         u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;

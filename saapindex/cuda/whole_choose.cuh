@@ -226,25 +226,15 @@ __device__ __forceinline__ int select(
         const int size = lists.size(list);
         const float weight = lists.rank(list);
         if (!size) continue;
-        atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? __fdividef(weight, (float)size) : weight, size, MASSES));
+        atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? __fdividef(weight, (float)size) : weight, size));
     }
-    cut_lists(p, s, lists, MASSES);
+    cut_lists(p, s, lists);
     // Thread by thread, the pages of lists make up a row that is dealt out to the blocks.
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int sum = 0;
 #pragma unroll 2
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) sum += (table[list].x + LANES - 1) / LANES;
-    int before = sum;
-#pragma unroll
-    for (int step = 1; step < WARP; step <<= 1) {
-        const int other = __shfl_up_sync(FULL, before, step);
-        if (lane >= step) before += other;
-    }
-    int* warps = (int*)s.reduced;
-    if (lane == WARP - 1) warps[warp] = before;
-    meet_choosers();
-    const int total = warp_sum_int(lane < CHOOSING ? warps[lane] : 0);
-    before += warp_sum_int(lane < warp ? warps[lane] : 0) - sum;
+    int before = sum_before(s, sum);
+    const int lane = threadIdx.x % WARP, total = warp_sum_int(lane < CHOOSING ? ((int*)s.reduced)[lane] : 0);
 #pragma unroll 2
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const int taken = table[list].x;

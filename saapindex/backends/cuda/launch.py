@@ -107,12 +107,8 @@ def multiprocessors(device: int) -> int:
 def has_clusters(device: int) -> bool:
     """Return whether blocks of a device can form clusters and have the shared memory of an H100."""
     found = get_cupy().cuda.Device(device)
-    return int(found.compute_capability) >= 90 and _shared_of(found) >= SHARED_MOST
-
-
-def _shared_of(device: Any) -> int:
-    most: int = device.attributes["MaxSharedMemoryPerBlockOptin"]
-    return most
+    shared: int = found.attributes["MaxSharedMemoryPerBlockOptin"]
+    return int(found.compute_capability) >= 90 and shared >= SHARED_MOST
 
 
 def power_of_two(n: int) -> int:

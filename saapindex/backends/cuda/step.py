@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES
+from saapindex.backends.cuda.launch import SHARED_MOST
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Code, Scaling
 
@@ -20,8 +21,6 @@ POLICIES = {"sum": 0, "max": 1, "union": 2}
 BINS, CANDIDATES, ROUND, QUEUE, OWN = 2048, 4096, 1024, 4096, 1024
 # What is known of the lists stays in shared memory if it takes no more than this.
 _TABLE_MOST = 120 * 1024
-# The shared memory that a block may have: on an A100 163 KiB, on an H100 227.
-_SHARED_MOST = 227 * 1024
 
 # The members of the struct `Step` of cuda/attend.cu.
 # fmt: off
@@ -241,7 +240,7 @@ def launch_shape(
     All blocks of a unit wait for each other, so where there are several all must be resident at once.
     """
     threads = 384 if d <= 128 else 256  # registers enough for all
-    while threads > 64 and shared_bytes(d, group, words, lists, threads, itemsize) > _SHARED_MOST:
+    while threads > 64 and shared_bytes(d, group, words, lists, threads, itemsize) > SHARED_MOST:
         threads -= 64
     return max(1, multiprocessors // units), threads
 
