@@ -4,7 +4,7 @@
 
     python bench/decode.py    # Llama-3.1-8B's shape; writes bench/results/decode.json
 
-One layer, one token: `add` and `attend` of an `AttentionIndex`, several of them one after another in a CUDA
+One layer, one token: an `AttentionIndex` adds it and attends, several of them one after another in a CUDA
 graph, so that each step finds its keys in memory and not in a cache. Dense attention is torch's SDPA in the
 same run. Keys are made up: an imbalanced mixture, lists as uneven as those of real contexts.
 """
@@ -105,6 +105,7 @@ def microseconds(run: Callable[[], object], times: int = 20) -> float:
     """Return the median time of `run` replayed as a graph."""
     kind: Any = torch.cuda.Stream
     stream = kind()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
         run()
@@ -218,8 +219,7 @@ def sparse(batch: int, n: int, layers: int) -> dict[str, dict[str, Any]]:
 
         def step(params: AttendParameters = params) -> None:
             for index in indexes:
-                index.add(new, new)
-                index.attend(q, params=params)
+                index.attend(q, k=new, v=new, params=params)
 
         only = microseconds(attend) / layers
         whole = microseconds(step) / layers

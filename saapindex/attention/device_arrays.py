@@ -54,6 +54,7 @@ class DeviceArrays:
         self.keeping, self.centroids = keeping, centroids
         self._own = {name: array for name, array in streams._asdict().items() if name not in POOLED}
         self._counters = xp.zeros(6, np.int32)
+        self._tickets = xp.zeros(len(centroids), np.uint32)
         self._known: tuple[Ints, Ints] | None = None
         self._captured_once = False
         self._begun = 0  # pages of a stream, at most
@@ -89,6 +90,10 @@ class DeviceArrays:
     def _set_known(self, found: tuple[Ints, Ints]) -> None:
         """Note lengths; not if a graph may change them at any time."""
         self._known = None if self._captured_once else found
+
+    def forget_lengths(self) -> None:
+        """Ask the device when lengths are wanted next."""
+        self._known = None
 
     @property
     def lengths(self) -> Ints:

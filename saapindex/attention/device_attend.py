@@ -15,6 +15,7 @@ from saapindex.attention.limits import check_by_head
 from saapindex.attention.streams import as_host
 from saapindex.attention.tensors import element_type
 from saapindex.backends.cuda.attend import Limits, Workspace, attend_streams, launch_shape
+from saapindex.backends.cuda.finite import Finiteness
 from saapindex.backends.cuda.launch import multiprocessors
 from saapindex.backends.cuda.whole import shape_of
 from saapindex.backends.paged import Scaling
@@ -37,8 +38,12 @@ def attend_on_device(
     positions: ArrayLike | None,
     near: bool,
     sink_logits: NDArray[np.float32] | None,
+    new: tuple[Array, Array, Finiteness | None] | None = None,
 ) -> tuple[ArrayLike, ArrayLike]:
-    """See `AttentionIndex.attend`; what is returned is on the device where `q` is, else in host memory."""
+    """See `AttentionIndex.attend`; what is returned is on the device where `q` is, else in host memory.
+
+    `new` are keys and values, as stored, that are added before, and what finds out whether they are finite.
+    """
     xp, shape = batch.keeping.xp, tuple(q.shape)
     single, heads = len(shape) == 3, batch.keeping.heads
     count, d = len(batch.centroids), batch.keeping.book.codebook.d
@@ -65,20 +70,32 @@ def attend_on_device(
         given = given_out, given_lse
     straight = out.reshape(x.shape) if t == 1 else xp.empty_like(x)
     logs = lse.reshape(x.shape[:-1]) if t == 1 else xp.empty(x.shape[:-1], np.float32)
-    space = workspace(batch, g, t, device)
-    attend_streams(
-        x,
-        batch.streams,
-        batch.keeping.book.code,
-        scaling,
-        limits_of(wanted, batch, g, device),
-        space,
-        straight,
-        logs,
-        positions=last,
-        near=near,
-        everything=wanted.budget == 1,
-    )
+    limits, token = limits_of(wanted, batch, g, device), None
+    if new is not None:
+        mixed = x.dtype != batch.streams.keys.dtype
+        fits = positions is None and wanted.budget != 1 and new[0].shape[2] == 1
+        if fits and shape_of(limits, batch.streams, g, t, device, mixed=mixed) is not None:
+            token = batch.taken(*new[:2])
+        if token is None:
+            batch.added(*new[:2], looks=new[2])
+    try:
+        attend_streams(
+            x,
+            batch.streams,
+            batch.keeping.book.code,
+            scaling,
+            limits,
+            workspace(batch, g, t, device),
+            straight,
+            logs,
+            positions=last,
+            near=near,
+            everything=wanted.budget == 1,
+            token=token,
+        )
+    except BaseException:
+        batch.forget_lengths()  # perhaps nothing was added
+        raise
     if t > 1:
         out.reshape(count * heads, g, t, d)[...] = straight.transpose(0, 2, 1, 3)
         lse.reshape(count * heads, g, t)[...] = logs.transpose(0, 2, 1)

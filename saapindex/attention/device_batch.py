@@ -19,6 +19,7 @@ from saapindex.attention.tensors import STORED
 from saapindex.backends.base import Ints
 from saapindex.backends.cuda.append import AppendSpace, append_streams, most_pages, with_keys
 from saapindex.backends.cuda.finite import Finiteness
+from saapindex.backends.cuda.step import NewToken
 from saapindex.backends.cuda.streams import Streams
 from saapindex.errors import InvalidInputError
 
@@ -151,7 +152,24 @@ class DeviceBatch(DeviceArrays):
             self.keeping.pool.bound -= self._need(entering)
         return self
 
-    def _captured(self, keys: Array, values: Array, wanted: Any) -> Self:
+    def taken(self, keys: Array, values: Array) -> NewToken | None:
+        """Prepare a token of every sequence, (B, H, 1, d) on the device, for a step that adds it itself.
+
+        Returns None, and does nothing, where the host knows that keys are due to enter the lists. In a graph
+        the device decides about that in a launch of its own, before the step.
+        """
+        keys, values = (_rows_contiguous(x, self.keeping.xp) for x in (keys, values))
+        pool = self.keeping.pool
+        if capturing(self.keeping.xp):
+            self._captured(keys, values, None, later=True)
+        else:
+            lengths, first = self.lengths + 1, self.first
+            if (self.keeping.window_start(lengths, first) > first).any():
+                return None
+            self._set_known((lengths, first))
+        return NewToken(keys, values, pool.moved, pool.version, self._tickets)
+
+    def _captured(self, keys: Array, values: Array, wanted: Any, *, later: bool = False) -> Self:
         if wanted is not None:
             raise InvalidInputError(
                 "lengths and masks cannot be captured in a graph, expected keys for all sequences"
@@ -161,7 +179,7 @@ class DeviceBatch(DeviceArrays):
                 "an addition is captured in a graph, but no room was reserved for it: call reserve(tokens) "
                 "before, with as many tokens as all replays will add"
             )
-        self._launch(keys, values, None, None, None, many=False)
+        self._launch(keys, values, None, None, None, many=False, later=later)
         self._known, self._captured_once, self.keeping.pool.captured = None, True, True
         return self
 
@@ -174,10 +192,11 @@ class DeviceBatch(DeviceArrays):
         space: AppendSpace | None,
         *,
         many: bool,
+        later: bool = False,
     ) -> None:
         made = self._argument() if space is None else self._arguments(space)
         append_streams(
-            with_keys(made, keys, values, fresh, labels),
+            with_keys(made, keys, values, fresh, labels, later=later),
             keys.shape[3],
             self._own["near_keys"].dtype,
             many=many,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,8 @@ class AttentionIndex(AttentionStore):
         params: AttendParameters | None = None,
         positions: ArrayLike | None = None,
         near: bool = True,
+        k: ArrayLike | None = None,
+        v: ArrayLike | None = None,
     ) -> tuple[ArrayLike, ArrayLike]:
         """Attend to the keys that were added, the newest among them.
 
@@ -115,6 +117,9 @@ class AttentionIndex(AttentionStore):
         near
             Whether to attend to sinks and window; without, only to the lists, for another runtime that
             attends to those and joins the parts by `merge`. `sink_logits` belong to the near part.
+        k, v
+            (batch, kv_heads, t, d): keys and values to `add` first, as to FlashAttention's
+            ``flash_attn_with_kvcache``. On a device a token is added by the launch that attends.
 
         Returns
         -------
@@ -124,9 +129,13 @@ class AttentionIndex(AttentionStore):
         Raises
         ------
         InvalidInputError
-            On a wrong shape, or values that are not finite.
+            On a wrong shape, or values that are not finite. The index is as it was.
         """
         wanted = self._parameters(params, budget, nprobe, top_p)
+        if k is not None or v is not None:
+            if k is None or v is None:
+                raise InvalidInputError(f"{'k' if k is None else 'v'} is None, expected k and v together")
+            return self._add_and_attend(q, wanted, positions, near, k, v)
         if self._device is not None and self._batch is not None:
             return self._attend_on_device(q, wanted, positions, near)
         x, g = self._grouped(q)
@@ -143,8 +152,37 @@ class AttentionIndex(AttentionStore):
         lses = lse.reshape(self.batch, heads, t, g).transpose(0, 1, 3, 2).reshape(shape[:-1])
         return returned(outs, q, own_precision=True), returned(lses, q)
 
+    def _add_and_attend(
+        self,
+        q: ArrayLike,
+        wanted: AttendParameters,
+        positions: ArrayLike | None,
+        near: bool,
+        k: ArrayLike,
+        v: ArrayLike,
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Add, when all that is given is known to be right, and attend."""
+        if self._device is not None and self._batch is not None:
+            with self._current(k):
+                looks, dtype = self._looks(k), str(self._dtype)
+                keys = self._stored(k, "k", None, dtype, looks)
+                values = self._stored(v, "v", keys.shape[2], dtype, looks)
+                if self._batch.known:
+                    self._check_end(self._batch.lengths + keys.shape[2])
+            return self._attend_on_device(q, wanted, positions, near, (keys, values, looks))
+        x, _ = self._grouped(q)
+        if positions is not None:
+            integers(positions, "positions", (self.batch, x.shape[1]))
+        self.add(k, v)
+        return self.attend(q, params=wanted, positions=positions, near=near)
+
     def _attend_on_device(
-        self, q: ArrayLike, wanted: AttendParameters, positions: ArrayLike | None, near: bool
+        self,
+        q: ArrayLike,
+        wanted: AttendParameters,
+        positions: ArrayLike | None,
+        near: bool,
+        new: Any = None,
     ) -> tuple[ArrayLike, ArrayLike]:
         from saapindex.attention.device_attend import attend_on_device
 
@@ -159,6 +197,7 @@ class AttentionIndex(AttentionStore):
                 positions=positions,
                 near=near,
                 sink_logits=self.sink_logits,
+                new=new,
             )
 
     def _attend(

@@ -1,6 +1,7 @@
 // Append keys and values to the ring of each stream and, where a flush is due, move the oldest into lists.
 //
-// One launch for any number of new keys. Without a flush a block copies its rows and leaves. With one, all blocks
+// One launch for any number of new keys. Without a flush a block copies its rows and leaves (or just leaves, where a step
+// of attention adds the token itself). With one, all blocks
 // of the grid go through the phases below, with a barrier of the grid between them; so there may be no more blocks
 // than fit on the device at once. Whether a flush is due is decided here, from counters on the device.
 //
@@ -95,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
             plans[b].now = plans[b].old;  // what has no place is lost, and the host will hear of it
             if (blockIdx.x == 0) atomicOr(a.counters + STATUS, NO_PLACE);
         }
+    if (a.later && !due) return;
     __syncthreads();
     STAMP(0);
     if (due) {
@@ -163,11 +165,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
     // The last block to come here changes what all have read by now: the lengths, and the counters of a flush.
     __syncthreads();
     if (tid == 0) last = atomicAdd(a.counters + TICKET, 1) == blocks - 1;
-    store_near(a, plans, warp, warps);
+    if (!a.later) store_near(a, plans, warp, warps);
     __syncthreads();
     if (!last) return;
     for (int b = tid; b < a.batch; b += THREADS) {
-        a.lengths[b] = plans[b].now;
+        if (!a.later) a.lengths[b] = plans[b].now;
         a.first[b] = plans[b].until;
     }
     if (due)

@@ -52,6 +52,7 @@ struct State {
     i64 key_batch, key_head, key_token, value_batch, value_head, value_token;  // strides in elements
     int batch, heads, lists, room, ring, sinks, kept, flush, dense_below;
     int words, coded_dimensions, pairs, interleaved, own_forms, most, tokens, tables, version;
+    int later;  // whether the new keys are added by the next launch
 };
 
 #ifdef STAMPS

@@ -21,8 +21,10 @@
 #define QUERY_PARTS (QUERY == ELEMENT && ELEMENT != 2 ? 1 : 3)  // of a 16-bit type, see attend_rows.cuh
 
 struct Step {
-    const int *lengths, *first;
-    const element *near_keys, *near_values, *keys, *values;
+    int* lengths;
+    const int* first;
+    element *near_keys, *near_values;
+    const element *keys, *values;
     const u32* codes;
     const u8* exponents;
     const int *ids, *pages, *labels, *orders, *counts, *sizes;
@@ -47,11 +49,15 @@ struct Step {
     float2* candidates;
     u32* counters;
     float* partial;
+    const element *new_keys, *new_values;  // (B, H, d): of a token that the step adds first; or none
+    const int* moved;  // how often arrays have moved; `version` when this launch was prepared
+    u32* tickets;  // (B,), zero between launches
     i64* stamps;  // (grid, STAGES): clocks of each block at the beginning of each stage, with -DSTAMPS
+    i64 key_batch, key_head, value_batch, value_head;  // strides of what is new
     double budget, share;
     float scale, cap, top_p;
     int heads, tokens, lists, ring, sinks, most_pages, coded_most, blocks, width;
-    int code_bytes, row_bytes, nprobe, by_mass, refine, remainder, near, everything, cached, by_head;
+    int code_bytes, row_bytes, nprobe, by_mass, refine, remainder, near, everything, cached, by_head, version;
 };
 
 enum { SUM, MAX, UNION };

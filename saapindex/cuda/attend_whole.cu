@@ -26,14 +26,15 @@
 #define PER ((D <= 128 ? 2 : 1))        // lists of a thread whose sizes it asks for at once
 #define AHEAD (32 / G < 8 ? 32 / G : 8)  // rows of the code that a warp asks for at once
 #define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
-// Where sixteen bytes of a row of anchors stand: so that those of eight rows are on different banks.
-#define SWIZZLED(row, i) (D % 128 == 0 ? (i) ^ (row) & 7 : D == 64 ? (i) ^ (row) >> 1 & 3 : D == 32 ? (i) ^ (row) >> 2 & 1 : (i))
+#ifndef FIRST
+#define FIRST 256  // where a block has more lists than this, anchors come before near keys
+#endif
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
 #define OWN 512
 
 #include "attend_step.cuh"
 
-enum { SECOND, NORM, RANK, PAGE, NEAREST, PEAK, RESULT, EXCHANGES };
+enum { ANCHORS, ROUTED, SECOND, NORM, RANK, PAGE, NEAREST, PEAK, RESULT, EXCHANGES };
 
 #define STAMPED 12
 #ifdef STAMPS
@@ -43,11 +44,21 @@ enum { SECOND, NORM, RANK, PAGE, NEAREST, PEAK, RESULT, EXCHANGES };
 #define STAMP_OF(thread, i)
 #endif
 #define STAMP(i) STAMP_OF(0, i)
+#ifdef DETAIL
+#define STAMP_ATT(i)
+#define STAMP_D(i) STAMP(i)
+#define STAMP_L(i)
+#else
+#define STAMP_D(i)
+#define STAMP_L(i) STAMP(i)
+#define STAMP_ATT(i) STAMP_OF(CHOOSERS, i)
+#endif
 
 // What the threads of a block share. Behind it: tiles, then arrays of a length known at run time.
 struct Shared {
-    u64 exchanges[8];
+    u64 exchanges[10];
     float query[G][D];
+    u32 digits[3][G][(D + 63) / 64 * 16];                  // of the queries as whole numbers
     u32 pairs[QUERY_PARTS][8][(D + 15) / 16 * 8 + 4];  // the same as matrices of a 16-bit type
     union {
         struct {
@@ -60,8 +71,8 @@ struct Shared {
     float2 norms[CLUSTER][G];  // largest logit of the lists of each block, and their sum relative to it
     float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
     float nearest[CLUSTER][ATTENDING][G];  // largest logits of near keys, of the warps of all blocks
-    float variance[G], norm[G], near_bound[G], bound[G], basis[G], query_scale[G];
-    int boundary, reached, owned, scan, dealt, deferred;
+    float variance[G], norm[G], near_bound[G], bound[G], basis[G], query_scale[G], unit[G];
+    int boundary, reached, owned, scan, dealt;
 };
 
 __device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;" ::"n"(CHOOSERS) : "memory"); }
@@ -70,6 +81,7 @@ __device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;"
 #include "attend_rows.cuh"
 #include "attend_lists.cuh"
 #include "cluster.cuh"
+#include "whole_route.cuh"
 #include "whole_choose.cuh"
 #include "whole_rest.cuh"
 
@@ -77,6 +89,8 @@ __device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;"
 struct Near {
     i64 row;  // of the first place
     int start, end, sinks, turned;
+    int added;  // the key that this step adds, if it is one of these
+    const element *key, *value;
 };
 
 // Fetch a tile: near keys from the `i`-th on, or a page.
@@ -85,10 +99,11 @@ __device__ __forceinline__ void fetch_near(const Step& p, const Near& near, int 
 #pragma unroll 4
     for (int c = lane; c < TILE * VECTORS; c += WARP) {
         const int r = c / VECTORS, v = c % VECTORS;
-        const int place = near_place(p, min(i + r, near.end - 1), near.sinks, near.turned);
-        const i64 offset = (near.row + place) * D + v * VECTOR;
-        copy_16(tile + r * PITCH + 16 * v, p.near_keys + offset);
-        copy_16(tile + (TILE + r) * PITCH + 16 * v, p.near_values + offset);
+        const int key = min(i + r, near.end - 1);
+        const i64 offset = (near.row + near_place(p, key, near.sinks, near.turned)) * D;
+        const bool added = key == near.added;
+        copy_16(tile + r * PITCH + 16 * v, (added ? near.key : p.near_keys + offset) + v * VECTOR);
+        copy_16(tile + (TILE + r) * PITCH + 16 * v, (added ? near.value : p.near_values + offset) + v * VECTOR);
     }
 }
 __device__ __forceinline__ void fetch_page(const Step& p, int page, u8* tile) {
@@ -100,6 +115,23 @@ __device__ __forceinline__ void fetch_page(const Step& p, int page, u8* tile) {
         const i64 offset = row + min(r, last) * D + v * VECTOR;  // the last key in the place of those that are missing
         copy_16(tile + r * PITCH + 16 * v, p.keys + offset);
         copy_16(tile + (TILE + r) * PITCH + 16 * v, p.values + offset);
+    }
+}
+
+// Whether this step adds a token to a sequence: not if arrays have moved since the launch was prepared, or if there is no
+// place, as keys that were due stayed (append.cu reports both).
+__device__ __forceinline__ bool adds(const Step& p, int old, int from) {
+    return p.new_keys && *p.moved == p.version && old + 1 - from <= p.ring;
+}
+
+// Store the key and value that this step adds, as a warp.
+__device__ __forceinline__ void store_near(const Step& p, const Near& near, int old, const element* key, const element* value) {
+    const int place = old < p.sinks ? old : p.sinks + (int)((u32)(old - p.sinks) % (u32)p.ring);
+    const i64 row = (near.row + place) * D;
+#pragma unroll 1
+    for (int v = threadIdx.x % WARP; v < VECTORS; v += WARP) {
+        *(uint4*)(p.near_keys + row + v * VECTOR) = *(const uint4*)(key + v * VECTOR);
+        *(uint4*)(p.near_values + row + v * VECTOR) = *(const uint4*)(value + v * VECTOR);
     }
 }
 
@@ -134,14 +166,20 @@ attend_whole(const __grid_constant__ Step p) {
     arrive_in_cluster();
     Partial mine;
     clear(mine);
+    u32 turns = 0;  // in which lists were left for later
     if (warp < CHOOSING) {
         const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
         const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
         Rows rows;
         float* scales = (float*)sizes;  // of anchors, until sizes are known
+        if (thread == 0) {
+            const u32 bytes = min(own, ROOM) * D;
+            expect(&s.exchanges[ANCHORS], bytes);
+            if (bytes) fetch_many(anchors, p.anchors + row * D, bytes, &s.exchanges[ANCHORS]);
+        }
 #pragma unroll 1
         for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
-        fetch_anchors(p, row, min(own, ROOM), anchors);
+        commit_copies();
         load_rows(p, head, first_row, last_row, rows);
         const int in_lists = max(0, p.first[sequence] - p.sinks), coded = p.coded[head];
         const float weight = p.by_head ? p.weights[head] : 1.f;
@@ -160,34 +198,44 @@ attend_whole(const __grid_constant__ Step p) {
             expect(&s.exchanges[RANK], (pairs - (own + 1) / 2) * 16);
             expect(&s.exchanges[NEAREST], CLUSTER * ATTENDING * G * 4);
             expect(&s.exchanges[PEAK], CLUSTER * G * 4);
-            s.deferred = 0;
             expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
         }
         if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded, weight);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
-#pragma unroll 1
-        for (int list = 0; list < own; list += ROOM) {
-            if (list) {
-                meet_choosers();
-                fetch_anchors(p, row + list, min(own - list, ROOM), anchors);
-            }
-            wait_copies<0>();
-            meet_choosers();
-            route(p, s, min(own - list, ROOM), anchors, scales + list, logits + list * G);
-        }
+        STAMP_D(6);
+        split_queries(s);
+        STAMP_D(7);
         sum_seconds(p, s, head, first_row, last_row, rows);
-        Pages some;
-        load_pages(p, unit, rank * CHOOSERS + thread, some);
-        prefetch_rest(p, unit, rank, row, own);
+        STAMP_D(8);
+        wait_copies<0>();
+        STAMP_D(9);
         meet_choosers();
+        STAMP_D(10);
         wait_in_cluster();
+        STAMP_D(11);
         FOR_RANKS_AND_HEADS {
             float sum = 0.f;
 #pragma unroll 4
             for (int w = 0; w < CHOOSING; ++w) sum += s.reduced[w][g];
             send_4(&s.seconds[rank][g], to, __float_as_uint(p.scale * p.scale / 2.f * sum), &s.exchanges[SECOND]);
         }
+        await(&s.exchanges[ANCHORS]);
+#pragma unroll 1
+        for (int list = 0; list < own; list += ROOM) {
+            const int count = min(own - list, ROOM);
+            if (list) {
+                meet_choosers();
+                fetch_anchors(p, row + list, count, anchors);
+                wait_copies<0>();
+                meet_choosers();
+            }
+            route(p, s, count, anchors, scales + list, logits + list * G);
+        }
+        const int count = p.counts[unit];
+        Pages some;
+        load_pages(p, unit, rank * CHOOSERS + thread, some);
+        prefetch_rest(p, unit, rank, row, own);
         if (thread < G) {
             await(&s.exchanges[SECOND]);
             float sum = 0.f;
@@ -196,6 +244,7 @@ attend_whole(const __grid_constant__ Step p) {
             s.variance[thread] = sum;
         }
         meet_choosers();
+        if (thread == 0) expect(&s.exchanges[ROUTED], 0);
         STAMP(2);
         find_norms(p, s, row, own, rank, first_sizes, first_squares, logits, sizes);
         STAMP(3);
@@ -205,7 +254,7 @@ attend_whole(const __grid_constant__ Step p) {
             s.dealt = (total - rank + CLUSTER - 1) / CLUSTER;
             expect(&s.exchanges[PAGE], s.dealt * 4);
         }
-        deal_pages(p, s, unit, rank, some, table, pages);
+        deal_pages(p, s, unit, rank, count, some, table, pages);
         STAMP(5);
         // What is below the largest near logit is below the bound in any case: it is added while others attend.
         if (p.remainder) {
@@ -218,16 +267,21 @@ attend_whole(const __grid_constant__ Step p) {
             nearest = fmaxf(nearest, __shfl_xor_sync(FULL, nearest, 2));
             mine.reference = nearest;
             if (warp == 0 && lane % 4 == 0 && lane / 4 < G) s.near_bound[lane / 4] = nearest;
-            if (add_rest(p, row, own, table + first_list, logits, sizes, mine)) s.deferred = 1;
+            turns = add_rest(p, row, own, table + first_list, logits, sizes, mine);
         }
     } else {
-        const int length = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
-        const int all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
+        const int old = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
+        const bool adding = adds(p, old, from);
+        const int length = old + adding, all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
+        const element* key = p.new_keys + sequence * p.key_batch + head * p.key_head;
+        const element* value = p.new_values + sequence * p.value_batch + head * p.value_head;
         const Near near = {
             (i64)unit * (p.sinks + p.ring), share_of(all_near, rank, CLUSTER), share_of(all_near, rank + 1, CLUSTER),
-            min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring)
+            min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring),
+            adding && (old < p.sinks || old >= recent) ? all_near - 1 : -1, key, value
         };
         load_queries(p, s, unit);
+        if (own > FIRST) await(&s.exchanges[ANCHORS]);
         u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;
         // First near keys, some of them while the last stage holds anchors, then pages.
         enum { SOME, NEAR, PAGES };
@@ -247,8 +301,9 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
             for (int stage = 0; stage < stages; ++stage) fetch(phase, first + stage * ATTENDING, stage);
             if (phase == SOME) {
+                if (adding && rank == CLUSTER - 1 && warp == CHOOSING) store_near(p, near, old, key, value);
                 wait_in_cluster();
-                STAMP_OF(CHOOSERS, 6);
+                STAMP_ATT(6);
             }
 #pragma unroll 1
             for (int i = first, stage = 0; i < count; i += ATTENDING) {
@@ -264,9 +319,9 @@ attend_whole(const __grid_constant__ Step p) {
             wait_copies<0>();
             if (phase == SOME) {
                 begin = count, count = all;
-                await(&s.exchanges[SECOND]);
+                await(&s.exchanges[ROUTED]);
             } else if (phase == NEAR) {
-                STAMP_OF(CHOOSERS, 7);
+                STAMP_ATT(7);
                 find_peak(mine);
                 if (lane / 4 < G && lane % 4 == 0)
 #pragma unroll 1
@@ -276,12 +331,15 @@ attend_whole(const __grid_constant__ Step p) {
                 begin = 0, count = s.dealt;
             }
         }
-        STAMP_OF(CHOOSERS, 8);
+        STAMP_ATT(8);
     }
+    u32 ticket = 0;
     // The largest exact logit bounds the estimates, and all weights are relative to it.
     find_peak(mine);
     if (lane / 4 < G && lane % 4 == 0) s.reduced[warp][lane / 4] = mine.peak;
     __syncthreads();
+    // All of this block have read the length by now.
+    if (p.new_keys && thread == THREADS - 1) ticket = atomicAdd(p.tickets + sequence, 1u);
     FOR_RANKS_AND_HEADS {
         float top = -INFINITE;
 #pragma unroll 4
@@ -298,7 +356,7 @@ attend_whole(const __grid_constant__ Step p) {
         s.basis[thread] = known ? top : s.norm[thread] > -INFINITE ? s.norm[thread] : 0.f;
     }
     __syncthreads();
-    STAMP(9);
+    STAMP_L(9);
     refer(mine, s.basis[min(lane / 4, G - 1)]);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 2);
@@ -312,12 +370,12 @@ attend_whole(const __grid_constant__ Step p) {
             for (int i = 0; i < PARTS; ++i)
                 *(float2*)(at + 8 * i + lane % 4 * 2) = make_float2(mine.out[i][0] + mine.out[i][2], mine.out[i][1] + mine.out[i][3]);
     }
-    if (p.remainder && s.deferred) {
+    if (turns) {
         __syncwarp();
-        if (warp < CHOOSING) add_deferred(p, s, row, own, table + first_list, logits, sizes, own_found);
+        add_deferred(p, s, row, own, table + first_list, logits, sizes, turns, own_found);
     }
     __syncthreads();
-    STAMP(10);
+    STAMP_L(10);
 #pragma unroll 1
     for (int start = 0; start < G * D; start += THREADS) {
         const int at = start + thread, g = at / D;
@@ -346,5 +404,10 @@ attend_whole(const __grid_constant__ Step p) {
         store_out(p.out, (i64)unit * G * D + at, sum > 0.f ? out / sum : 0.f);
         if (at % D == 0) p.lse[(i64)unit * G + g] = sum > 0.f ? s.basis[g] + logf(sum) : -INFINITE;
     }
-    STAMP(11);
+    if (p.new_keys && thread == THREADS - 1 && ticket == p.heads * CLUSTER - 1) {
+        const int old = p.lengths[sequence];
+        if (adds(p, old, p.first[sequence])) p.lengths[sequence] = old + 1;
+        p.tickets[sequence] = 0;
+    }
+    STAMP_L(11);
 }

@@ -42,6 +42,11 @@ __device__ __forceinline__ void send_same(void* here, u32 bytes, int rank, u64* 
     asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address_in(here, rank)), "r"((u32)__cvta_generic_to_shared(here)), "r"(bytes), "r"(address_in(barrier, rank)) : "memory");
 }
 
+// Many bytes of memory, a multiple of 16, on their way to this block.
+__device__ __forceinline__ void fetch_many(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes), "r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+
 // All blocks meet: arrive, do something else, wait. Exchanges that were begun before can be sent to behind it.
 __device__ __forceinline__ void arrive_in_cluster() {
     asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.aligned;" ::: "memory");

@@ -1,13 +1,5 @@
 // Choose lists, and deal out their pages: what the first warps of the blocks of a cluster do together.
 
-// Rank and size of each list, then how many of the pages that are fetched come before it, and how many of its keys are.
-struct Ranked {
-    int2* at;
-    __device__ __forceinline__ float rank(int list) const { return __int_as_float(at[list].x); }
-    __device__ __forceinline__ int size(int list) const { return at[list].y; }
-    __device__ __forceinline__ void take(int list, int visit) const { at[list].x = visit; }
-};
-
 // Some pages of the stream, as many as a thread asks for at once: their labels, orders and places in the pool.
 #define PAGES_AHEAD 6
 struct Pages {
@@ -23,6 +15,14 @@ __device__ __forceinline__ void load_pages(const Step& p, int stream, int start,
     }
 }
 
+// Rank and size of each list, then how many of the pages that are fetched come before it, and how many of its keys are.
+struct Ranked {
+    int2* at;
+    __device__ __forceinline__ float rank(int list) const { return __int_as_float(at[list].x); }
+    __device__ __forceinline__ int size(int list) const { return at[list].y; }
+    __device__ __forceinline__ void take(int list, int visit) const { at[list].x = visit; }
+};
+
 // Ask for what this block reads later, whatever is chosen.
 __device__ __forceinline__ void prefetch_rest(const Step& p, int stream, int rank, i64 row, int own) {
     const i64 pages = (i64)stream * p.most_pages;
@@ -33,24 +33,6 @@ __device__ __forceinline__ void prefetch_rest(const Step& p, int stream, int ran
     for (int i = 128 * threadIdx.x; i < own * D; i += 128 * CHOOSERS) prefetch(p.means + row * D + i);
 #pragma unroll 1
     for (int list = 32 * threadIdx.x; list < own; list += 32 * CHOOSERS) prefetch(p.mean_scales + row + list);
-}
-
-// Fetch the anchors of some of this block's lists.
-__device__ __forceinline__ void fetch_anchors(const Step& p, i64 row, int count, u8* anchors) {
-#if D == 64 || D % 128 == 0  // a thread always fetches the same part of a row, to the same place
-    const int part = threadIdx.x % (D / 16), first = threadIdx.x / (D / 16);
-    const i8* from = p.anchors + (row + first) * D + 16 * part;
-    u8* to = anchors + first * D + 16 * SWIZZLED(first, part);
-#pragma unroll 2
-    for (int list = first; list < count; list += CHOOSERS * 16 / D, from += CHOOSERS * 16, to += CHOOSERS * 16) copy_16(to, from);
-#else
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count * (D / 16); i += CHOOSERS) {
-        const int list = i / (D / 16), part = i % (D / 16);
-        copy_16(anchors + list * D + 16 * SWIZZLED(list, part), p.anchors + (row + list) * D + 16 * part);
-    }
-#endif
-    commit_copies();
 }
 
 // Rows of the code that a warp needs, asked for at once.
@@ -67,28 +49,6 @@ __device__ __forceinline__ void load_rows(const Step& p, int head, int start, in
 #pragma unroll
         for (int d = 0; d < D; d += WARP)
             rows.x[a][d / WARP] = there && (D % WARP == 0 || d + threadIdx.x % WARP < D) ? at[a * CHOOSING * D + d] : 0.f;
-    }
-}
-
-// Inner products of the queries with the anchors of some lists.
-__device__ __forceinline__ void route(
-    const Step& p, const Shared& s, int count, const u8* anchors, const float* scales, float* logits
-) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
-#pragma unroll 2
-    for (int start = warp * 8; start < count; start += CHOOSING * 8) {
-        const int list = min(start + head, count - 1);
-        float products[4] = {};
-        u32 raw[STEPS];
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-            raw[step] = *(const u32*)(anchors + list * D + 16 * SWIZZLED(list, step) + 4 * quarter);
-        multiply_anchors(s, raw, products);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int one = start + 2 * quarter + i;
-            if (head < G && one < count) logits[one * G + head] = products[i] * p.scale * scales[one] * query_scale(s, head);
-        }
     }
 }
 
@@ -248,9 +208,9 @@ __device__ __forceinline__ int select(
 // Deal out the pages of visited lists: a block looks through its share of all pages of the stream, of which the first
 // are at hand. A page is told as its place in the pool and, in the lowest five bits, how many of its keys are fetched.
 __device__ __forceinline__ void deal_pages(
-    const Step& p, Shared& s, int stream, int rank, Pages& some, const int2* table, int* pages
+    const Step& p, Shared& s, int stream, int rank, int count, Pages& some, const int2* table, int* pages
 ) {
-    const int count = p.counts[stream], step = CLUSTER * CHOOSERS;
+    const int step = CLUSTER * CHOOSERS;
 #pragma unroll 1
     for (int start = rank * CHOOSERS + threadIdx.x, turn = 0; start < count; start += PAGES_AHEAD * step, ++turn) {
         if (turn) load_pages(p, stream, start, some);

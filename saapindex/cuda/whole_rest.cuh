@@ -6,14 +6,15 @@
 #define GROUPS ((D + 31) / 32)
 
 // Add the lists whose logit is at most the largest near one, which is the reference: these are below the bound in any
-// case. Returns whether there were others.
-__device__ __forceinline__ bool add_rest(
+// case. Returns in which turns there were others: a bit for each, the last one for all that follow.
+__device__ __forceinline__ u32 add_rest(
     const Step& p, i64 row, int own, const int2* table, const float* logits, const int* sizes, Partial& mine
 ) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
-    bool higher = false;
+    u32 turns = 0;
 #pragma unroll 1
-    for (int first = 16 * warp; first < own; first += 16 * CHOOSING) {
+    for (int first = 16 * warp, turn = 0; first < own; first += 16 * CHOOSING, ++turn) {
+        bool higher = false;
         u32 means[GROUPS][4];
         float x[4];
 #pragma unroll
@@ -48,27 +49,44 @@ __device__ __forceinline__ bool add_rest(
                 const u32* y = means[c];
                 multiply(mine.out[4 * c + j], a, pair_of(byte_of(y[0], j), byte_of(y[1], j)), pair_of(byte_of(y[2], j), byte_of(y[3], j)));
             }
+        if (__any_sync(FULL, higher)) turns |= 1u << min(turn, 31);
     }
-    return higher;
+    return turns;
 }
 
 // Add the others, of which there are few or none, when the bound is known; `found` is what the warp found.
 __device__ __forceinline__ void add_deferred(
-    const Step& p, const Shared& s, i64 row, int own, const int2* table, const float* logits, const int* sizes, float* found
+    const Step& p, const Shared& s, i64 row, int own, const int2* table, const float* logits, const int* sizes, u32 turns, float* found
 ) {
-    const int lane = threadIdx.x % WARP;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll 1
-    for (int list = threadIdx.x / WARP; list < own; list += CHOOSING) {
-        const int rest = sizes[list] - table[list].y;
+    for (int first = 16 * warp, turn = 0; first < own; first += 16 * CHOOSING, ++turn) {
+        if (!(turns >> min(turn, 31) & 1)) continue;
+        const int mine = first + lane % 16;
+        bool higher = false;
+        if (mine < own && sizes[mine] > table[mine].y)
 #pragma unroll 1
-        for (int g = 0; rest > 0 && g < G; ++g) {
-            const float logit = logits[list * G + g];
-            if (logit <= s.near_bound[g]) continue;
-            const float weight = (float)rest * exponential(fminf(logit, s.bound[g]) - s.basis[g]);
-            const float factor = weight * p.mean_scales[row + list];
+            for (int g = lane / 16; g < G; g += 2) higher |= logits[mine * G + g] > s.near_bound[g];
+        u32 lists = __ballot_sync(FULL, higher);
+        lists = (lists | lists >> 16) & 0xffff;
 #pragma unroll 1
-            for (int d = lane; d < D; d += WARP) found[g * FOUND + d] += factor * (float)p.means[(row + list) * D + d];
-            if (lane == 0) found[g * FOUND + D] += weight;
+        for (; lists; lists &= lists - 1) {
+            const int list = first + __ffs(lists) - 1, rest = sizes[list] - table[list].y;
+            const float scale = p.mean_scales[row + list];
+#pragma unroll 1
+            for (int d = 4 * lane; d < D; d += 4 * WARP) {
+                const u32 mean = *(const u32*)(p.means + (row + list) * D + d);
+#pragma unroll 1
+                for (int g = 0; g < G; ++g) {
+                    const float logit = logits[list * G + g];
+                    if (logit <= s.near_bound[g]) continue;
+                    const float weight = (float)rest * exponential(fminf(logit, s.bound[g]) - s.basis[g]);
+                    float* at = found + g * FOUND + d;
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) at[i] += weight * scale * byte_of(mean, i);
+                    if (d == 0) found[g * FOUND + D] += weight;
+                }
+            }
         }
     }
 }

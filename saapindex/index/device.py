@@ -86,7 +86,7 @@ def on_any_device(
             if place is None or _is_plain(self, method.__name__, kwargs):
                 return method(self, x, *map(_to_host, args), **_hosted(kwargs))
             buffers = {name: kwargs[name] for name in ("D", "I") if kwargs.get(name) is not None}
-            rest = {name: value for name, value in _hosted(kwargs).items() if name not in buffers}
+            rest = {**_hosted(kwargs), **dict.fromkeys(buffers)}
             found = method(self, _to_host(x), *map(_to_host, args), **rest)
             return _delivered(found, x, buffers)  # type: ignore[no-any-return]
 

@@ -336,14 +336,14 @@ class TestBoundary:
         rng = np.random.default_rng(2)
         for shape in ((2, 6, 16), (2, 6, 3, 16)):
             q = rng.standard_normal(shape).astype(np.float32)
-            whole_lists = {"params": AttendParameters(budget=0.3, refine=False)}
-            ways = (
-                {"budget": 1.0},
-                {"budget": 0.3},
-                {"nprobe": 2},
-                {"budget": 0.3, "near": False},
-                whole_lists,
-            )
+            # By default hosts read codes, and some devices do not.
+            ways = [{"budget": 1.0}]
+            for refine in (True, False):
+                params = (
+                    AttendParameters(budget=0.3, refine=refine, slopes=False),
+                    AttendParameters(nprobe=2, refine=refine, slopes=False),
+                )
+                ways += [{"params": one, "near": near} for one in params for near in (True, False)]
             for how in ways:
                 want, want_lse = host.attend(q, **how)
                 for asked in (q, cupy.asarray(q), torch.from_numpy(q).cuda()):

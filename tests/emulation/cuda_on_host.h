@@ -106,6 +106,10 @@ inline void send_bytes(void* to, const void* from, unsigned bytes, int rank, voi
     memcpy(there + ((char*)to - here), from, bytes);
     ((Exchange*)(there + ((char*)barrier - here)))->missing -= bytes;
 }
+inline void fetch_bytes(void* to, const void* from, unsigned bytes, void* barrier) {
+    memcpy(to, from, bytes);
+    ((Exchange*)barrier)->missing -= bytes;
+}
 inline void send_emulated(void* to, int rank, std::initializer_list<unsigned> words, void* barrier) {
     send_bytes(to, words.begin(), 4 * words.size(), rank, barrier);
 }
@@ -238,6 +242,9 @@ inline void multiply_fragments(T* c, const uint32_t* a, uint32_t b0, uint32_t b1
 // Unsigned with signed bytes; pairs of a 16-bit type, which `widen` turns into float; tf32.
 inline void multiply_quads(int* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
     multiply_fragments<4>(c, a, b0, b1, [](uint32_t x, uint32_t y) { return (int)(uint8_t)x * (int)(int8_t)y; });
+}
+inline void multiply_signed_quads(int* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    multiply_fragments<4>(c, a, b0, b1, [](uint32_t x, uint32_t y) { return (int)(int8_t)x * (int)(int8_t)y; });
 }
 template <typename Widen>
 inline void multiply_pairs(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Widen widen) {

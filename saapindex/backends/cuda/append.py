@@ -106,6 +106,7 @@ _INTEGERS = [
     "tokens",
     "tables",
     "version",
+    "later",
 ]
 APPEND = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
@@ -277,12 +278,17 @@ def with_keys(
     values: Array,
     fresh: Array | None = None,
     labels: Array | None = None,
+    *,
+    later: bool = False,
 ) -> np.ndarray[Any, Any]:
-    """Complete an argument by the new keys and values, (B, H, m, d), whose last dimension is contiguous."""
+    """Complete an argument by the new keys and values, (B, H, m, d), whose last dimension is contiguous.
+
+    `later` says that these are added by the step that follows, and that only a flush is to be done here.
+    """
     item = keys.dtype.itemsize
     made["new_keys"], made["new_values"] = _address(keys), _address(values)
     made["fresh"], made["labels_in"] = _address(fresh), _address(labels)
-    made["tokens"] = keys.shape[2]
+    made["tokens"], made["later"] = keys.shape[2], later
     for name, stride in zip(_STRIDES, (*keys.strides[:3], *values.strides[:3]), strict=True):
         made[name] = stride // item
     return made

@@ -12,6 +12,7 @@ from saapindex.backends.cuda.step import (
     POLICIES,
     DeviceCode,
     Limits,
+    NewToken,
     Workspace,
     launch_shape,
     shared_bytes,
@@ -39,6 +40,7 @@ def attend_streams(
     positions: Array | None = None,
     near: bool = True,
     everything: bool = False,
+    token: NewToken | None = None,
     stamps: Array | None = None,
 ) -> None:
     """Attend: see `Ops.attend_lists` and `Ops.attend_all`.
@@ -66,6 +68,8 @@ def attend_streams(
         Whether sinks and recent keys are attended to.
     everything
         Attend to every key instead.
+    token
+        What is added first, where whole lists are read by clusters.
     stamps
         (grid, 12) int64, written: clocks of each block at the beginning of each stage. Slower.
     """
@@ -75,7 +79,7 @@ def attend_streams(
         shape = shape_of(limits, streams, group, tokens, queries.device.id, mixed=mixed)
         if shape is not None:
             common = queries, streams, code, scaling, limits, space, out, lse
-            attend_whole(*common, shape=shape, near=near, stamps=stamps)
+            attend_whole(*common, shape=shape, near=near, token=token, stamps=stamps)
             return
     argument = step(
         queries,

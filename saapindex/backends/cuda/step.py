@@ -12,7 +12,16 @@ from saapindex.backends.cuda.launch import SHARED_MOST
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Code, Scaling
 
-__all__ = ["POLICIES", "DeviceCode", "Limits", "Workspace", "launch_shape", "shared_bytes", "step"]
+__all__ = [
+    "POLICIES",
+    "DeviceCode",
+    "Limits",
+    "NewToken",
+    "Workspace",
+    "launch_shape",
+    "shared_bytes",
+    "step",
+]
 
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 POLICIES = {"sum": 0, "max": 1, "union": 2}
@@ -30,16 +39,19 @@ _POINTERS = (
     "squares", "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads",
     "weights", "least_codes",
     "queries", "positions", "out", "lse", "bits", "dots", "rotated", "estimates", "masses", "visited",
-    "bins", "kept", "rows", "histogram", "candidates", "counters", "partial", "stamps",
+    "bins", "kept", "rows", "histogram", "candidates", "counters", "partial",
+    "new_keys", "new_values", "moved", "tickets", "stamps",
 )
+_STRIDES = ("key_batch", "key_head", "value_batch", "value_head")
 _INTEGERS = (
     "heads", "tokens", "lists", "ring", "sinks", "most_pages", "coded_most", "blocks", "width",
     "code_bytes", "row_bytes", "nprobe", "by_mass", "refine", "remainder", "near", "everything",
-    "cached", "by_head",
+    "cached", "by_head", "version",
 )
 # fmt: on
 STEP = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
+    + [(name, np.int64) for name in _STRIDES]
     + [("budget", np.float64), ("share", np.float64)]
     + [(name, np.float32) for name in ("scale", "cap", "top_p")]
     + [(name, np.int32) for name in _INTEGERS],
@@ -141,6 +153,26 @@ class Limits(NamedTuple):
     by_head: bool = False
     weight: float = 1.0
     """The largest of the weights of heads."""
+
+
+class NewToken(NamedTuple):
+    """A token of every sequence that a step adds before it attends, where no keys are due to leave the ring.
+
+    Attributes
+    ----------
+    keys, values
+        (B, H, 1, d) as stored; the last dimension is contiguous, rows are at multiples of 16 bytes.
+    moved, version
+        How often arrays have moved, on the device and as the host knows it: after that nothing is added.
+    tickets
+        (B,) uint32, zero before and after.
+    """
+
+    keys: Array
+    values: Array
+    moved: Array
+    version: int
+    tickets: Array
 
 
 class Workspace(NamedTuple):
@@ -259,6 +291,7 @@ def step(
     near: bool = True,
     everything: bool = False,
     deciding: bool = False,
+    token: NewToken | None = None,
     stamps: Array | None = None,
 ) -> NDArray[Any]:
     """Return the argument of the kernel."""
@@ -271,6 +304,10 @@ def step(
         "positions": positions,
         "out": out,
         "lse": lse,
+        "new_keys": None if token is None else token.keys,
+        "new_values": None if token is None else token.values,
+        "moved": None if token is None else token.moved,
+        "tickets": None if token is None else token.tickets,
         "stamps": stamps,
     }
     if not deciding:
@@ -301,6 +338,11 @@ def step(
         "by_head": limits.by_head,
         "cached": _cached(lists, queries.shape[2]),
     }
+    if token is not None:
+        item = token.keys.dtype.itemsize
+        places = *token.keys.strides[:2], *token.values.strides[:2]
+        numbers |= {name: at // item for name, at in zip(_STRIDES, places, strict=True)}
+        numbers["version"] = token.version
     made = np.zeros(1, STEP)
     for name in _POINTERS:
         made[name] = _address(arrays[name])

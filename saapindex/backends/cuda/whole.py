@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from saapindex.backends.cuda.launch import SHARED_MOST, element, has_clusters, multiprocessors
 from saapindex.backends.cuda.module import kernel
-from saapindex.backends.cuda.step import BINS, POLICIES, DeviceCode, Limits, Workspace, step
+from saapindex.backends.cuda.step import BINS, POLICIES, DeviceCode, Limits, NewToken, Workspace, step
 from saapindex.backends.cuda.streams import Streams
 from saapindex.backends.paged import Scaling
 
@@ -66,12 +66,13 @@ def whole_shared(
     attending, pairs = warps - shape.choosers // 32, -(-lists // 2)
     own = 2 * -(-pairs // cluster)
     fixed = (
-        64
+        80
         + 4 * group * d
+        + 192 * group * -(-d // 64)
         + (3 if mixed or itemsize == 4 else 1) * 32 * (8 * steps + 4)
         + max(4 * (BINS + 3 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
-        + 4 * group * (5 * cluster + cluster * attending + 6)
+        + 4 * group * (5 * cluster + cluster * attending + 7)
         + 64
     )
     tile = 32 * (16 * steps * itemsize + 16)
@@ -153,10 +154,12 @@ def attend_whole(
     *,
     shape: Shape,
     near: bool = True,
+    token: NewToken | None = None,
     stamps: Array | None = None,
 ) -> None:
     """Do what `attend_streams` does, without codes and for the newest token of each sequence."""
-    argument = step(queries, streams, code, scaling, limits, space, out, lse, near=near, stamps=stamps)
+    common = queries, streams, code, scaling, limits, space, out, lse
+    argument = step(*common, near=near, token=token, stamps=stamps)
     units, (group, d) = queries.shape[0] * queries.shape[1], queries.shape[2:]
     lists, fetched = (
         streams.anchors.shape[1],
