@@ -78,6 +78,8 @@ struct Shared {
     int deferred, unit_deferred, last;
     int scan, limit;          // keys that may be visited and fetched, by each ranker
     double left;              // bytes
+    u64 cut;                  // rank and number of the first list that is not visited whole, of which `cut_keys` keys are
+    int cut_keys;
 };
 
 #include "attend_common.cuh"

@@ -234,7 +234,7 @@ __device__ __noinline__ void find_bin(Shared& s, int limit) {
         counts[i] = four.w, counts[i + 1] = four.z, counts[i + 2] = four.y, counts[i + 3] = four.x;
         sum += four.x + four.y + four.z + four.w;
     }
-    if (threadIdx.x == 0) s.boundary = -1, s.reached = limit, s.owned = 0;
+    if (threadIdx.x == 0) s.boundary = -1, s.reached = limit, s.owned = 0, s.cut = 0;
     int before = sum_before(s, sum);
     if (before <= limit && before + sum > limit) {
 #pragma unroll

@@ -9,24 +9,6 @@ __device__ __forceinline__ float byte_of(u32 x, int j) {
     return __uint_as_float(__byte_perm(x ^ 0x80808080u, 0x4b000000u, 0x7440 + j)) - 8388736.f;
 }
 
-// Inner products of the queries with eight anchors: a lane gets those of head lane / 4 with lists 2 (lane % 4) and the
-// next, in the first two; they lack the scales of the query and of the anchors. `raw` holds, of the list lane / 4, four
-// dimensions of each step of sixteen.
-__device__ __forceinline__ void multiply_anchors(const Shared& s, const u32* raw, float* products) {
-    const int head = threadIdx.x % WARP / 4, quarter = threadIdx.x % 4;
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-        const u32 x = raw[step];
-        const u32 b0 = pair_of(byte_of(x, 0), byte_of(x, 1)), b1 = pair_of(byte_of(x, 2), byte_of(x, 3));
-#pragma unroll
-        for (int i = 0; i < QUERY_PARTS; ++i) {
-            const uint2 pairs = *(const uint2*)(s.pairs[i][head] + 8 * step + 2 * quarter);
-            const u32 a[4] = {pairs.x, pairs.x, pairs.y, pairs.y};
-            multiply(products, a, b0, b1);
-        }
-    }
-}
-
 // Logits of a list, from inner products: with the second order of the mean of exp.
 __device__ __forceinline__ Group corrected(const Step& p, const Shared& s, Group dots, float squares, int size) {
     const float spread = __fdividef(squares, (float)size);
@@ -51,9 +33,9 @@ __device__ __forceinline__ int list_weight(const Step& p, float weight, int size
 
 // Cut the order of the lists: take lists as long as they fit into the limit, in the order of their ranks, and those of
 // equal rank in their own. The block's histogram is of the ranks. `lists` gives rank (minus infinity for none) and
-// size, and takes how many keys of a list are visited.
+// size, and takes how many keys of a list are visited: each list by the thread that looks at it.
 template <typename Lists>
-__device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists& lists) {
+__device__ __forceinline__ void cut_lists(const Step& p, Shared& s, Lists& lists) {
     meet_choosers();
     int limit = s.scan;
     if (p.nprobe) limit = p.nprobe;
@@ -71,39 +53,74 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, const Lists&
         limit = p.top_p >= 1.f ? 0x7fffffff : (int)(p.top_p * (float)total);
     }
     find_bin(s, limit);
-    const int boundary = s.boundary;
+    const int boundary = s.boundary, reached = s.reached;
+    const auto weight_of = [&](float rank, int size) {
+        return list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size);
+    };
 #pragma unroll TOGETHER
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const float rank = lists.rank(list);
-        const int size = lists.size(list), bin = rank > -INFINITE ? bin_of_weight(rank) : -2;
-        if (bin == boundary) {
+        if (rank > -INFINITE && bin_of_weight(rank) == boundary) {
             const int own = atomicAdd(&s.owned, 1);
             if (own < OWN) {
                 s.rows[own] = list;
                 s.rows[OWN + own] = __float_as_int(rank);
-                s.rows[2 * OWN + own] = list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size);
+                s.rows[2 * OWN + own] = weight_of(rank, lists.size(list));
             }
         }
-        lists.take(list, bin > boundary ? size : 0);
     }
     meet_choosers();
-    // In the bin of the cut, lists come one after another; of equal rank the lower first.
-    const int owned = min(s.owned, OWN);
+    // In the bin of the cut, find the first list that does not fit whole.
+    const bool by_keys = !p.nprobe && p.top_p <= 0.f;
+    const int owned = s.owned, part = threadIdx.x % 8;
+    u64 first = 0;
+    int left = 0;
+    const auto look = [&](int list, float rank, int weight, int before) {
+        if (by_keys ? before + weight <= limit : before < limit) return;
+        const u64 place = (u64)__float_as_uint(rank) << 32 | (u32)~list;
+        if (place > first) first = place, left = by_keys && !p.refine ? max(0, limit - before) : 0;
+    };
+    if (owned <= OWN) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < owned; i += CHOOSERS) {
-        const int list = s.rows[i], size = lists.size(list);
-        const float rank = __int_as_float(s.rows[OWN + i]);
-        int before = s.reached;
-#pragma unroll 4
-        for (int j = 0; j < owned; ++j) {
-            const float other = __int_as_float(s.rows[OWN + j]);
-            before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
+        for (int start = 0; start < owned; start += CHOOSERS / 8) {
+            const int i = min(start + (int)threadIdx.x / 8, owned - 1), list = s.rows[i];
+            const float rank = __int_as_float(s.rows[OWN + i]);
+            int before = 0;
+#pragma unroll 2
+            for (int j = part; j < owned; j += 8) {
+                const float other = __int_as_float(s.rows[OWN + j]);
+                before += other > rank || (other == rank && s.rows[j] < list) ? s.rows[2 * OWN + j] : 0;
+            }
+#pragma unroll
+            for (int step = 1; step < 8; step <<= 1) before += __shfl_xor_sync(FULL, before, step);
+            look(list, rank, s.rows[2 * OWN + i], reached + before);
         }
-        int visit = 0;
-        if (p.nprobe || p.top_p > 0.f) visit = before < limit ? size : 0;
-        else if (before + size <= limit) visit = size;
-        else if (!p.refine) visit = max(0, limit - before);
-        lists.take(list, visit);
+    } else {  // nearly all ranks are the same
+#pragma unroll 1
+        for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
+            const float rank = lists.rank(list);
+            if (!(rank > -INFINITE) || bin_of_weight(rank) != boundary) continue;
+            int before = reached;
+#pragma unroll 1
+            for (int j = 0; j < p.lists; ++j) {
+                const float other = lists.rank(j);
+                if (other > -INFINITE && bin_of_weight(other) == boundary && (other > rank || (other == rank && j < list)))
+                    before += weight_of(other, lists.size(j));
+            }
+            look(list, rank, weight_of(rank, lists.size(list)), before);
+        }
+    }
+    if (first) atomicMax(&s.cut, first);
+    meet_choosers();
+    const u64 cut = s.cut;
+    if (first && first == cut) s.cut_keys = left;
+    meet_choosers();
+#pragma unroll TOGETHER
+    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
+        const float rank = lists.rank(list);
+        const int bin = rank > -INFINITE ? bin_of_weight(rank) : -2;
+        const u64 place = (u64)__float_as_uint(rank) << 32 | (u32)~list;
+        lists.take(list, bin > boundary || (bin == boundary && place > cut) ? lists.size(list) : bin == boundary && place == cut ? s.cut_keys : 0);
     }
     meet_choosers();
 }

@@ -23,6 +23,24 @@ __device__ __forceinline__ void prefetch_own(const Step& p, int stream, int head
         prefetch(p.steps + own + r), prefetch(p.spread + own + r), prefetch(p.distortion + own + r), prefetch(p.slots + own + r);
 }
 
+// Inner products of the queries with eight anchors: a lane gets those of head lane / 4 with lists 2 (lane % 4) and the
+// next, in the first two; they lack the scales of the query and of the anchors. `raw` holds, of the list lane / 4, four
+// dimensions of each step of sixteen.
+__device__ __forceinline__ void multiply_anchors(const Shared& s, const u32* raw, float* products) {
+    const int head = threadIdx.x % WARP / 4, quarter = threadIdx.x % 4;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const u32 x = raw[step];
+        const u32 b0 = pair_of(byte_of(x, 0), byte_of(x, 1)), b1 = pair_of(byte_of(x, 2), byte_of(x, 3));
+#pragma unroll
+        for (int i = 0; i < QUERY_PARTS; ++i) {
+            const uint2 pairs = *(const uint2*)(s.pairs[i][head] + 8 * step + 2 * quarter);
+            const u32 a[4] = {pairs.x, pairs.x, pairs.y, pairs.y};
+            multiply(products, a, b0, b1);
+        }
+    }
+}
+
 // This block's share of the inner products of queries with anchors, and of the rotated queries.
 __device__ __forceinline__ void route(const Step& p, Shared& s, const Part& part) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = lane / 4, quarter = lane % 4;
@@ -243,7 +261,8 @@ __device__ __forceinline__ void select_lists(const Step& p, Shared& s, const Par
             ranks[list] = rank;
             atomicAdd(s.histogram + bin_of_weight(rank), list_weight(p, weight, size));
         }
-        cut_lists(p, s, Listed{ranks, taken, sizes});
+        Listed listed = {ranks, taken, sizes};
+        cut_lists(p, s, listed);
     }
 }
 

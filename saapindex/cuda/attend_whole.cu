@@ -24,7 +24,6 @@
 #define ATTENDING (WARPS - CHOOSING)
 #define SLICE (((G * D / 4 + CLUSTER - 1) / CLUSTER) * 4)  // numbers of the output that each block merges
 #define PER ((D <= 128 ? 2 : 1))        // lists of a thread whose sizes it asks for at once
-#define AHEAD (32 / G < 8 ? 32 / G : 8)  // rows of the code that a warp asks for at once
 #define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
 #ifndef FIRST
 #define FIRST 256  // where a block has more lists than this, anchors come before near keys
@@ -72,9 +71,13 @@ struct Shared {
     float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
     float nearest[CLUSTER][ATTENDING][G];  // largest logits of near keys, of the warps of all blocks
     float variance[G], norm[G], near_bound[G], bound[G], basis[G], query_scale[G], unit[G];
-    int boundary, reached, owned, scan, dealt;
+    u64 cut;  // rank and number of the first list that is not visited whole; `cut_keys` of its keys are
+    int boundary, reached, owned, cut_keys, scan, dealt;
 };
 
+// The digits of the queries (whole_route.cuh) are there: who attends says so, and who chooses waits for it.
+__device__ __forceinline__ void give_digits() { asm volatile("bar.arrive 2, %0;" ::"n"(THREADS) : "memory"); }
+__device__ __forceinline__ void await_digits() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
 __device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;" ::"n"(CHOOSERS) : "memory"); }
 
 #include "attend_common.cuh"
@@ -158,7 +161,8 @@ attend_whole(const __grid_constant__ Step p) {
     const int tiled = max(ATTENDING * STAGES * TILE_BYTES, WARPS * G * FOUND * 4);
     int2* table = (int2*)(tiles + tiled);
     float* logits = (float*)(table + 2 * pairs);
-    int* sizes = (int*)(logits + most_own * G);
+    int2* sent = (int2*)(logits + (most_own * G + 3) / 4 * 4);
+    int* sizes = (int*)(sent + most_own);
     int* pages = sizes + most_own;
     STAMP(0);
     if (thread == 0)
@@ -170,7 +174,6 @@ attend_whole(const __grid_constant__ Step p) {
     if (warp < CHOOSING) {
         const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
         const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
-        Rows rows;
         float* scales = (float*)sizes;  // of anchors, until sizes are known
         if (thread == 0) {
             const u32 bytes = min(own, ROOM) * D;
@@ -180,7 +183,6 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
         for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
         commit_copies();
-        load_rows(p, head, first_row, last_row, rows);
         const int in_lists = max(0, p.first[sequence] - p.sinks), coded = p.coded[head];
         const float weight = p.by_head ? p.weights[head] : 1.f;
         int first_sizes[PER];
@@ -203,10 +205,8 @@ attend_whole(const __grid_constant__ Step p) {
         if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded, weight);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
-        STAMP_D(6);
-        split_queries(s);
         STAMP_D(7);
-        sum_seconds(p, s, head, first_row, last_row, rows);
+        sum_seconds(p, s, head, first_row, last_row);
         STAMP_D(8);
         wait_copies<0>();
         STAMP_D(9);
@@ -221,6 +221,7 @@ attend_whole(const __grid_constant__ Step p) {
             send_4(&s.seconds[rank][g], to, __float_as_uint(p.scale * p.scale / 2.f * sum), &s.exchanges[SECOND]);
         }
         await(&s.exchanges[ANCHORS]);
+        await_digits();
 #pragma unroll 1
         for (int list = 0; list < own; list += ROOM) {
             const int count = min(own - list, ROOM);
@@ -235,7 +236,6 @@ attend_whole(const __grid_constant__ Step p) {
         const int count = p.counts[unit];
         Pages some;
         load_pages(p, unit, rank * CHOOSERS + thread, some);
-        prefetch_rest(p, unit, rank, row, own);
         if (thread < G) {
             await(&s.exchanges[SECOND]);
             float sum = 0.f;
@@ -248,7 +248,7 @@ attend_whole(const __grid_constant__ Step p) {
         STAMP(2);
         find_norms(p, s, row, own, rank, first_sizes, first_squares, logits, sizes);
         STAMP(3);
-        const int total = select(p, s, rank, first_list, own, logits, sizes, table);
+        const int total = select(p, s, rank, first_list, own, logits, sizes, table, sent);
         STAMP(4);
         if (thread == 0) {
             s.dealt = (total - rank + CLUSTER - 1) / CLUSTER;
@@ -281,6 +281,7 @@ attend_whole(const __grid_constant__ Step p) {
             adding && (old < p.sinks || old >= recent) ? all_near - 1 : -1, key, value
         };
         load_queries(p, s, unit);
+        split_queries(s);
         if (own > FIRST) await(&s.exchanges[ANCHORS]);
         u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;
         // First near keys, some of them while the last stage holds anchors, then pages.
@@ -327,6 +328,7 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
                     for (int to = 0; to < CLUSTER; ++to)
                         send_4(&s.nearest[rank][warp - CHOOSING][lane / 4], to, __float_as_uint(mine.peak), &s.exchanges[NEAREST]);
+                prefetch_rest(p, unit, rank, row, own);
                 await(&s.exchanges[PAGE]);
                 begin = 0, count = s.dealt;
             }

@@ -35,11 +35,11 @@ __device__ __forceinline__ void send_8(void* to, int rank, u32 x, u32 y, u64* ba
 __device__ __forceinline__ void send_16(void* to, int rank, const u32* x, u64* barrier) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address_in(to, rank)), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(address_in(barrier, rank)) : "memory");
 }
-// The same of many bytes, a multiple of 16, that stand here. Who wrote them has called `end_writing` before; they may
-// not change until the exchange is over.
+// The same of many bytes, a multiple of 16, that stand in this block. Who wrote them has called `end_writing` before;
+// they may not change until the exchange is over.
 __device__ __forceinline__ void end_writing() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void send_same(void* here, u32 bytes, int rank, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address_in(here, rank)), "r"((u32)__cvta_generic_to_shared(here)), "r"(bytes), "r"(address_in(barrier, rank)) : "memory");
+__device__ __forceinline__ void send_many(void* to, const void* here, u32 bytes, int rank, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address_in(to, rank)), "r"((u32)__cvta_generic_to_shared(here)), "r"(bytes), "r"(address_in(barrier, rank)) : "memory");
 }
 
 // Many bytes of memory, a multiple of 16, on their way to this block.

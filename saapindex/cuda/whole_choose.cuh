@@ -18,81 +18,55 @@ __device__ __forceinline__ void load_pages(const Step& p, int stream, int start,
 // Rank and size of each list, then how many of the pages that are fetched come before it, and how many of its keys are.
 struct Ranked {
     int2* at;
+    int pages;  // of this thread's lists
     __device__ __forceinline__ float rank(int list) const { return __int_as_float(at[list].x); }
     __device__ __forceinline__ int size(int list) const { return at[list].y; }
-    __device__ __forceinline__ void take(int list, int visit) const { at[list].x = visit; }
+    __device__ __forceinline__ void take(int list, int visit) {
+        at[list].x = visit;
+        pages += (visit + LANES - 1) / LANES;
+    }
 };
 
-// Ask for what this block reads later, whatever is chosen.
+// Ask for what this block reads later, whatever is chosen: those who attend do, while lists are chosen.
 __device__ __forceinline__ void prefetch_rest(const Step& p, int stream, int rank, i64 row, int own) {
     const i64 pages = (i64)stream * p.most_pages;
+    const int thread = threadIdx.x - CHOOSERS, threads = ATTENDING * WARP;
 #pragma unroll 1
-    for (int i = CLUSTER * CHOOSERS * PAGES_AHEAD + 32 * (rank * CHOOSERS + (int)threadIdx.x); i < p.most_pages; i += 32 * CLUSTER * CHOOSERS)
+    for (int i = CLUSTER * CHOOSERS * PAGES_AHEAD + 32 * (rank * threads + thread); i < p.most_pages; i += 32 * CLUSTER * threads)
         prefetch(p.labels + pages + i), prefetch(p.orders + pages + i), prefetch(p.pages + pages + i);
 #pragma unroll 1
-    for (int i = 128 * threadIdx.x; i < own * D; i += 128 * CHOOSERS) prefetch(p.means + row * D + i);
+    for (int i = 128 * thread; i < own * D; i += 128 * threads) prefetch(p.means + row * D + i);
 #pragma unroll 1
-    for (int list = 32 * threadIdx.x; list < own; list += 32 * CHOOSERS) prefetch(p.mean_scales + row + list);
+    for (int list = 32 * thread; list < own; list += 32 * threads) prefetch(p.mean_scales + row + list);
 }
 
-// Rows of the code that a warp needs, asked for at once.
-struct Rows {
-    float x[AHEAD][(D + WARP - 1) / WARP], spread[AHEAD];
-};
-__device__ __forceinline__ void load_rows(const Step& p, int head, int start, int last, Rows& rows) {
-    const i64 row = (i64)head * p.coded_most + start;
-    const float *at = p.inverse + row * D + threadIdx.x % WARP, *spread = p.spread + row;
-#pragma unroll
-    for (int a = 0; a < AHEAD; ++a) {
-        const bool there = start + a * CHOOSING < last;
-        rows.spread[a] = there ? spread[a * CHOOSING] : 0.f;
-#pragma unroll
-        for (int d = 0; d < D; d += WARP)
-            rows.x[a][d / WARP] = there && (D % WARP == 0 || d + threadIdx.x % WARP < D) ? at[a * CHOOSING * D + d] : 0.f;
-    }
-}
-
-// Sums of 32 numbers each over the lanes: lane i gets that of the i-th.
-__device__ __forceinline__ float sum_each(float* x) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int half = WARP / 2; half; half >>= 1)
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            const bool upper = lane & half;
-            x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(FULL, upper ? x[i] : x[i + half], half);
-        }
-    return x[0];
-}
-
-// This block's part of the second orders of the queries: of its share of the rotated dimensions, of which the first are
-// at hand. The last warps begin, since the first have more lists.
-__device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, int start, int last, Rows& rows) {
+// This block's part of the second orders of the queries: of its share of the rotated dimensions. The last warps begin,
+// since the first have more lists.
+__device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, int start, int last) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float second = 0.f;  // of head lane % G
+    float second[G] = {};
 #pragma unroll 1
-    for (int r = start; r < last; r += AHEAD * CHOOSING) {
-        if (r > start) load_rows(p, head, r, last, rows);
-        float dots[WARP] = {}, spread = 0.f;
+    for (int r = start; r < last; r += CHOOSING) {
+        const i64 row = (i64)head * p.coded_most + r;
+        const float* at = p.inverse + row * D + lane;
+        const float spread = p.spread[row];
+        float dots[G] = {};
 #pragma unroll
-        for (int d = 0; d < D; d += WARP)
+        for (int d = 0; d < D; d += WARP) {
+            if (D % WARP && d + lane >= D) continue;
+            const float x = at[d];
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                const float q = s.query[g][D % WARP == 0 ? d + lane : min(d + lane, D - 1)];
+            for (int g = 0; g < G; ++g) dots[g] = fmaf(s.query[g][d + lane], x, dots[g]);
+        }
 #pragma unroll
-                for (int a = 0; a < AHEAD; ++a) dots[a * G + g] = fmaf(q, rows.x[a][d / WARP], dots[a * G + g]);
-            }
-        const float dot = sum_each(dots);
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a) spread = lane / G == a ? rows.spread[a] : spread;
-        second = fmaf(dot * dot, spread, second);
+        for (int g = 0; g < G; ++g) {
+            const float dot = warp_sum(dots[g]);
+            second[g] = fmaf(dot * dot, spread, second[g]);
+        }
     }
-    // What the lanes of each head have.
-#pragma unroll 1
-    for (int g = 0; g < G; ++g) {
-        const float sum = warp_sum(lane % G == g && lane < AHEAD * G ? second : 0.f);
-        if (lane == 0) s.reduced[warp][g] = sum;
-    }
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+        if (lane == 0) s.reduced[warp][g] = second[g];
 }
 
 // A thread for each rank and head, which sends to that rank what warps of this block left.
@@ -164,7 +138,8 @@ __device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int coded
 // Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all
 // blocks fetch; `table` says which.
 __device__ __forceinline__ int select(
-    const Step& p, Shared& s, int rank, int first, int own, const float* logits, const int* sizes, int2* table
+    const Step& p, Shared& s, int rank, int first, int own, const float* logits, const int* sizes, int2* table,
+    int2* sent  // stays as it is sent, while `table` changes
 ) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < own; i += CHOOSERS) {
@@ -173,14 +148,14 @@ __device__ __forceinline__ int select(
             weight = pooled_weight(logits + i * G, s.norm, POLICY, 0);
             if (p.by_mass) weight *= (float)sizes[i];
         }
-        table[first + i] = make_int2(__float_as_int(weight), sizes[i]);
+        table[first + i] = sent[i] = make_int2(__float_as_int(weight), sizes[i]);
     }
     end_writing();
     meet_choosers();
     if (threadIdx.x < CLUSTER && threadIdx.x != rank && own)
-        send_same(table + first, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
+        send_many(table + first, sent, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
     await(&s.exchanges[RANK]);
-    const Ranked lists = {table};
+    Ranked lists = {table, 0};
 #pragma unroll TOGETHER
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const int size = lists.size(list);
@@ -190,10 +165,7 @@ __device__ __forceinline__ int select(
     }
     cut_lists(p, s, lists);
     // Thread by thread, the pages of lists make up a row that is dealt out to the blocks.
-    int sum = 0;
-#pragma unroll 2
-    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) sum += (table[list].x + LANES - 1) / LANES;
-    int before = sum_before(s, sum);
+    int before = sum_before(s, lists.pages);
     const int lane = threadIdx.x % WARP, total = warp_sum_int(lane < CHOOSING ? ((int*)s.reduced)[lane] : 0);
 #pragma unroll 2
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {

@@ -14,11 +14,11 @@ __device__ __forceinline__ void multiply_signed(int* c, const u32* a, u32 b0, u3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Write the digits of the queries, a warp for each head.
+// Write the digits of the queries, a warp for each head: by those who attend, who have time before keys come.
 __device__ __forceinline__ void split_queries(Shared& s) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll 1
-    for (int g = threadIdx.x / WARP; g < G; g += CHOOSING) {
+    for (int g = threadIdx.x / WARP - CHOOSING; g < G; g += ATTENDING) {
         float most = 0.f;
 #pragma unroll
         for (int d = 0; d < D; d += WARP)
@@ -43,6 +43,7 @@ __device__ __forceinline__ void split_queries(Shared& s) {
             for (int part = 0; part < 3; ++part) s.digits[part][g][word] = digits[part];
         }
     }
+    give_digits();
 }
 
 // Fetch the anchors of some of this block's lists, as they are.

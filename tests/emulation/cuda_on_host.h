@@ -115,6 +115,10 @@ inline void send_emulated(void* to, int rank, std::initializer_list<unsigned> wo
 }
 // The first threads of a block meet.
 static std::vector<Block> some;
+static std::vector<Block> others;  // some wait, others come by
+inline void come_by(Block& group, unsigned members) {
+    if (++group.waiting == members) group.waiting = 0, ++group.turn;
+}
 inline void meet_some(unsigned members) { meet(some[blockIdx.x], members); }
 inline void meet_in_cluster() { meet(clusters[blockIdx.x / CLUSTER], threads_of_block * CLUSTER); }
 
@@ -292,6 +296,7 @@ static int run_grid(unsigned grid, unsigned threads, size_t shared, std::functio
     blocks.assign(grid, Block());
     clusters.assign(grid, Block());
     some.assign(grid, Block());
+    others.assign(grid, Block());
     warps.assign((size_t)grid * (threads / 32), Warp());
     for (Block& block : blocks) block.shared.assign(shared, (char)0xff);
     for (size_t i = 0; i < fibers.size(); ++i) {

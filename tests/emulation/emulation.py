@@ -32,7 +32,9 @@ REPLACED = {
     r'asm\("mma.sync.aligned.m16n8k16.*?f32.bf16.*?\);': "multiply_pairs(c, a, b0, b1, bfloat16_to_float);",
     r'asm volatile\("mov.u64 %0, %globaltimer.*?\);': "now = 0;",
     r'asm volatile\("prefetch.*?\);': ";",
-    r'asm volatile\("cp.async.bulk[^"]*cluster.global.*?"memory"\);': "fetch_bytes(to, from, bytes, barrier);",
+    r'asm volatile\("cp.async.bulk[^"]*cluster.global.*?"memory"\);': (
+        "fetch_bytes(to, from, bytes, barrier);"
+    ),
     r'asm volatile\("red.global.add.v4.*?"memory"\);': ";",
     r'asm\("mma.sync.aligned.m16n8k8.row.col.f32.tf32.*?\)\);': "multiply_tf32(c, a, b0, b1);",
     r'asm\("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.*?\);': "multiply_quads(c, a, b0, b1);",
@@ -45,8 +47,10 @@ REPLACED = {
     r'asm volatile\("st.async[^"]*bytes.v2.b32.*?"memory"\);': "send_emulated(to, rank, {x, y}, barrier);",
     r'asm volatile\("st.async[^"]*bytes.v4.b32.*?"memory"\);': "send_bytes(to, x, 16, rank, barrier);",
     r'asm volatile\("fence.proxy.*?"memory"\);': ";",
-    r'asm volatile\("cp.async.bulk.*?"memory"\);': "send_bytes(here, here, bytes, rank, barrier);",
+    r'asm volatile\("cp.async.bulk.*?"memory"\);': "send_bytes(to, here, bytes, rank, barrier);",
     r'asm volatile\("bar.sync 1.*?"memory"\);': "meet_some(CHOOSERS);",
+    r'asm volatile\("bar.arrive 2.*?"memory"\);': "come_by(others[blockIdx.x], THREADS);",
+    r'asm volatile\("bar.sync 2.*?"memory"\);': "meet(others[blockIdx.x], THREADS);",
     r'asm volatile\("fence.mbarrier_init.*?"memory"\);': ";",
     r'asm volatile\("barrier.cluster.wait.*?"memory"\);': "meet_in_cluster();",
     r"extern __shared__ (?:__align__\(16\) )?u8 memory\[\];": "u8* memory = shared_memory();",

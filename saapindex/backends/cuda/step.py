@@ -251,7 +251,7 @@ def shared_bytes(d: int, group: int, words: int, lists: int, threads: int, items
         + 3 * 32 * (8 * steps + 4)
         + 256
     )
-    kept = 4 * lists + 16 + 4 * warps * (16 * steps * group + 64)
+    kept = 4 * lists + 32 + 4 * warps * (16 * steps * group + 64)
     table = 4 * lists * (2 + group if _cached(lists, group) else 1)
     codes = warps * 8 * (64 * words + 16)
     rows = warps * 32 * (16 * steps * itemsize + 16)

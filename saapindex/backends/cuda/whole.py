@@ -73,11 +73,11 @@ def whole_shared(
         + max(4 * (BINS + 3 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
         + 4 * group * (5 * cluster + cluster * attending + 7)
-        + 64
+        + 80
     )
     tile = 32 * (16 * steps * itemsize + 16)
     tiles = max(attending * shape.stages * tile, 4 * warps * group * (d + 4))
-    return fixed + tiles + 16 * pairs + 4 * own * (group + 1) + 4 * -(-fetched // cluster) + 16
+    return fixed + tiles + 16 * pairs + 4 * own * (group + 3) + 16 + 4 * -(-fetched // cluster) + 16
 
 
 def most_fetched(limits: Limits, lists: int, most_pages: int) -> int:
