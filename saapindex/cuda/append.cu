@@ -64,12 +64,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
     const int tid = threadIdx.x, blocks = gridDim.x, streams = a.batch * a.heads;
     const int warp = blockIdx.x * WARPS + tid / WARP, warps = blocks * WARPS;
     int due = 0;
+    const int moved = *a.moved;  // asked for together with the lengths
     if (tid == 0) needed = 0;
     for (int b = tid; b < a.batch; b += THREADS) {
         plans[b] = plan_of(a, b);
         due |= plans[b].until > plans[b].first;
     }
-    if (*a.moved != a.version) {  // a graph that was captured before: what it knows of is gone
+    if (moved != a.version) {  // a graph that was captured before: what it knows of is gone
         if (blockIdx.x == 0 && tid == 0) atomicOr(a.counters + STATUS, MOVED);
         return;
     }

@@ -29,7 +29,9 @@
 #define FIRST 256  // where a block has more lists than this, anchors come before near keys
 #endif
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
+#ifndef OWN
 #define OWN 512
+#endif
 
 #include "attend_step.cuh"
 
@@ -62,7 +64,7 @@ struct Shared {
     union {
         struct {
             int histogram[BINS];
-            int rows[3 * OWN];  // lists in the bin of the cut, their ranks and what they count
+            int rows[4 * OWN];  // lists in the bin of the cut, their ranks, what they count, and sizes
         };
         float merged[CLUSTER][SLICE];
     };
@@ -71,8 +73,8 @@ struct Shared {
     float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
     float nearest[CLUSTER][ATTENDING][G];  // largest logits of near keys, of the warps of all blocks
     float variance[G], norm[G], near_bound[G], bound[G], basis[G], query_scale[G], unit[G];
-    u64 cut;  // rank and number of the first list that is not visited whole; `cut_keys` of its keys are
-    int boundary, reached, owned, cut_keys, scan, dealt;
+    u64 cut;  // rank and number of the first list that is not visited whole
+    int boundary, reached, owned, total, scan, dealt;
 };
 
 // The digits of the queries (whole_route.cuh) are there: who attends says so, and who chooses waits for it.

@@ -15,18 +15,6 @@ __device__ __forceinline__ void load_pages(const Step& p, int stream, int start,
     }
 }
 
-// Rank and size of each list, then how many of the pages that are fetched come before it, and how many of its keys are.
-struct Ranked {
-    int2* at;
-    int pages;  // of this thread's lists
-    __device__ __forceinline__ float rank(int list) const { return __int_as_float(at[list].x); }
-    __device__ __forceinline__ int size(int list) const { return at[list].y; }
-    __device__ __forceinline__ void take(int list, int visit) {
-        at[list].x = visit;
-        pages += (visit + LANES - 1) / LANES;
-    }
-};
-
 // Ask for what this block reads later, whatever is chosen: those who attend do, while lists are chosen.
 __device__ __forceinline__ void prefetch_rest(const Step& p, int stream, int rank, i64 row, int own) {
     const i64 pages = (i64)stream * p.most_pages;
@@ -135,46 +123,173 @@ __device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int coded
     return (int)fmin((double)(left / p.row_bytes), 2147483647.);
 }
 
+// What stands in the place of a rank when it is known that a list is visited whole, or not: no numbers.
+#define WHOLE 0x7fffffff
+#define NONE -1
+
+__device__ __forceinline__ int pages_of(int keys) { return (keys + LANES - 1) / LANES; }
+__device__ __forceinline__ int weight_of(const Step& p, float rank, int size) {
+    return list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size);
+}
+
+// Of lists that count from `before` on: how many keys are visited.
+__device__ __forceinline__ int keys_visited(const Step& p, int limit, int before, int weight, int size) {
+    if (p.nprobe || p.top_p > 0.f) return before < limit ? size : 0;
+    return min(size, max(0, limit - before));
+}
+
+// A thread's lists: two and two.
+#define FOR_OWN_LISTS \
+    for (int list = 2 * threadIdx.x; list < p.lists; list += list % 2 ? 2 * CHOOSERS - 1 : 1)
+
+// Decide about the lists in the bin of the cut where there is no room to note them: nearly all ranks are the same. Of
+// the lists that stay ranked each thread decides about its own, and adds up their pages.
+__device__ __noinline__ int decide_of_many(const Step& p, Shared& s, int limit, int2* table) {
+    u64 first = 0;  // rank and number of the first list that is not visited whole
+    int left = 0, pages = 0;
+#pragma unroll 1
+    FOR_OWN_LISTS {
+        const float rank = __int_as_float(table[list].x);
+        if (!(rank > -INFINITE)) continue;
+        int before = s.reached;
+#pragma unroll 1
+        for (int j = 0; j < p.lists; ++j) {
+            const float other = __int_as_float(table[j].x);
+            if (other > rank || (other == rank && j < list)) before += weight_of(p, other, table[j].y);
+        }
+        const int visit = keys_visited(p, limit, before, weight_of(p, rank, table[list].y), table[list].y);
+        const u64 place = (u64)__float_as_uint(rank) << 32 | (u32)~list;
+        if (visit < table[list].y && place > first) first = place, left = visit;
+    }
+    if (threadIdx.x == 0) s.cut = 0;
+    meet_choosers();
+    if (first) atomicMax(&s.cut, first);
+    meet_choosers();
+    const u64 cut = s.cut;
+#pragma unroll 1
+    FOR_OWN_LISTS {
+        const float rank = __int_as_float(table[list].x);
+        if (!(rank > -INFINITE)) continue;
+        const u64 place = (u64)__float_as_uint(rank) << 32 | (u32)~list;
+        if (place == cut) table[list].y = left;
+        table[list].x = place >= cut ? WHOLE : NONE;
+        pages += place >= cut ? pages_of(table[list].y) : 0;
+    }
+    meet_choosers();
+    return pages;
+}
+
 // Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all
-// blocks fetch; `table` says which.
+// blocks fetch; `table`, first ranks and sizes, then says how many of them come before each list, and how many keys of
+// the list are visited.
 __device__ __forceinline__ int select(
     const Step& p, Shared& s, int rank, int first, int own, const float* logits, const int* sizes, int2* table,
     int2* sent  // stays as it is sent, while `table` changes
 ) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < own; i += CHOOSERS) {
+    for (int i = threadIdx.x; i < (own + 1) / 2 * 2; i += CHOOSERS) {
+        const int size = i < own ? sizes[i] : 0;
         float weight = -INFINITE;
-        if (sizes[i]) {
+        if (size) {
             weight = pooled_weight(logits + i * G, s.norm, POLICY, 0);
-            if (p.by_mass) weight *= (float)sizes[i];
+            if (p.by_mass) weight *= (float)size;
         }
-        table[first + i] = sent[i] = make_int2(__float_as_int(weight), sizes[i]);
+        table[first + i] = sent[i] = make_int2(__float_as_int(weight), size);
     }
     end_writing();
     meet_choosers();
     if (threadIdx.x < CLUSTER && threadIdx.x != rank && own)
         send_many(table + first, sent, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
     await(&s.exchanges[RANK]);
-    Ranked lists = {table, 0};
-#pragma unroll TOGETHER
-    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
-        const int size = lists.size(list);
-        const float weight = lists.rank(list);
-        if (!size) continue;
-        atomicAdd(s.histogram + bin_of_weight(weight), list_weight(p, p.by_mass ? __fdividef(weight, (float)size) : weight, size));
-    }
-    cut_lists(p, s, lists);
-    // Thread by thread, the pages of lists make up a row that is dealt out to the blocks.
-    int before = sum_before(s, lists.pages);
-    const int lane = threadIdx.x % WARP, total = warp_sum_int(lane < CHOOSING ? ((int*)s.reduced)[lane] : 0);
+    int4* two = (int4*)table;  // lists at a time
+    const int pairs = (p.lists + 1) / 2;
 #pragma unroll 2
-    for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
-        const int taken = table[list].x;
-        table[list] = make_int2(before, taken);
-        before += (taken + LANES - 1) / LANES;
+    for (int i = threadIdx.x; i < pairs; i += CHOOSERS) {
+        const int4 x = two[i];
+        if (x.y) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.x)), weight_of(p, __int_as_float(x.x), x.y));
+        if (x.w) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.z)), weight_of(p, __int_as_float(x.z), x.w));
+    }
+    const int limit = limit_of(p, s);
+    find_bin(s, limit);
+    const int boundary = s.boundary;
+    int pages = 0;
+    const auto decide = [&](int list, int& rank, int size) {
+        const int bin = size ? bin_of_weight(__int_as_float(rank)) : -2;
+        if (bin == boundary) {
+            const int own = atomicAdd(&s.owned, 1);
+            if (own < OWN) {
+                s.rows[own] = list;
+                s.rows[OWN + own] = rank;
+                s.rows[2 * OWN + own] = weight_of(p, __int_as_float(rank), size);
+                s.rows[3 * OWN + own] = size;
+            }
+        } else {
+            pages += bin > boundary ? pages_of(size) : 0;
+            rank = bin > boundary ? WHOLE : NONE;
+        }
+    };
+#pragma unroll 2
+    for (int i = threadIdx.x; i < pairs; i += CHOOSERS) {
+        int4 x = two[i];
+        decide(2 * i, x.x, x.y);
+        decide(2 * i + 1, x.z, x.w);
+        two[i] = x;
     }
     meet_choosers();
-    return total;
+    const int owned = s.owned;
+    if (owned > OWN) pages += decide_of_many(p, s, limit, table);
+    // Thread by thread, the pages of lists make up a row that is dealt out to the blocks.
+    int before = sum_before(s, pages);
+    const int lane = threadIdx.x % WARP, certain = warp_sum_int(lane < CHOOSING ? ((int*)s.reduced)[lane] : 0);
+    const auto place = [&](int& rank, int& size) {
+        if (rank != WHOLE && rank != NONE) return;
+        const int visit = rank == WHOLE ? size : 0;
+        rank = before, size = visit;
+        before += pages_of(visit);
+    };
+    if (threadIdx.x == 0) s.total = certain;
+    if (owned > OWN) {
+#pragma unroll 1
+        FOR_OWN_LISTS place(table[list].x, table[list].y);
+    } else {
+#pragma unroll 2
+        for (int i = threadIdx.x; i < pairs; i += CHOOSERS) {
+            int4 x = two[i];
+            const bool first = x.x == WHOLE || x.x == NONE, second = x.z == WHOLE || x.z == NONE;
+            place(x.x, x.y);
+            place(x.z, x.w);
+            if (first) table[2 * i] = make_int2(x.x, x.y);
+            if (second) table[2 * i + 1] = make_int2(x.z, x.w);
+        }
+    }
+    meet_choosers();
+    if (owned > OWN) return certain;
+    // In the bin of the cut, lists come one after another, those of equal rank in their own order: eight lanes look at
+    // those that may come before one.
+#pragma unroll 1
+    for (int start = 0; start < owned; start += CHOOSERS / 8) {
+        const int at = start + threadIdx.x / 8, i = min(at, owned - 1), list = s.rows[i];
+        const float own_rank = __int_as_float(s.rows[OWN + i]);
+        int weights = 0, come = 0;
+#pragma unroll 2
+        for (int j = threadIdx.x % 8; j < owned; j += 8) {
+            const float other = __int_as_float(s.rows[OWN + j]);
+            if (other > own_rank || (other == own_rank && s.rows[j] < list))
+                weights += s.rows[2 * OWN + j], come += pages_of(s.rows[3 * OWN + j]);
+        }
+#pragma unroll
+        for (int step = 1; step < 8; step <<= 1) {
+            weights += __shfl_xor_sync(FULL, weights, step);
+            come += __shfl_xor_sync(FULL, come, step);
+        }
+        const int size = s.rows[3 * OWN + i], visit = keys_visited(p, limit, s.reached + weights, s.rows[2 * OWN + i], size);
+        if (at < owned && threadIdx.x % 8 == 0) {
+            table[list] = make_int2(certain + come, visit);
+            if (visit) atomicMax(&s.total, certain + come + pages_of(visit));
+        }
+    }
+    meet_choosers();
+    return s.total;
 }
 
 // Deal out the pages of visited lists: a block looks through its share of all pages of the stream, of which the first

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from saapindex.attention import AttendParameters, AttentionIndex, fit_layer
+from saapindex.attention.device_cut import near_places
 from saapindex.attention.shares import HeadShares
 from saapindex.attention.streams import to_streams
 from saapindex.backends.cuda import step as launched
@@ -161,7 +162,7 @@ class Case:
                     )
                     compare_selections(out, self.index.select(self.q[:, :, 0], params=params), str(way))
 
-    def compare_whole(self, folder, shape, ways):
+    def compare_whole(self, folder, shape, ways, **more):
         """The kernel that reads whole lists, whose output is the same in every bit each time."""
         x, group = self.index._grouped(self.q)
         lists, d = self.streams.anchors.shape[1:]
@@ -171,7 +172,7 @@ class Case:
             fetched = most_fetched(limits, lists, self.streams.pages.shape[1])
             shared = whole_shared(shape, d, group, lists, fetched, size, mixed=True)
             policy = launched.POLICIES[limits.policy] if group > 1 else 0
-            macros = {key: value for key, value in self.macros.items() if key != "WORDS"}
+            macros = {key: value for key, value in self.macros.items() if key != "WORDS"} | more
             run = whole_kernel(folder, **macros, POLICY=policy, **dict(zip(MACROS, shape, strict=True)))
             want, want_lse = self.index._attend(self.index._batch, x, self.index._last(None, 1), params, True)
             space = launched.Workspace.empty(self.streams, self.code, group, 1, (1, 32), np)
@@ -287,6 +288,54 @@ def test_whole_lists(folder, shape, launch, options):
     ways = [way for way in WAYS if way.get("refine") is not False and way.get("budget") != 1]
     ways = [way for way in ways if way.get("policy") != "union" and (shape[1] > 1 or "policy" not in way)]
     case.compare_whole(folder, Shape(*launch), ways if shape[0] == 16 else ways[:3])
+
+
+def test_equal_ranks(folder):
+    """More lists in the bin of the cut than there is room for: those of equal rank come in their own order."""
+    case = Case(16, 2, 2, 900, 17, 1, "float32", 1)
+    case.q[:] = 0
+    for room in (1, 17):
+        ways = [{"budget": 0.2}, {"budget": 0.5, "remainder": False}, {"nprobe": 3}, {"top_p": 0.6}]
+        case.compare_whole(folder, Shape(3, 64, 32, 2), ways, OWN=room)
+
+
+@pytest.mark.parametrize(("n", "near"), [(900, True), (900, False), (60, True)])
+def test_token_of_the_step(folder, n, near):
+    """A step adds its token first, in the ring and in the lengths."""
+    case = Case(16, 2, 2, n, 8, 1, "float16", 1, batch=2)
+    shape, rng = Shape(2, 128, 64, 2), np.random.default_rng(5)
+    k, v = rng.standard_normal((2, 2, 2, 1, 16)).astype(np.float16)
+    params, limits, _ = case.limits({"budget": 0.2, "refine": False})
+    macros = {key: value for key, value in case.macros.items() if key != "WORDS"}
+    run = whole_kernel(folder, **macros, POLICY=0, **dict(zip(MACROS, shape, strict=True)))
+    fetched = most_fetched(limits, 8, case.streams.pages.shape[1])
+    shared = whole_shared(shape, 16, 2, 8, fetched, 2, mixed=True)
+    space = launched.Workspace.empty(case.streams, case.code, 2, 1, (1, 32), np)
+    tickets, moved = np.zeros(2, np.uint32), np.array([3], np.int32)
+    x = case.index._grouped(case.q)[0]
+    out, lse = np.full_like(x, np.nan), np.full(x.shape[:3], np.nan, np.float32)
+    old = case.streams.lengths.copy(), case.streams.near_keys.copy()
+    for version in (2, 3):  # of arrays that have moved, and of these
+        token = launched.NewToken(k, v, moved, version, tickets)
+        common = x, case.streams, case.code, case.scaling, limits, space, out, lse
+        run(4 * shape.cluster, shape.threads, shared, launched.step(*common, token=token, near=near))
+        assert not tickets.any()
+        if version == 2:
+            np.testing.assert_array_equal(case.streams.lengths, old[0])
+            np.testing.assert_array_equal(case.streams.near_keys, old[1])
+    case.index.add(k, v)
+    batch = case.index._batch
+    want, want_lse = case.index._attend(batch, x, case.index._last(None, 1), params, near)
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-4)
+    now = to_streams(batch, fill=255)
+    np.testing.assert_array_equal(case.streams.lengths, now.lengths)
+    for b, s in enumerate(batch.sequences):
+        at = near_places(now, np.arange(min(s.length, case.index.sinks)))
+        at = np.concatenate([at, near_places(now, np.arange(s.recent.start, s.length))])
+        for stream in (2 * b, 2 * b + 1):
+            np.testing.assert_array_equal(case.streams.near_keys[stream, at], now.near_keys[stream, at])
+            np.testing.assert_array_equal(case.streams.near_values[stream, at], now.near_values[stream, at])
 
 
 @pytest.mark.parametrize("units", [1, 4, 7, 8, 16, 64, 200])

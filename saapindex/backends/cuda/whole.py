@@ -70,7 +70,7 @@ def whole_shared(
         + 4 * group * d
         + 192 * group * -(-d // 64)
         + (3 if mixed or itemsize == 4 else 1) * 32 * (8 * steps + 4)
-        + max(4 * (BINS + 3 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
+        + max(4 * (BINS + 4 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
         + 4 * group * (5 * cluster + cluster * attending + 7)
         + 80
