@@ -26,7 +26,7 @@
 #define PER ((D <= 128 ? 2 : 1))        // lists of a thread whose sizes it asks for at once
 #define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
 #ifndef FIRST
-#define FIRST 256  // where a block has more lists than this, anchors come before near keys
+#define FIRST 256  // where a block has more lists than this, anchors and second orders come before near keys
 #endif
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
 #ifndef OWN
@@ -45,15 +45,6 @@ enum { ANCHORS, ROUTED, SECOND, NORM, RANK, PAGE, NEAREST, PEAK, RESULT, EXCHANG
 #define STAMP_OF(thread, i)
 #endif
 #define STAMP(i) STAMP_OF(0, i)
-#ifdef DETAIL
-#define STAMP_ATT(i)
-#define STAMP_D(i) STAMP(i)
-#define STAMP_L(i)
-#else
-#define STAMP_D(i)
-#define STAMP_L(i) STAMP(i)
-#define STAMP_ATT(i) STAMP_OF(CHOOSERS, i)
-#endif
 
 // What the threads of a block share. Behind it: tiles, then arrays of a length known at run time.
 struct Shared {
@@ -80,7 +71,10 @@ struct Shared {
 // The digits of the queries (whole_route.cuh) are there: who attends says so, and who chooses waits for it.
 __device__ __forceinline__ void give_digits() { asm volatile("bar.arrive 2, %0;" ::"n"(THREADS) : "memory"); }
 __device__ __forceinline__ void await_digits() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
-__device__ __forceinline__ void meet_choosers() { asm volatile("bar.sync 1, %0;" ::"n"(CHOOSERS) : "memory"); }
+__device__ __forceinline__ void meet_some(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void meet_choosers() { meet_some(1, CHOOSERS); }
 
 #include "attend_common.cuh"
 #include "attend_rows.cuh"
@@ -174,8 +168,6 @@ attend_whole(const __grid_constant__ Step p) {
     clear(mine);
     u32 turns = 0;  // in which lists were left for later
     if (warp < CHOOSING) {
-        const int first_row = share_of(p.coded_most, rank, CLUSTER) + CHOOSING - 1 - warp;
-        const int last_row = share_of(p.coded_most, rank + 1, CLUSTER);
         float* scales = (float*)sizes;  // of anchors, until sizes are known
         if (thread == 0) {
             const u32 bytes = min(own, ROOM) * D;
@@ -207,21 +199,9 @@ attend_whole(const __grid_constant__ Step p) {
         if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded, weight);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
-        STAMP_D(7);
-        sum_seconds(p, s, head, first_row, last_row);
-        STAMP_D(8);
+        if (own <= FIRST) send_seconds(p, s, head, rank, 0, CHOOSERS);
         wait_copies<0>();
-        STAMP_D(9);
         meet_choosers();
-        STAMP_D(10);
-        wait_in_cluster();
-        STAMP_D(11);
-        FOR_RANKS_AND_HEADS {
-            float sum = 0.f;
-#pragma unroll 4
-            for (int w = 0; w < CHOOSING; ++w) sum += s.reduced[w][g];
-            send_4(&s.seconds[rank][g], to, __float_as_uint(p.scale * p.scale / 2.f * sum), &s.exchanges[SECOND]);
-        }
         await(&s.exchanges[ANCHORS]);
         await_digits();
 #pragma unroll 1
@@ -238,6 +218,7 @@ attend_whole(const __grid_constant__ Step p) {
         const int count = p.counts[unit];
         Pages some;
         load_pages(p, unit, rank * CHOOSERS + thread, some);
+        if (own > FIRST) wait_in_cluster();
         if (thread < G) {
             await(&s.exchanges[SECOND]);
             float sum = 0.f;
@@ -284,7 +265,10 @@ attend_whole(const __grid_constant__ Step p) {
         };
         load_queries(p, s, unit);
         split_queries(s);
-        if (own > FIRST) await(&s.exchanges[ANCHORS]);
+        if (own > FIRST) {
+            send_seconds(p, s, head, rank, CHOOSERS, THREADS - CHOOSERS);
+            await(&s.exchanges[ANCHORS]);
+        }
         u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;
         // First near keys, some of them while the last stage holds anchors, then pages.
         enum { SOME, NEAR, PAGES };
@@ -305,8 +289,8 @@ attend_whole(const __grid_constant__ Step p) {
             for (int stage = 0; stage < stages; ++stage) fetch(phase, first + stage * ATTENDING, stage);
             if (phase == SOME) {
                 if (adding && rank == CLUSTER - 1 && warp == CHOOSING) store_near(p, near, old, key, value);
-                wait_in_cluster();
-                STAMP_ATT(6);
+                if (own <= FIRST) wait_in_cluster();
+                STAMP_OF(CHOOSERS, 6);
             }
 #pragma unroll 1
             for (int i = first, stage = 0; i < count; i += ATTENDING) {
@@ -324,7 +308,7 @@ attend_whole(const __grid_constant__ Step p) {
                 begin = count, count = all;
                 await(&s.exchanges[ROUTED]);
             } else if (phase == NEAR) {
-                STAMP_ATT(7);
+                STAMP_OF(CHOOSERS, 7);
                 find_peak(mine);
                 if (lane / 4 < G && lane % 4 == 0)
 #pragma unroll 1
@@ -335,7 +319,7 @@ attend_whole(const __grid_constant__ Step p) {
                 begin = 0, count = s.dealt;
             }
         }
-        STAMP_ATT(8);
+        STAMP_OF(CHOOSERS, 8);
     }
     u32 ticket = 0;
     // The largest exact logit bounds the estimates, and all weights are relative to it.
@@ -360,7 +344,7 @@ attend_whole(const __grid_constant__ Step p) {
         s.basis[thread] = known ? top : s.norm[thread] > -INFINITE ? s.norm[thread] : 0.f;
     }
     __syncthreads();
-    STAMP_L(9);
+    STAMP(9);
     refer(mine, s.basis[min(lane / 4, G - 1)]);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 2);
@@ -379,7 +363,7 @@ attend_whole(const __grid_constant__ Step p) {
         add_deferred(p, s, row, own, table + first_list, logits, sizes, turns, own_found);
     }
     __syncthreads();
-    STAMP_L(10);
+    STAMP(10);
 #pragma unroll 1
     for (int start = 0; start < G * D; start += THREADS) {
         const int at = start + thread, g = at / D;
@@ -413,5 +397,5 @@ attend_whole(const __grid_constant__ Step p) {
         if (adds(p, old, p.first[sequence])) p.lengths[sequence] = old + 1;
         p.tickets[sequence] = 0;
     }
-    STAMP_L(11);
+    STAMP(11);
 }

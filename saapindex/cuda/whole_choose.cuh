@@ -28,13 +28,20 @@ __device__ __forceinline__ void prefetch_rest(const Step& p, int stream, int ran
     for (int list = 32 * thread; list < own; list += 32 * threads) prefetch(p.mean_scales + row + list);
 }
 
-// This block's part of the second orders of the queries: of its share of the rotated dimensions. The last warps begin,
-// since the first have more lists.
-__device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, int start, int last) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+// A thread for each rank and head, which sends to that rank what warps of this block left.
+#define FOR_RANKS_AND_HEADS                           \
+    if (threadIdx.x < CLUSTER * G)                    \
+        for (int to = threadIdx.x / G, g = threadIdx.x % G; to >= 0; to = -1)
+
+// Tell all blocks this block's part of the second orders of the queries: of its share of the rotated dimensions. Those
+// who choose do it, from thread 0, or those who attend, from thread CHOOSERS; the others wait in the cluster themselves.
+__device__ __forceinline__ void send_seconds(const Step& p, Shared& s, int head, int rank, int first, int threads) {
+    const int lane = threadIdx.x % WARP, warp = (threadIdx.x - first) / WARP, warps = threads / WARP;
+    const int last = share_of(p.coded_most, rank + 1, CLUSTER);
     float second[G] = {};
+    // The last warps begin, since the first have more lists.
 #pragma unroll 1
-    for (int r = start; r < last; r += CHOOSING) {
+    for (int r = share_of(p.coded_most, rank, CLUSTER) + warps - 1 - warp; r < last; r += warps) {
         const i64 row = (i64)head * p.coded_most + r;
         const float* at = p.inverse + row * D + lane;
         const float spread = p.spread[row];
@@ -54,13 +61,18 @@ __device__ __forceinline__ void sum_seconds(const Step& p, Shared& s, int head, 
     }
 #pragma unroll
     for (int g = 0; g < G; ++g)
-        if (lane == 0) s.reduced[warp][g] = second[g];
+        if (lane == 0) s.reduced[threadIdx.x / WARP][g] = second[g];
+    meet_some(first ? 3 : 1, threads);
+    wait_in_cluster();
+#pragma unroll 1
+    for (int i = threadIdx.x - first; i < CLUSTER * G; i += threads) {
+        const int to = i / G, g = i % G;
+        float sum = 0.f;
+#pragma unroll 4
+        for (int w = 0; w < warps; ++w) sum += s.reduced[first / WARP + w][g];
+        send_4(&s.seconds[rank][g], to, __float_as_uint(p.scale * p.scale / 2.f * sum), &s.exchanges[SECOND]);
+    }
 }
-
-// A thread for each rank and head, which sends to that rank what warps of this block left.
-#define FOR_RANKS_AND_HEADS                           \
-    if (threadIdx.x < CLUSTER * G)                    \
-        for (int to = threadIdx.x / G, g = threadIdx.x % G; to >= 0; to = -1)
 
 // Logits of this block's lists, and the norms of all lists.
 __device__ __forceinline__ void find_norms(
@@ -203,7 +215,7 @@ __device__ __forceinline__ int select(
     await(&s.exchanges[RANK]);
     int4* two = (int4*)table;  // lists at a time
     const int pairs = (p.lists + 1) / 2;
-#pragma unroll 2
+#pragma unroll 4
     for (int i = threadIdx.x; i < pairs; i += CHOOSERS) {
         const int4 x = two[i];
         if (x.y) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.x)), weight_of(p, __int_as_float(x.x), x.y));
@@ -213,27 +225,33 @@ __device__ __forceinline__ int select(
     find_bin(s, limit);
     const int boundary = s.boundary;
     int pages = 0;
-    const auto decide = [&](int list, int& rank, int size) {
+    const auto decide = [&](int& rank, int size) {
         const int bin = size ? bin_of_weight(__int_as_float(rank)) : -2;
-        if (bin == boundary) {
-            const int own = atomicAdd(&s.owned, 1);
-            if (own < OWN) {
-                s.rows[own] = list;
-                s.rows[OWN + own] = rank;
-                s.rows[2 * OWN + own] = weight_of(p, __int_as_float(rank), size);
-                s.rows[3 * OWN + own] = size;
-            }
-        } else {
-            pages += bin > boundary ? pages_of(size) : 0;
-            rank = bin > boundary ? WHOLE : NONE;
-        }
+        if (bin == boundary) return 1u;
+        pages += bin > boundary ? pages_of(size) : 0;
+        rank = bin > boundary ? WHOLE : NONE;
+        return 0u;
     };
-#pragma unroll 2
-    for (int i = threadIdx.x; i < pairs; i += CHOOSERS) {
-        int4 x = two[i];
-        decide(2 * i, x.x, x.y);
-        decide(2 * i + 1, x.z, x.w);
-        two[i] = x;
+    // Lists in the bin of the cut are noted afterwards: few of a warp's, which would hold up all others one by one.
+#pragma unroll 1
+    for (int first = threadIdx.x; first < pairs; first += 16 * CHOOSERS) {
+        u32 open = 0;
+#pragma unroll 4
+        for (int k = 0; k < 16; ++k) {
+            const int i = first + k * CHOOSERS;
+            if (i >= pairs) break;
+            int4 x = two[i];
+            open |= (decide(x.x, x.y) | decide(x.z, x.w) << 1) << 2 * k;
+            two[i] = x;
+        }
+#pragma unroll 1
+        for (; open; open &= open - 1) {
+            const int bit = __ffs(open) - 1, list = 2 * (first + bit / 2 * CHOOSERS) + bit % 2;
+            const int own = atomicAdd(&s.owned, 1), rank = table[list].x, size = table[list].y;
+            if (own >= OWN) continue;
+            s.rows[own] = list, s.rows[OWN + own] = rank, s.rows[3 * OWN + own] = size;
+            s.rows[2 * OWN + own] = weight_of(p, __int_as_float(rank), size);
+        }
     }
     meet_choosers();
     const int owned = s.owned;
@@ -298,9 +316,10 @@ __device__ __forceinline__ void deal_pages(
     const Step& p, Shared& s, int stream, int rank, int count, Pages& some, const int2* table, int* pages
 ) {
     const int step = CLUSTER * CHOOSERS;
+    Pages next;
 #pragma unroll 1
-    for (int start = rank * CHOOSERS + threadIdx.x, turn = 0; start < count; start += PAGES_AHEAD * step, ++turn) {
-        if (turn) load_pages(p, stream, start, some);
+    for (int start = rank * CHOOSERS + threadIdx.x; start < count; start += PAGES_AHEAD * step) {
+        load_pages(p, stream, start + PAGES_AHEAD * step, next);
 #pragma unroll
         for (int k = 0; k < PAGES_AHEAD; ++k) {
             if (start + k * step >= count) break;
@@ -309,5 +328,6 @@ __device__ __forceinline__ void deal_pages(
             if (keys > 0)
                 send_4(pages + index / CLUSTER, index % CLUSTER, (u32)(some.places[k] << 5 | keys), &s.exchanges[PAGE]);
         }
+        some = next;
     }
 }

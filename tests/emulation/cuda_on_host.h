@@ -113,13 +113,12 @@ inline void fetch_bytes(void* to, const void* from, unsigned bytes, void* barrie
 inline void send_emulated(void* to, int rank, std::initializer_list<unsigned> words, void* barrier) {
     send_bytes(to, words.begin(), 4 * words.size(), rank, barrier);
 }
-// The first threads of a block meet.
-static std::vector<Block> some;
-static std::vector<Block> others;  // some wait, others come by
+// Some threads of a block meet at a barrier of a number; some wait there, others come by.
+static std::vector<Block> some[4];
+inline Block& some_of_block(int barrier) { return some[barrier][blockIdx.x]; }
 inline void come_by(Block& group, unsigned members) {
     if (++group.waiting == members) group.waiting = 0, ++group.turn;
 }
-inline void meet_some(unsigned members) { meet(some[blockIdx.x], members); }
 inline void meet_in_cluster() { meet(clusters[blockIdx.x / CLUSTER], threads_of_block * CLUSTER); }
 
 inline void __syncthreads() { meet(this_block(), threads_of_block); }
@@ -295,8 +294,7 @@ static int run_grid(unsigned grid, unsigned threads, size_t shared, std::functio
     fibers.assign((size_t)grid * threads, Fiber());
     blocks.assign(grid, Block());
     clusters.assign(grid, Block());
-    some.assign(grid, Block());
-    others.assign(grid, Block());
+    for (auto& group : some) group.assign(grid, Block());
     warps.assign((size_t)grid * (threads / 32), Warp());
     for (Block& block : blocks) block.shared.assign(shared, (char)0xff);
     for (size_t i = 0; i < fibers.size(); ++i) {
