@@ -5,8 +5,9 @@
     python bench/decode.py    # Llama-3.1-8B's shape; writes bench/results/decode.json
 
 One layer, one token: an `AttentionIndex` adds it and attends, several of them one after another in a CUDA
-graph, so that each step finds its keys in memory and not in a cache. Dense attention is torch's SDPA in the
-same run. Keys are made up: an imbalanced mixture, lists as uneven as those of real contexts.
+graph, so that each step finds its keys in memory and not in a cache; one launch sees to the windows of all.
+Dense attention is torch's SDPA in the same run. Keys are made up: an imbalanced mixture, lists as uneven as
+those of real contexts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from saapindex.attention import AttendParameters, AttentionIndex, LayerCodebook
+from saapindex.attention import AttendParameters, AttentionIndex, LayerCodebook, flush_layers
 from saapindex.backends.cuda.attend import attend_streams
 from saapindex.backends.cuda.whole import shape_of
 from saapindex.codes import fit_codes
@@ -218,6 +219,7 @@ def sparse(batch: int, n: int, layers: int) -> dict[str, dict[str, Any]]:
                 index.attend(q, params=params)
 
         def step(params: AttendParameters = params) -> None:
+            flush_layers(indexes)
             for index in indexes:
                 index.attend(q, k=new, v=new, params=params)
 

@@ -1,6 +1,7 @@
 """Sparse attention over the keys of a layer."""
 
 from saapindex.attention.cache import PagedCache
+from saapindex.attention.flushing import flush_layers
 from saapindex.attention.index import AttentionIndex
 from saapindex.attention.layer import LayerCodebook, fit_layer
 from saapindex.attention.memory import MemoryStatement
@@ -22,5 +23,6 @@ __all__ = [
     "Selection",
     "SlotIndex",
     "fit_layer",
+    "flush_layers",
     "merge",
 ]

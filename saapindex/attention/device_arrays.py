@@ -57,6 +57,7 @@ class DeviceArrays:
         self._tickets = xp.zeros(len(centroids), np.uint32)
         self._known: tuple[Ints, Ints] | None = None
         self._captured_once = False
+        self._flushed = False  # whether keys that are due have left before the next token of a captured step
         self._begun = 0  # pages of a stream, at most
         self._forms: tuple[Array, Array, Array, Array] | None = None
         self._made: tuple[Any, int] | None = None

@@ -161,7 +161,10 @@ class DeviceBatch(DeviceArrays):
         keys, values = (_rows_contiguous(x, self.keeping.xp) for x in (keys, values))
         pool = self.keeping.pool
         if capturing(self.keeping.xp):
-            self._captured(keys, values, None, later=True)
+            if self._flushed:
+                self._flushed = False
+            else:
+                self._captured(keys, values, None, later=True)
         else:
             lengths, first = self.lengths + 1, self.first
             if (self.keeping.window_start(lengths, first) > first).any():
@@ -174,14 +177,25 @@ class DeviceBatch(DeviceArrays):
             raise InvalidInputError(
                 "lengths and masks cannot be captured in a graph, expected keys for all sequences"
             )
+        self._begin_capture()
+        self._launch(keys, values, None, None, None, many=False, later=later)
+        return self
+
+    def _begin_capture(self) -> None:
         if not self.reserved:
             raise InvalidInputError(
                 "an addition is captured in a graph, but no room was reserved for it: call reserve(tokens) "
                 "before, with as many tokens as all replays will add"
             )
-        self._launch(keys, values, None, None, None, many=False, later=later)
         self._known, self._captured_once, self.keeping.pool.captured = None, True, True
-        return self
+        self._flushed = False
+
+    def to_flush(self) -> Any:
+        """Return the argument of a flush before the next token of a captured step: see `flush_streams`."""
+        if capturing(self.keeping.xp):
+            self._begin_capture()
+            self._flushed = True
+        return self._argument()
 
     def _launch(
         self,

@@ -9,7 +9,7 @@
 // in an order that does not depend on the schedule, so a flush gives the same bits each time it is run.
 //
 // Compiled with -DELEMENT, -DD, the dimensions of a key (a multiple of 8), and -DBLOCKS, how many blocks of the grid a
-// multiprocessor has: 1, or 2 where the lists of entering keys are known.
+// multiprocessor has: 1, or 2 where the lists of entering keys are known. With -DSTATES for so many states at once.
 
 #define THREADS 256
 #define WARPS (THREADS / WARP)
@@ -56,8 +56,7 @@ __device__ void store_near(const State& a, const Plan* plans, int w, int n) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State a) {
-    extern __shared__ __align__(16) u8 memory[];
+__device__ __forceinline__ void append_to(const State& a, u8* memory) {
     int &needed = ((int*)memory)[0], &last = ((int*)memory)[1], &begun = ((int*)memory)[2];
     Plan* plans = (Plan*)(memory + 16);
     char* rest = (char*)(plans + a.batch);
@@ -177,3 +176,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
         for (int s = tid; s < streams; s += THREADS) a.amounts[s] = make_int2(0, 0);
     if (tid >= TICKET && tid <= NEXT) a.counters[tid] = 0;
 }
+
+#ifndef STATES
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const __grid_constant__ State a) {
+    extern __shared__ __align__(16) u8 memory[];
+    append_to(a, memory);
+}
+#else
+// The same of several states, the layers of a model, one after another: if a flush of any of them is due.
+struct States {
+    State of[STATES];
+    int count;
+};
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const __grid_constant__ States all) {
+    extern __shared__ __align__(16) u8 memory[];
+    int due = 0;
+    for (int i = threadIdx.x; i < all.count; i += THREADS) {
+        const State& a = all.of[i];
+        for (int b = 0; b < a.batch; ++b) {
+            const Plan plan = plan_of(a, b);
+            due |= plan.until > plan.first;
+        }
+    }
+    if (!__syncthreads_or(due)) return;
+#pragma unroll 1
+    for (int i = 0; i < all.count; ++i) {
+        append_to(all.of[i], memory);
+        __syncthreads();
+    }
+}
+#endif

@@ -26,7 +26,7 @@
 #define PER ((D <= 128 ? 2 : 1))        // lists of a thread whose sizes it asks for at once
 #define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
 #ifndef FIRST
-#define FIRST 256  // where a block has more lists than this, anchors and second orders come before near keys
+#define FIRST 256  // lists of a block from which on anchors and second orders come before near keys, if these are fewer
 #endif
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
 #ifndef OWN
@@ -160,6 +160,7 @@ attend_whole(const __grid_constant__ Step p) {
     int2* sent = (int2*)(logits + (most_own * G + 3) / 4 * 4);
     int* sizes = (int*)(sent + most_own);
     int* pages = sizes + most_own;
+    const bool lists_first = own > max(FIRST, FIRST ? (p.ring + p.sinks) / CLUSTER : 0);
     STAMP(0);
     if (thread == 0)
         for (int i = 0; i < EXCHANGES; ++i) begin_exchange(&s.exchanges[i]);
@@ -199,7 +200,7 @@ attend_whole(const __grid_constant__ Step p) {
         if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded, weight);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
-        if (own <= FIRST) send_seconds(p, s, head, rank, 0, CHOOSERS);
+        if (!lists_first) send_seconds(p, s, head, rank, 0, CHOOSERS);
         wait_copies<0>();
         meet_choosers();
         await(&s.exchanges[ANCHORS]);
@@ -218,7 +219,7 @@ attend_whole(const __grid_constant__ Step p) {
         const int count = p.counts[unit];
         Pages some;
         load_pages(p, unit, rank * CHOOSERS + thread, some);
-        if (own > FIRST) wait_in_cluster();
+        if (lists_first) wait_in_cluster();
         if (thread < G) {
             await(&s.exchanges[SECOND]);
             float sum = 0.f;
@@ -265,7 +266,7 @@ attend_whole(const __grid_constant__ Step p) {
         };
         load_queries(p, s, unit);
         split_queries(s);
-        if (own > FIRST) {
+        if (lists_first) {
             send_seconds(p, s, head, rank, CHOOSERS, THREADS - CHOOSERS);
             await(&s.exchanges[ANCHORS]);
         }
@@ -289,7 +290,7 @@ attend_whole(const __grid_constant__ Step p) {
             for (int stage = 0; stage < stages; ++stage) fetch(phase, first + stage * ATTENDING, stage);
             if (phase == SOME) {
                 if (adding && rank == CLUSTER - 1 && warp == CHOOSING) store_near(p, near, old, key, value);
-                if (own <= FIRST) wait_in_cluster();
+                if (!lists_first) wait_in_cluster();
                 STAMP_OF(CHOOSERS, 6);
             }
 #pragma unroll 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saapindex.attention import AttendParameters, AttentionIndex
+from saapindex.attention import AttendParameters, AttentionIndex, flush_layers
 from saapindex.attention.streams import as_host
 from saapindex.errors import DeviceMemoryError, InvalidInputError
 
@@ -204,9 +204,10 @@ class TestGraphs:
 
     STEPS = 150
 
+    @pytest.mark.parametrize("how", ["add", "with the step", "flushed before"])
     @pytest.mark.parametrize("refine", [True, False], ids=["codes", "whole_lists"])
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-    def test_torch(self, make_codebook, data, torch, dtype, refine):
+    def test_torch(self, make_codebook, data, torch, dtype, refine, how):
         params = AttendParameters(slopes=False, refine=refine)
         host, device = pair(make_codebook(), dtype, 2, adapt=0, sinks=3, params=params)
         k, v = data(np.random.default_rng(1), 2, 500 + self.STEPS)
@@ -223,22 +224,31 @@ class TestGraphs:
         eager = device.fork()
         eager.reserve(self.STEPS)
         stream = torch.cuda.Stream()
+        other = device.fork()
+        other.reserve(self.STEPS + 8)
         with torch.cuda.stream(stream):  # buffers are made outside of the capture
             device.attend(queries, budget=0.3)
+            other.attend(queries, budget=0.3)
+            flush_layers([device, other])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            device.add(keys, values)
-            out, lse = device.attend(queries, budget=0.3)
+            if how == "add":
+                device.add(keys, values)
+                out, lse = device.attend(queries, budget=0.3)
+            else:
+                if how == "flushed before":
+                    flush_layers([device, other])
+                    other.attend(queries, k=keys, v=values, budget=0.3)
+                out, lse = device.attend(queries, k=keys, v=values, budget=0.3)
         for i in range(500, 500 + self.STEPS):
             key, value = (torch.from_numpy(x[:, :, i : i + 1]).cuda().to(kind) for x in (k, v))
             keys.copy_(key)
             values.copy_(value)
             graph.replay()
-            eager.add(key, value)
+            there, there_lse = eager.attend(queries, k=key, v=value, budget=0.3)
             host.add(k[:, :, i : i + 1], v[:, :, i : i + 1])
             if i % 30 == 0:
-                there, there_lse = eager.attend(queries, budget=0.3)
                 torch.testing.assert_close(out, there, rtol=2e-2, atol=2e-2)
                 torch.testing.assert_close(lse, there_lse, rtol=1e-3, atol=1e-3)
                 here, _ = host.attend(queries.float().cpu().numpy(), budget=0.3)
@@ -247,7 +257,9 @@ class TestGraphs:
         assert device.list_sizes.sum() > 500
         same(host, device)
         same(host, eager)
-        whole([device, eager])
+        if how == "flushed before":
+            same(host, other)
+        whole([device, eager, other])
 
     def test_cupy(self, make_codebook, data, cupy):
         host, device = pair(make_codebook(), "float16", adapt=0)

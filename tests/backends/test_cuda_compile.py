@@ -21,6 +21,7 @@ MACROS = {
         {"ELEMENT": 1, "D": 80, "BLOCKS": 1},
         {"ELEMENT": 2, "D": 256, "BLOCKS": 1},
         {"ELEMENT": 2, "D": 256, "BLOCKS": 2},
+        {"ELEMENT": 1, "D": 128, "BLOCKS": 1, "STATES": 32},
     ],
     "assign": [
         *({"ELEMENT": e, "D": d} for e in ELEMENTS for d in SIZES),

@@ -20,7 +20,9 @@ __all__ = [
     "PagesInPool",
     "append_streams",
     "argument",
+    "flush_streams",
     "load",
+    "load_flush",
     "most_pages",
 ]
 
@@ -115,6 +117,9 @@ APPEND = np.dtype(
     align=True,
 )
 """The struct `State` of ``cuda/append.cu``."""
+STATES_MOST = 32
+"""States of one launch at most: what is passed to a kernel is limited to 32 kB by some."""
+STATES = np.dtype([("of", APPEND, (STATES_MOST,)), ("count", np.int32)], align=True)
 
 
 class PagesInPool(NamedTuple):
@@ -317,6 +322,31 @@ def append_streams(
     run((blocks,), (THREADS,), (made,), shared_mem=shared)
 
 
+def flush_streams(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]) -> None:
+    """Do the flushes that are due in several states before the next token: what `argument` returns for each.
+
+    Allocates nothing and waits for nothing, so that it can be captured in a graph.
+    """
+    for first in range(0, len(made), STATES_MOST):
+        some = made[first : first + STATES_MOST]
+        states = np.zeros(1, STATES)
+        states["count"] = len(some)
+        for i, one in enumerate(some):
+            states["of"][0, i] = one[0]
+        states["of"]["tokens"], states["of"]["later"] = 1, 1
+        run, blocks, shared = load_flush(some, d, dtype)
+        run((blocks,), (THREADS,), (states,), shared_mem=shared)
+
+
+def load_flush(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]) -> tuple[Any, int, int]:
+    """Return the kernel of `flush_streams`, compiled on the first call, its blocks, and their shared memory."""
+    shared = max(_shared_of(one, d) for one in made)
+    run = kernel(
+        "append", "append", shared=shared, D=d, ELEMENT=_element(dtype), BLOCKS=1, STATES=STATES_MOST
+    )
+    return run, _limits(get_cupy().cuda.runtime.getDevice())[0], shared
+
+
 def load(
     made: np.ndarray[Any, Any], d: int, dtype: np.dtype[Any], *, many: bool = False, stamps: bool = False
 ) -> tuple[Any, int, int]:
@@ -324,19 +354,26 @@ def load(
 
     Nothing can be loaded while a graph is captured, so this comes before.
     """
-    shared = shared_bytes(d, int(made["lists"][0]), int(made["coded_dimensions"][0]), int(made["batch"][0]))
+    shared = _shared_of(made, d)
     multiprocessors, most = _limits(get_cupy().cuda.runtime.getDevice())
     # Two blocks on a multiprocessor leave too few registers for an assignment.
     each = 2 if many and made["labels_in"][0] and 2 * (shared + 1024) <= most else 1
+    macros = {"STAMPS": 1} if stamps else {}
+    run = kernel("append", "append", shared=shared, D=d, ELEMENT=_element(dtype), BLOCKS=each, **macros)
+    return run, multiprocessors * each, shared
+
+
+def _element(dtype: np.dtype[Any]) -> int:
     names = {
         np.dtype(np.float16): "float16",
         np.dtype(np.uint16): "bfloat16",
         np.dtype(np.float32): "float32",
     }
-    macros = {"STAMPS": 1} if stamps else {}
-    element = ELEMENTS[names[np.dtype(dtype)]]
-    run = kernel("append", "append", shared=shared, D=d, ELEMENT=element, BLOCKS=each, **macros)
-    return run, multiprocessors * each, shared
+    return ELEMENTS[names[np.dtype(dtype)]]
+
+
+def _shared_of(made: np.ndarray[Any, Any], d: int) -> int:
+    return shared_bytes(d, int(made["lists"][0]), int(made["coded_dimensions"][0]), int(made["batch"][0]))
 
 
 @functools.cache
