@@ -12,12 +12,12 @@ __all__ = ["flush_layers"]
 
 
 def flush_layers(indexes: Sequence[AttentionStore]) -> None:
-    """Let keys that are due leave the windows of all layers, before each of them adds a token by `attend`.
+    """Let keys that are due leave the windows of all layers, before each adds a token by `attend`.
 
-    In a CUDA graph nobody but the device knows when that is, so each layer asks in a launch of its own, unless
-    this has asked for all of them in one. Call it at the beginning of what is captured, and on the same stream
-    before, as one warms up a graph: then the kernel is there. Outside of a capture, and on the host, `add` and
-    `attend` see to it themselves, and nothing is done.
+    In a CUDA graph nobody but the device knows when that is, so each layer asks in a launch of its own,
+    unless this has asked for all of them in one. Call it at the beginning of what is captured, and before, as
+    one warms up a graph: then the kernel is there. Outside of a capture, and on the host, `add` and `attend`
+    see to it themselves, and nothing is done.
 
     Parameters
     ----------

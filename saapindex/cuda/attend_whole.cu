@@ -26,7 +26,7 @@
 #define PER ((D <= 128 ? 2 : 1))        // lists of a thread whose sizes it asks for at once
 #define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
 #ifndef FIRST
-#define FIRST 256  // lists of a block from which on anchors and second orders come before near keys, if these are fewer
+#define FIRST 256  // lists of a block from which on these come before near keys, of which large clusters have few
 #endif
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
 #ifndef OWN
@@ -160,7 +160,7 @@ attend_whole(const __grid_constant__ Step p) {
     int2* sent = (int2*)(logits + (most_own * G + 3) / 4 * 4);
     int* sizes = (int*)(sent + most_own);
     int* pages = sizes + most_own;
-    const bool lists_first = own > max(FIRST, FIRST ? (p.ring + p.sinks) / CLUSTER : 0);
+    const bool lists_first = own > FIRST && (CLUSTER > 2 || !FIRST);
     STAMP(0);
     if (thread == 0)
         for (int i = 0; i < EXCHANGES; ++i) begin_exchange(&s.exchanges[i]);
@@ -178,8 +178,6 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
         for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
         commit_copies();
-        const int in_lists = max(0, p.first[sequence] - p.sinks), coded = p.coded[head];
-        const float weight = p.by_head ? p.weights[head] : 1.f;
         int first_sizes[PER];
         float first_squares[PER];
 #pragma unroll
@@ -192,12 +190,10 @@ attend_whole(const __grid_constant__ Step p) {
         if (thread == 0) {
             expect(&s.exchanges[SECOND], CLUSTER * G * 4);
             expect(&s.exchanges[NORM], CLUSTER * G * 8);
-            expect(&s.exchanges[RANK], (pairs - (own + 1) / 2) * 16);
             expect(&s.exchanges[NEAREST], CLUSTER * ATTENDING * G * 4);
             expect(&s.exchanges[PEAK], CLUSTER * G * 4);
             expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
         }
-        if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded, weight);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
         if (!lists_first) send_seconds(p, s, head, rank, 0, CHOOSERS);
@@ -264,7 +260,10 @@ attend_whole(const __grid_constant__ Step p) {
             min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring),
             adding && (old < p.sinks || old >= recent) ? all_near - 1 : -1, key, value
         };
+        const int coded = p.coded[head];
+        const float weight = p.by_head ? p.weights[head] : 1.f;
         load_queries(p, s, unit);
+        if (thread == THREADS - 1) s.scan = keys_to_visit(p, max(0, from - p.sinks), coded, weight);
         split_queries(s);
         if (lists_first) {
             send_seconds(p, s, head, rank, CHOOSERS, THREADS - CHOOSERS);
@@ -316,6 +315,7 @@ attend_whole(const __grid_constant__ Step p) {
                     for (int to = 0; to < CLUSTER; ++to)
                         send_4(&s.nearest[rank][warp - CHOOSING][lane / 4], to, __float_as_uint(mine.peak), &s.exchanges[NEAREST]);
                 prefetch_rest(p, unit, rank, row, own);
+                if (is_helped(p)) help(p, s, table);
                 await(&s.exchanges[PAGE]);
                 begin = 0, count = s.dealt;
             }

@@ -339,7 +339,7 @@ def flush_streams(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]
 
 
 def load_flush(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]) -> tuple[Any, int, int]:
-    """Return the kernel of `flush_streams`, compiled on the first call, its blocks, and their shared memory."""
+    """Return the kernel of `flush_streams`, compiled on the first call, its blocks and shared memory."""
     shared = max(_shared_of(one, d) for one in made)
     run = kernel(
         "append", "append", shared=shared, D=d, ELEMENT=_element(dtype), BLOCKS=1, STATES=STATES_MOST
