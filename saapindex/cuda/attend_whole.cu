@@ -64,6 +64,7 @@ struct Shared {
     float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
     float nearest[CLUSTER][ATTENDING][G];  // largest logits of near keys, of the warps of all blocks
     float variance[G], norm[G], near_bound[G], bound[G], basis[G], query_scale[G], unit[G];
+    const element *key, *value;  // that this step adds
     u64 cut;  // rank and number of the first list that is not visited whole
     int boundary, reached, owned, total, scan, dealt;
 };
@@ -89,11 +90,10 @@ struct Near {
     i64 row;  // of the first place
     int start, end, sinks, turned;
     int added;  // the key that this step adds, if it is one of these
-    const element *key, *value;
 };
 
 // Fetch a tile: near keys from the `i`-th on, or a page.
-__device__ __forceinline__ void fetch_near(const Step& p, const Near& near, int i, u8* tile) {
+__device__ __forceinline__ void fetch_near(const Step& p, const Shared& s, const Near& near, int i, u8* tile) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll 4
     for (int c = lane; c < TILE * VECTORS; c += WARP) {
@@ -101,8 +101,8 @@ __device__ __forceinline__ void fetch_near(const Step& p, const Near& near, int 
         const int key = min(i + r, near.end - 1);
         const i64 offset = (near.row + near_place(p, key, near.sinks, near.turned)) * D;
         const bool added = key == near.added;
-        copy_16(tile + r * PITCH + 16 * v, (added ? near.key : p.near_keys + offset) + v * VECTOR);
-        copy_16(tile + (TILE + r) * PITCH + 16 * v, (added ? near.value : p.near_values + offset) + v * VECTOR);
+        copy_16(tile + r * PITCH + 16 * v, (added ? s.key : p.near_keys + offset) + v * VECTOR);
+        copy_16(tile + (TILE + r) * PITCH + 16 * v, (added ? s.value : p.near_values + offset) + v * VECTOR);
     }
 }
 __device__ __forceinline__ void fetch_page(const Step& p, int page, u8* tile) {
@@ -124,13 +124,13 @@ __device__ __forceinline__ bool adds(const Step& p, int old, int from) {
 }
 
 // Store the key and value that this step adds, as a warp.
-__device__ __forceinline__ void store_near(const Step& p, const Near& near, int old, const element* key, const element* value) {
+__device__ __forceinline__ void store_near(const Step& p, const Shared& s, const Near& near, int old) {
     const int place = old < p.sinks ? old : p.sinks + (int)((u32)(old - p.sinks) % (u32)p.ring);
     const i64 row = (near.row + place) * D;
 #pragma unroll 1
     for (int v = threadIdx.x % WARP; v < VECTORS; v += WARP) {
-        *(uint4*)(p.near_keys + row + v * VECTOR) = *(const uint4*)(key + v * VECTOR);
-        *(uint4*)(p.near_values + row + v * VECTOR) = *(const uint4*)(value + v * VECTOR);
+        *(uint4*)(p.near_keys + row + v * VECTOR) = *(const uint4*)(s.key + v * VECTOR);
+        *(uint4*)(p.near_values + row + v * VECTOR) = *(const uint4*)(s.value + v * VECTOR);
     }
 }
 
@@ -166,7 +166,6 @@ attend_whole(const __grid_constant__ Step p) {
         for (int i = 0; i < EXCHANGES; ++i) begin_exchange(&s.exchanges[i]);
     arrive_in_cluster();
     Partial mine;
-    clear(mine);
     u32 turns = 0;  // in which lists were left for later
     if (warp < CHOOSING) {
         float* scales = (float*)sizes;  // of anchors, until sizes are known
@@ -178,6 +177,8 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
         for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
         commit_copies();
+        const int in_lists = max(0, p.first[sequence] - p.sinks), coded = p.coded[head];
+        const float weight = p.by_head ? p.weights[head] : 1.f;
         int first_sizes[PER];
         float first_squares[PER];
 #pragma unroll
@@ -190,10 +191,12 @@ attend_whole(const __grid_constant__ Step p) {
         if (thread == 0) {
             expect(&s.exchanges[SECOND], CLUSTER * G * 4);
             expect(&s.exchanges[NORM], CLUSTER * G * 8);
+            expect(&s.exchanges[RANK], (pairs - (own + 1) / 2) * 16);
             expect(&s.exchanges[NEAREST], CLUSTER * ATTENDING * G * 4);
             expect(&s.exchanges[PEAK], CLUSTER * G * 4);
             expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
         }
+        if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded, weight);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
         if (!lists_first) send_seconds(p, s, head, rank, 0, CHOOSERS);
@@ -236,6 +239,7 @@ attend_whole(const __grid_constant__ Step p) {
         }
         deal_pages(p, s, unit, rank, count, some, table, pages);
         STAMP(5);
+        clear(mine);
         // What is below the largest near logit is below the bound in any case: it is added while others attend.
         if (p.remainder) {
             float nearest = -INFINITE;
@@ -253,23 +257,23 @@ attend_whole(const __grid_constant__ Step p) {
         const int old = p.lengths[sequence], from = p.first[sequence], recent = max(from, p.sinks);
         const bool adding = adds(p, old, from);
         const int length = old + adding, all_near = p.near ? min(p.sinks, length) + max(0, length - recent) : 0;
-        const element* key = p.new_keys + sequence * p.key_batch + head * p.key_head;
-        const element* value = p.new_values + sequence * p.value_batch + head * p.value_head;
+        if (thread == CHOOSERS) {
+            s.key = p.new_keys + sequence * p.key_batch + head * p.key_head;
+            s.value = p.new_values + sequence * p.value_batch + head * p.value_head;
+        }
         const Near near = {
             (i64)unit * (p.sinks + p.ring), share_of(all_near, rank, CLUSTER), share_of(all_near, rank + 1, CLUSTER),
             min(p.sinks, length), (int)((u32)(recent - p.sinks) % (u32)p.ring),
-            adding && (old < p.sinks || old >= recent) ? all_near - 1 : -1, key, value
+            adding && (old < p.sinks || old >= recent) ? all_near - 1 : -1
         };
-        const int coded = p.coded[head];
-        const float weight = p.by_head ? p.weights[head] : 1.f;
         load_queries(p, s, unit);
-        if (thread == THREADS - 1) s.scan = keys_to_visit(p, max(0, from - p.sinks), coded, weight);
         split_queries(s);
         if (lists_first) {
             send_seconds(p, s, head, rank, CHOOSERS, THREADS - CHOOSERS);
             await(&s.exchanges[ANCHORS]);
         }
         u8* own_tiles = tiles + (warp - CHOOSING) * TILE_BYTES;
+        clear(mine);
         // First near keys, some of them while the last stage holds anchors, then pages.
         enum { SOME, NEAR, PAGES };
         const int all = (near.end - near.start + TILE - 1) / TILE;
@@ -278,7 +282,7 @@ attend_whole(const __grid_constant__ Step p) {
             u8* tile = own_tiles + stage * ATTENDING * TILE_BYTES;
             if (i < count) {
                 if (phase == PAGES) fetch_page(p, pages[i], tile);
-                else fetch_near(p, near, near.start + i * TILE, tile);
+                else fetch_near(p, s, near, near.start + i * TILE, tile);
             }
             commit_copies();
         };
@@ -288,7 +292,7 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
             for (int stage = 0; stage < stages; ++stage) fetch(phase, first + stage * ATTENDING, stage);
             if (phase == SOME) {
-                if (adding && rank == CLUSTER - 1 && warp == CHOOSING) store_near(p, near, old, key, value);
+                if (adding && rank == CLUSTER - 1 && warp == CHOOSING) store_near(p, s, near, old);
                 if (!lists_first) wait_in_cluster();
                 STAMP_OF(CHOOSERS, 6);
             }
@@ -315,7 +319,6 @@ attend_whole(const __grid_constant__ Step p) {
                     for (int to = 0; to < CLUSTER; ++to)
                         send_4(&s.nearest[rank][warp - CHOOSING][lane / 4], to, __float_as_uint(mine.peak), &s.exchanges[NEAREST]);
                 prefetch_rest(p, unit, rank, row, own);
-                if (is_helped(p)) help(p, s, table);
                 await(&s.exchanges[PAGE]);
                 begin = 0, count = s.dealt;
             }

@@ -191,71 +191,6 @@ __device__ __noinline__ int decide_of_many(const Step& p, Shared& s, int limit, 
     return pages;
 }
 
-// Whether those who attend, as many as choose, do a half of what follows.
-#ifndef HELPED
-#define HELPED 2048  // from so many lists on
-#endif
-__device__ __forceinline__ bool is_helped(const Step& p) { return ATTENDING == CHOOSING && p.lists >= HELPED; }
-__device__ __forceinline__ int helpers(const Step& p) { return is_helped(p) ? THREADS : CHOOSERS; }
-
-// Add up what the lists count, by their ranks.
-__device__ __forceinline__ void count_lists(const Step& p, Shared& s, const int2* table) {
-    const int pairs = (p.lists + 1) / 2, step = helpers(p);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < pairs; i += step) {
-        const int4 x = ((const int4*)table)[i];
-        if (x.y) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.x)), weight_of(p, __int_as_float(x.x), x.y));
-        if (x.w) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.z)), weight_of(p, __int_as_float(x.z), x.w));
-    }
-}
-
-// Decide about the lists that are not in the bin of the cut, and note those that are; returns the pages of those that
-// are visited whole.
-__device__ __forceinline__ int decide_lists(const Step& p, Shared& s, int2* table) {
-    const int pairs = (p.lists + 1) / 2, step = helpers(p), boundary = s.boundary;
-    int pages = 0;
-    const auto decide = [&](int& rank, int size) {
-        const int bin = size ? bin_of_weight(__int_as_float(rank)) : -2;
-        if (bin == boundary) return 1u;
-        pages += bin > boundary ? pages_of(size) : 0;
-        rank = bin > boundary ? WHOLE : NONE;
-        return 0u;
-    };
-    // Lists in the bin of the cut are noted afterwards: few of a warp's, which would hold up all others one by one.
-#pragma unroll 1
-    for (int first = threadIdx.x; first < pairs; first += 16 * step) {
-        u32 open = 0;
-#pragma unroll 4
-        for (int k = 0; k < 16; ++k) {
-            const int i = first + k * step;
-            if (i >= pairs) break;
-            int4 x = ((int4*)table)[i];
-            open |= (decide(x.x, x.y) | decide(x.z, x.w) << 1) << 2 * k;
-            ((int4*)table)[i] = x;
-        }
-#pragma unroll 1
-        for (; open; open &= open - 1) {
-            const int bit = __ffs(open) - 1, list = 2 * (first + bit / 2 * step) + bit % 2;
-            const int own = atomicAdd(&s.owned, 1), rank = table[list].x, size = table[list].y;
-            if (own >= OWN) continue;
-            s.rows[own] = list, s.rows[OWN + own] = rank, s.rows[3 * OWN + own] = size;
-            s.rows[2 * OWN + own] = weight_of(p, __int_as_float(rank), size);
-        }
-    }
-    return pages;
-}
-
-// Help those who choose, as their counterparts.
-__device__ __forceinline__ void help(const Step& p, Shared& s, int2* table) {
-    await(&s.exchanges[RANK]);
-    count_lists(p, s, table);
-    __syncthreads();
-    __syncthreads();
-    const int pages = decide_lists(p, s, table);
-    s.histogram[threadIdx.x - CHOOSERS] = pages;
-    __syncthreads();
-}
-
 // Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all
 // blocks fetch; `table`, first ranks and sizes, then says how many of them come before each list, and how many keys of
 // the list are visited.
@@ -275,23 +210,49 @@ __device__ __forceinline__ int select(
     }
     end_writing();
     meet_choosers();
-    if (threadIdx.x == 0) expect(&s.exchanges[RANK], ((p.lists + 1) / 2 - (own + 1) / 2) * 16);
     if (threadIdx.x < CLUSTER && threadIdx.x != rank && own)
         send_many(table + first, sent, (own + 1) / 2 * 16, threadIdx.x, &s.exchanges[RANK]);
     await(&s.exchanges[RANK]);
-    const bool helped = is_helped(p);
-    count_lists(p, s, table);
-    if (helped) __syncthreads();
-    const int limit = limit_of(p, s);
-    find_bin(s, limit);
-    if (helped) __syncthreads();
-    int pages = decide_lists(p, s, table);
-    if (helped) {
-        __syncthreads();
-        pages += s.histogram[threadIdx.x];
-    }
     int4* two = (int4*)table;  // lists at a time
     const int pairs = (p.lists + 1) / 2;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < pairs; i += CHOOSERS) {
+        const int4 x = two[i];
+        if (x.y) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.x)), weight_of(p, __int_as_float(x.x), x.y));
+        if (x.w) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.z)), weight_of(p, __int_as_float(x.z), x.w));
+    }
+    const int limit = limit_of(p, s);
+    find_bin(s, limit);
+    const int boundary = s.boundary;
+    int pages = 0;
+    const auto decide = [&](int& rank, int size) {
+        const int bin = size ? bin_of_weight(__int_as_float(rank)) : -2;
+        if (bin == boundary) return 1u;
+        pages += bin > boundary ? pages_of(size) : 0;
+        rank = bin > boundary ? WHOLE : NONE;
+        return 0u;
+    };
+    // Lists in the bin of the cut are noted afterwards: few of a warp's, which would hold up all others one by one.
+#pragma unroll 1
+    for (int first = threadIdx.x; first < pairs; first += 16 * CHOOSERS) {
+        u32 open = 0;
+#pragma unroll 4
+        for (int k = 0; k < 16; ++k) {
+            const int i = first + k * CHOOSERS;
+            if (i >= pairs) break;
+            int4 x = two[i];
+            open |= (decide(x.x, x.y) | decide(x.z, x.w) << 1) << 2 * k;
+            two[i] = x;
+        }
+#pragma unroll 1
+        for (; open; open &= open - 1) {
+            const int bit = __ffs(open) - 1, list = 2 * (first + bit / 2 * CHOOSERS) + bit % 2;
+            const int own = atomicAdd(&s.owned, 1), rank = table[list].x, size = table[list].y;
+            if (own >= OWN) continue;
+            s.rows[own] = list, s.rows[OWN + own] = rank, s.rows[3 * OWN + own] = size;
+            s.rows[2 * OWN + own] = weight_of(p, __int_as_float(rank), size);
+        }
+    }
     meet_choosers();
     const int owned = s.owned;
     if (owned > OWN) pages += decide_of_many(p, s, limit, table);

@@ -288,7 +288,7 @@ def test_whole_lists(folder, shape, launch, options):
     ways = [way for way in WAYS if way.get("refine") is not False and way.get("budget") != 1]
     ways = [way for way in ways if way.get("policy") != "union" and (shape[1] > 1 or "policy" not in way)]
     case.compare_whole(folder, Shape(*launch), ways if shape[0] == 16 else ways[:3])
-    case.compare_whole(folder, Shape(*launch), ways[:1], FIRST=0, HELPED=0)  # as if there were many lists
+    case.compare_whole(folder, Shape(*launch), ways[:1], FIRST=0)  # as if there were many lists
 
 
 def test_equal_ranks(folder):

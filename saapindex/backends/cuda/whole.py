@@ -73,7 +73,7 @@ def whole_shared(
         + max(4 * (BINS + 4 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
         + 4 * group * (5 * cluster + cluster * attending + 7)
-        + 80
+        + 96
     )
     tile = 32 * (16 * steps * itemsize + 16)
     tiles = max(attending * shape.stages * tile, 4 * warps * group * (d + 4))
