@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "decode.json"
 HEADS, GROUP, D, WINDOW = 8, 4, 128, 2047
 WORDS = 6
 """Words of a code: 1.5 bits a dimension, as for smaller heads."""
-CASES = {(1, 32_768): 24, (1, 131_072): 16, (1, 524_288): 6, (8, 131_072): 4}
+CASES = {(1, 32_768): 24, (1, 131_072): 16, (1, 524_288): 12, (8, 131_072): 8}
 """How many layers follow one another, for each batch and context."""
 WAYS = {
     "5 %": AttendParameters(budget=0.05),

@@ -183,19 +183,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const __gri
     append_to(a, memory);
 }
 #else
-// The same of several states, the layers of a model, one after another: if a flush of any of them is due.
+// The same of several states, the layers of a model, one after another: if a flush of any of them may be due. What tells
+// that stands together, since each line of the argument has to come from memory.
+struct Look {
+    const int *lengths, *first;
+    int batch, sinks, dense_below, most;  // with more keys than `most` out of the lists, a flush is due
+};
 struct States {
-    State of[STATES];
     int count;
+    Look looks[STATES];
+    State of[STATES];
 };
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const __grid_constant__ States all) {
     extern __shared__ __align__(16) u8 memory[];
     int due = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < all.count; i += THREADS) {
-        const State& a = all.of[i];
-        for (int b = 0; b < a.batch; ++b) {
-            const Plan plan = plan_of(a, b);
-            due |= plan.until > plan.first;
+        const Look look = all.looks[i];
+#pragma unroll 1
+        for (int b = 0; b < look.batch; ++b) {
+            const int end = max(look.lengths[b] + 1, look.sinks), first = look.first[b];
+            due |= end - first > look.most && (end >= look.dense_below || first != look.sinks);
         }
     }
     if (!__syncthreads_or(due)) return;

@@ -119,7 +119,14 @@ APPEND = np.dtype(
 """The struct `State` of ``cuda/append.cu``."""
 STATES_MOST = 32
 """States of one launch at most: what is passed to a kernel is limited to 32 kB by some."""
-STATES = np.dtype([("of", APPEND, (STATES_MOST,)), ("count", np.int32)], align=True)
+_LOOK = np.dtype(
+    [(name, np.uint64) for name in ("lengths", "first")]
+    + [(name, np.int32) for name in ("batch", "sinks", "dense_below", "most")],
+    align=True,
+)
+STATES = np.dtype(
+    [("count", np.int32), ("looks", _LOOK, (STATES_MOST,)), ("of", APPEND, (STATES_MOST,))], align=True
+)
 
 
 class PagesInPool(NamedTuple):
@@ -333,6 +340,9 @@ def flush_streams(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]
         states["count"] = len(some)
         for i, one in enumerate(some):
             states["of"][0, i] = one[0]
+            for name in ("lengths", "first", "batch", "sinks", "dense_below"):
+                states["looks"][name][0, i] = one[name][0]
+            states["looks"]["most"][0, i] = one["kept"][0] + one["flush"][0] - 1
         states["of"]["tokens"], states["of"]["later"] = 1, 1
         run, blocks, shared = load_flush(some, d, dtype)
         run((blocks,), (THREADS,), (states,), shared_mem=shared)
