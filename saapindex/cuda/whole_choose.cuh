@@ -203,7 +203,7 @@ __device__ __forceinline__ int select(
         const int size = i < own ? sizes[i] : 0;
         float weight = -INFINITE;
         if (size) {
-            weight = pooled_weight(logits + i * G, s.norm, POLICY, 0);
+            weight = fmaxf(pooled_weight(logits + i * G, s.norm, POLICY, 0), 0.f);  // a number, whatever the query is
             if (p.by_mass) weight *= (float)size;
         }
         table[first + i] = sent[i] = make_int2(__float_as_int(weight), size);
