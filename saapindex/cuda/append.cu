@@ -22,13 +22,15 @@
 #define KEYS 64                                     // of a tile of the assignment
 #define LISTS (WARPS * 32)
 #define PITCH ((D + 15) / 16 % 2 ? (D + 15) / 16 * 16 : (D + 15) / 16 * 16 + 16)  // keeps rows on different banks
-#define TILES 12                                    // of 8 fields of a code, that a warp multiplies at once
+#define FORMS_AHEAD 4                               // products of the assignment whose lists are asked for before
 #define SLABS ((D + 31) / 32)                       // of 32 dimensions of the forward matrix
 #define FORWARD_BYTES ((D <= 128 ? 64 : 56) << 10)  // of it, that are held in shared memory at once
 #define LISTS_EACH 4                                // of a thread that places keys
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
 #define MOVING ((D + 63) / 64 * 16 * THREADS + 8 * WINDOW + 16)  // bytes that a block moves a list with
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
+#define WALK 8                                      // pages of a list that are found one after another
+#define AT_ONCE 16                                  // pages of a list that is coded anew by the block that moves it
 #define TINY 1e-30f
 
 #include "halves.cuh"
@@ -37,6 +39,7 @@
 #include "append_sort.cuh"
 #include "append_move.cuh"
 #include "append_codes.cuh"
+#include "append_enter.cuh"
 
 // Copy the new keys that stay near into the ring, as warp `w` of `n`.
 __device__ void store_near(const State& a, const Plan* plans, int w, int n) {
@@ -115,42 +118,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
         STAMP(1);
         for (int s = blockIdx.x; s < streams; s += blocks)
             if (plans[s / a.heads].until > plans[s / a.heads].first) place(a, plans[s / a.heads], s, rest);
-        grid_barrier(a, target);
+        come(a);
+        // Perhaps of the head that this block encodes keys of.
+        int held = (int)((i64)blockIdx.x * streams / blocks) % a.heads * SLABS;
+        uint4* forward = (uint4*)(rest + MOVING);
+        ask_forward(a, held / SLABS, 0, forward);
+        wait_for(a, target);
         target += blocks;
 
         STAMP(2);
+        Room& room = *(Room*)rest;
         const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
         for (int i = blockIdx.x; i < heavies;) {
             if (tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
-            enter_by_block(a, plans, a.heavy[i], rest);
+            enter_by_block(a, plans, a.heavy[i], room, forward, held);
+            __syncthreads();
             i = blocks + begun;
             __syncthreads();
         }
         const int spared = heavies < blocks / 2 ? heavies : 0;  // blocks that have enough to do
-        const int first = warp - spared * WARPS, stride = warps - spared * WARPS;
-        Task next;
-        if (first >= 0 && first < tasks) next = a.tasks[first];
-        for (int i = first; i >= 0 && i < tasks; i += stride) {
-            const Task task = next;
-            if (i + stride < tasks) next = a.tasks[i + stride];
-            if (task.heavy) continue;
-            double values[MINE] = {};
-            float before[MINE];
-            load_sums(a, task, before);
-            copy_in<false>(a, plans[task.stream / a.heads], task, 0, 1, values, values);
-            set_mean(a, task, before, values);
-        }
-        // Perhaps of the head that this block encodes keys of.
-        const int tiles = (a.coded_dimensions + 7) / 8, head = (int)((i64)blockIdx.x * streams / blocks) % a.heads;
-        uint4* forward = (uint4*)(rest + MOVING);
-        ask_forward(a, head, 0, tiles, forward);
-        grid_barrier(a, target);
+        enter_shares<false>(a, plans, streams, (int)blockIdx.x - spared, blocks - spared, room, forward, held);
+        come(a);
+        STAMP(3);
+        if (warp >= spared * WARPS) enter_values(a, plans, tasks, warp - spared * WARPS, warps - spared * WARPS);
+        wait_for(a, target);
         target += blocks;
 
-        STAMP(3);
-        encode(a, plans, streams, forward, head * SLABS);
-        grid_barrier(a, target);
         STAMP(4);
+        if (enter_shares<true>(a, plans, streams, blockIdx.x, blocks, room, forward, held)) grid_barrier(a, target);
         for (int i = warp; i < tasks; i += warps) add_squares(a, a.tasks[i]);
         if (!a.labels_in)
             for (i64 i = (i64)blockIdx.x * THREADS + tid; i < (i64)streams * a.most; i += (i64)blocks * THREADS) {

@@ -18,12 +18,16 @@ __device__ void load_tile(const State& a, const Plan& plan, int s, int key0, flo
     const int m = plan.until - plan.first, h = s % a.heads;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     __syncthreads();
-#pragma unroll
+#pragma unroll 1
     for (int r0 = warp * AHEAD; r0 < KEYS; r0 += WARPS * AHEAD) {
         u32 words[AHEAD][WORDS] = {};
+        const int mine = plan.first + min(key0 + r0 + lane % AHEAD, m - 1);
+        const element* from = entering_key(a, plan, s, mine);
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u)
-            if (key0 + r0 + u < m) load_row(entering_key(a, plan, s, plan.first + key0 + r0 + u), lane, words[u]);
+        for (int u = 0; u < AHEAD; ++u) {
+            const element* row = row_of_lane(from, u);
+            if (key0 + r0 + u < m) load_row(row, lane, words[u]);
+        }
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
             float x[MINE + 1] = {}, largest = 0.f;
@@ -76,68 +80,89 @@ __device__ void load_tile(const State& a, const Plan& plan, int s, int key0, flo
 }
 
 // The best list of a tile of keys among LISTS lists. A warp meets all the keys with lists of its own, 32 of them, which
-// it reads from memory itself. Of 16 dimensions lane 4 g + t has 4 t to 4 t + 3: their order in a product is free.
+// it reads from memory itself, some products ahead. Of 16 dimensions lane 4 g + t has 4 t to 4 t + 3: their order in a
+// product is free.
 __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, int list0, float* xs) {
-    const int m = plan.until - plan.first, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int m = plan.until - plan.first, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int form = a.own_forms ? s : s % a.heads;
     const bool two_parts = sizeof(element) == 4 || a.turns;
     float* inverse = xs + KEYS * PITCH;
-    const i64 own = (i64)form * a.lists;
-    list0 += threadIdx.x / WARP * 32;
-    uint4 next[2][4];
+    list0 += warp * 32;
+    const uint4* lists[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+        lists[j] = a.parts + ((i64)form * a.lists + min(list0 + j * 8 + g, a.lists - 1)) * (D / 4) + t;
+    uint4 next[FORMS_AHEAD][4];
     auto fetch = [&](int k0, uint4* out) {
+        const bool inside = k0 < D && (D % 16 == 0 || k0 / 4 + t < D / 4);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int list = list0 + j * 8 + g, k = k0 / 4 + t;
-            out[j] = list < a.lists && k < D / 4 ? __ldg(a.parts + (own + list) * (D / 4) + k) : make_uint4(0, 0, 0, 0);
-        }
+        for (int j = 0; j < 4; ++j) out[j] = inside ? __ldg(lists[j] + k0 / 4) : make_uint4(0, 0, 0, 0);
     };
-    fetch(0, next[0]);
-    fetch(16, next[1]);
+#pragma unroll
+    for (int u = 0; u < FORMS_AHEAD; ++u) fetch(16 * u, next[u]);
     load_tile(a, plan, s, key0, xs, inverse);
-    float sums[KEYS / 16][4][4] = {};
-#pragma unroll 2
-    for (int k0 = 0; k0 < D; k0 += 16) {
-        uint4 b[4];
+    const float* bias = a.bias + (i64)form * a.lists;
+    float sums[KEYS / 16][4][4] = {}, biases[4][2];
+#pragma unroll 1
+    for (int k1 = 0; k1 < D; k1 += 16 * FORMS_AHEAD)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) b[j] = next[0][j], next[0][j] = next[1][j];
-        fetch(k0 + 32, next[1]);
+        for (int u = 0; u < FORMS_AHEAD; ++u) {
+            const int k0 = k1 + 16 * u;
+            if (k0 >= D) break;
+            uint4 b[4];
 #pragma unroll
-        for (int i = 0; i < KEYS / 16; ++i) {
-            const uint4 x = *(const uint4*)(xs + (i * 16 + g) * PITCH + k0 + 4 * t);
-            const uint4 y = *(const uint4*)(xs + (i * 16 + 8 + g) * PITCH + k0 + 4 * t);
-            const u32 high[4] = {x.x, y.x, x.y, y.y}, low[4] = {x.z, y.z, x.w, y.w};
-            if (two_parts)
+            for (int j = 0; j < 4; ++j) b[j] = next[u][j];
+            fetch(k0 + 16 * FORMS_AHEAD, next[u]);
 #pragma unroll
-                for (int j = 0; j < 4; ++j) multiply(sums[i][j], low, b[j].x, b[j].y);
+            for (int i = 0; i < KEYS / 16; ++i) {
+                const uint4 x = *(const uint4*)(xs + (i * 16 + g) * PITCH + k0 + 4 * t);
+                const uint4 y = *(const uint4*)(xs + (i * 16 + 8 + g) * PITCH + k0 + 4 * t);
+                const u32 high[4] = {x.x, y.x, x.y, y.y}, low[4] = {x.z, y.z, x.w, y.w};
+                if (two_parts)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) multiply(sums[i][j], high, b[j].z, b[j].w);
+                    for (int j = 0; j < 4; ++j) multiply(sums[i][j], low, b[j].x, b[j].y);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) multiply(sums[i][j], high, b[j].x, b[j].y);
+                for (int j = 0; j < 4; ++j) multiply(sums[i][j], high, b[j].z, b[j].w);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) multiply(sums[i][j], high, b[j].x, b[j].y);
+            }
         }
-    }
     const float unit = a.unit[form];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int list = list0 + j / 2 * 8 + 2 * t + j % 2;
+        biases[j / 2][j % 2] = list < a.lists ? __ldg(bias + list) : -INFINITE;
+    }
+    float* scores = inverse + KEYS;              // [WARPS][KEYS]
+    int* winners = (int*)(scores + WARPS * KEYS);  // [WARPS][KEYS]
 #pragma unroll
     for (int i = 0; i < KEYS / 8; ++i) {  // rows 8 i + g
         const float factor = inverse[i * 8 + g] * unit;
-        u64 best = 0;
+        float best = -INFINITE;
+        int winner = 0;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int list = list0 + j / 2 * 8 + 2 * t + j % 2;
-            if (list < a.lists) {
-                const float score = fmaf(sums[i / 2][j / 2][i % 2 * 2 + j % 2], factor, __ldg(a.bias + own + list));
-                const u32 bits = __float_as_uint(score), rank = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-                const u64 found = (u64)rank << 32 | (u32)~list;
-                best = found > best ? found : best;
-            }
+        for (int j = 0; j < 8; ++j) {  // the first of those that are the same
+            const float score = fmaf(sums[i / 2][j / 2][i % 2 * 2 + j % 2], factor, biases[j / 2][j % 2]);
+            if (score > best) best = score, winner = j / 2 * 8 + j % 2;
         }
+        winner += list0 + 2 * t;
 #pragma unroll
         for (int step = 2; step; step >>= 1) {
-            const u64 other = __shfl_xor_sync(FULL, best, step);
-            best = other > best ? other : best;
+            const float other = __shfl_xor_sync(FULL, best, step);
+            const int rival = __shfl_xor_sync(FULL, winner, step);
+            if (other > best || (other == best && rival < winner)) best = other, winner = rival;
         }
-        const int key = key0 + i * 8 + g;
-        if (t == 0 && key < m && best) atomicMax(a.best + (i64)s * a.most + key, best);
+        if (t == 0) scores[warp * KEYS + i * 8 + g] = best, winners[warp * KEYS + i * 8 + g] = winner;
+    }
+    __syncthreads();
+    if (threadIdx.x < KEYS && key0 + threadIdx.x < m) {
+        float best = -INFINITE;
+        int winner = 0;
+        for (int w = 0; w < WARPS; ++w)
+            if (scores[w * KEYS + threadIdx.x] > best)
+                best = scores[w * KEYS + threadIdx.x], winner = winners[w * KEYS + threadIdx.x];
+        const u32 bits = __float_as_uint(best), rank = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+        atomicMax(a.best + (i64)s * a.most + key0 + threadIdx.x, (u64)rank << 32 | (u32)~winner);
     }
 }
 

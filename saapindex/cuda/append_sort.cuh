@@ -9,38 +9,51 @@ __device__ __forceinline__ int lists_in(u64 sums) { return (int)(sums >> LISTS_A
 
 __device__ __forceinline__ int full_pages(int keys) { return (keys + LANES - 1) / LANES; }
 
-// Phase 2: sort the entering keys of a stream by list and enter the pages that they need into the tables.
+// What `count` keys add to the sums, in a list of `old`.
+__device__ __forceinline__ u64 sums_of(int count, int old) {
+    return (u64)count | (u64)(full_pages(old + count) - full_pages(old)) << PAGES_AT | 1ull << LISTS_AT;
+}
+
+// The same sums with another number in the place of lists.
+__device__ __forceinline__ u64 with_list(u64 sums, int list) { return (sums & ((1ull << LISTS_AT) - 1)) | (u64)list << LISTS_AT; }
+
+#define LISTS_AT_ONCE (THREADS * LISTS_EACH)
+#define ANEW 0xffff  // in the place of the number of a task: keys of this list are coded anew
+
+// Phase 2: sort the entering keys of a stream by list and enter the pages that they need into the tables. Lists are
+// looked at LISTS_AT_ONCE at a time: a thread first sums up what some of them need, then cares for one with new keys.
 __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
     const int m = plan.until - plan.first, L = a.lists, tid = threadIdx.x;
     const int lane = tid % WARP, warp = tid / WARP;
-    u64* scratch = (u64*)shared;             // [WARPS]
-    int* taken = (int*)(scratch + WARPS);    // top of the stack of free pages, number of the first task
-    int* counts = taken + 4;                 // [tables][L]: of each part of the keys
+    u64* scratch = (u64*)shared;                // [WARPS]
+    u64* found = scratch + WARPS;               // [LISTS_AT_ONCE]: lists with new keys, and the sums before them
+    int* opens = (int*)(found + LISTS_AT_ONCE);  // [LISTS_AT_ONCE]: their last pages
+    int* top = opens + LISTS_AT_ONCE;           // of the stack of free pages
+    int* bases = top + 1;                       // [31]: first tasks of the lists that are looked at together
+    int* counts = bases + 31;                   // [tables][L]: of each part of the keys
     const int tables = min(a.tables, (m + 4 * WARP - 1) / (4 * WARP));
+    u16* numbers = (u16*)(counts + tables * L);  // [L]: tasks of lists, from the base on
     const int part = (m + tables * WARP - 1) / (tables * WARP) * WARP;
+    const i64 list0 = (i64)s * L, table = (i64)s * a.room, sorted0 = (i64)s * a.most;
     int old[LISTS_EACH], coded[LISTS_EACH], open[LISTS_EACH];  // of the lists that a thread comes to next
     auto fetch = [&](int j0) {
 #pragma unroll
         for (int i = 0; i < LISTS_EACH; ++i) {
             const int j = j0 + tid * LISTS_EACH + i;
-            const i64 list = (i64)s * L + j;
-            old[i] = j < L ? a.sizes[list] : 0;
-            coded[i] = j < L ? a.coded[list] : 0;
-            open[i] = j < L ? a.last[list] : -1;
+            old[i] = j < L ? a.sizes[list0 + j] : 0;
+            coded[i] = j < L ? a.coded[list0 + j] : 0;
+            open[i] = j < L ? a.last[list0 + j] : -1;
         }
     };
     fetch(0);
     int sorted = 0, held = a.counts[s], loose = 0;
     for (int i = tid; i < tables * L; i += THREADS) counts[i] = 0;
     __syncthreads();
-    for (int t = 0; t < tables; ++t)
 #pragma unroll 4
-        for (int i = t * part + tid; i < min(m, (t + 1) * part); i += THREADS)
-            atomicAdd(counts + t * L + label_of(a, s, i), 1);
-    for (int j0 = 0; j0 < L; j0 += THREADS * LISTS_EACH) {
-        int count[LISTS_EACH], page[LISTS_EACH], heavy[LISTS_EACH];
-        const i64 list = (i64)s * L + j0 + tid * LISTS_EACH;
-        u64 mine = 0;
+    for (int i = tid; i < m; i += THREADS) atomicAdd(counts + i / part * L + label_of(a, s, i), 1);
+    for (int j0 = 0; j0 < L; j0 += LISTS_AT_ONCE) {
+        int count[LISTS_EACH];
+        u64 mine = 0, all;
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < LISTS_EACH; ++i) {
@@ -48,63 +61,54 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             count[i] = 0;
             if (j < L)
                 for (int t = 0; t < tables; ++t) count[i] += counts[t * L + j];
-            if (count[i])
-                mine += (u64)count[i] | (u64)(full_pages(old[i] + count[i]) - full_pages(old[i])) << PAGES_AT |
-                        1ull << LISTS_AT;
+            if (count[i]) mine += sums_of(count[i], old[i]);
         }
-        u64 all;
         u64 before = block_scan(mine, scratch, &all);
         if (tid == 0) {
-            taken[0] = atomicSub(a.available, pages_in(all)) - 1;
-            taken[1] = atomicAdd(a.counters + TASKS, lists_in(all));
-        }
-        __syncthreads();
-        const int top = taken[0], task0 = taken[1];
-        int rank0 = pages_in(before);
-#pragma unroll
-        for (int i = 0; i < LISTS_EACH; ++i) {  // what must be waited for, all at once
-            const int more = count[i] ? full_pages(old[i] + count[i]) - full_pages(old[i]) : 0;
-            const bool renewed = count[i] && old[i] + count[i] >= 2 * coded[i];
-            page[i] = more ? a.free[top - rank0] : 0;
-            heavy[i] = renewed || count[i] > HEAVY ? atomicAdd(a.counters + HEAVIES, 1) : -1;
-            if (count[i] && !renewed) loose += count[i];
-            rank0 += more;
+            *top = atomicSub(a.available, pages_in(all)) - 1;
+            bases[j0 / LISTS_AT_ONCE] = atomicAdd(a.counters + TASKS, lists_in(all));
         }
 #pragma unroll
         for (int i = 0; i < LISTS_EACH; ++i) {
             if (!count[i]) continue;
-            const int j = j0 + tid * LISTS_EACH + i;
-            const int full = full_pages(old[i]), more = full_pages(old[i] + count[i]) - full;
-            const int rank = pages_in(before), number = task0 + lists_in(before);
-            int at = sorted + keys_in(before);
-            Task task = {s, j, at, count[i], old[i], open[i], held + rank, -1, 0};
+            const int j = tid * LISTS_EACH + i, rank = lists_in(before);
+            const bool renewed = old[i] + count[i] >= 2 * coded[i];
+            found[rank] = with_list(before, 2 * j + renewed);
+            opens[rank] = open[i];
+            numbers[j0 + j] = renewed ? ANEW : rank;
+            before += sums_of(count[i], old[i]);
+            if (!renewed) loose += count[i];
+        }
+        __syncthreads();
+        for (int r = tid; r < lists_in(all); r += THREADS) {
+            const int j = j0 + lists_in(found[r]) / 2, first = bases[j0 / LISTS_AT_ONCE], rank = pages_in(found[r]);
+            const bool renewed = lists_in(found[r]) % 2;
+            const int had = a.sizes[list0 + j], full = full_pages(had), start = sorted + keys_in(found[r]);
+            int at = start;
             for (int t = 0; t < tables; ++t) {
                 const int here = counts[t * L + j];
                 counts[t * L + j] = at;
                 at += here;
             }
-            const i64 table = (i64)s * a.room;
-            if (old[i] % LANES)
-                a.labels[table + open[i]] = j << 5 | min(LANES, old[i] + count[i] - (full - 1) * LANES);
+            const int size = had + at - start, more = full_pages(size) - full, base = held + rank;
             for (int q = 0; q < more; ++q) {
-                const int slot = task.base + q, taken_page = q ? a.free[top - rank - q] : page[i];
-                a.pages[table + slot] = taken_page;
-                a.labels[table + slot] = j << 5 | min(LANES, old[i] + count[i] - (full + q) * LANES);
+                const int page = a.free[*top - rank - q], slot = base + q;
+                a.pages[table + slot] = page;
+                a.labels[table + slot] = j << 5 | min(LANES, size - (full + q) * LANES);
                 a.orders[table + slot] = full + q;
-                a.before[table + slot] = q ? slot - 1 : open[i];
-                a.holders[taken_page] = 1;
+                a.before[table + slot] = q ? slot - 1 : opens[r];
+                a.holders[page] = 1;
             }
-            if (more) a.last[list + i] = task.base + more - 1;
-            a.sizes[list + i] = old[i] + count[i];
-            if (old[i] + count[i] >= 2 * coded[i]) task.segment = 0;
-            task.heavy = heavy[i] >= 0;
-            a.tasks[number] = task;
-            if (task.heavy) a.heavy[heavy[i]] = number;
-            before += (u64)count[i] | (u64)more << PAGES_AT | 1ull << LISTS_AT;
+            if (had % LANES) a.labels[table + opens[r]] = j << 5 | min(LANES, size - (full - 1) * LANES);
+            if (more) a.last[list0 + j] = base + more - 1;
+            a.sizes[list0 + j] = size;
+            const bool heavy = renewed || at - start > HEAVY;
+            a.tasks[first + r] = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, heavy};
+            if (heavy) a.heavy[atomicAdd(a.counters + HEAVIES, 1)] = first + r;
         }
         sorted += keys_in(all);
         held += pages_in(all);
-        if (j0 + THREADS * LISTS_EACH < L) fetch(j0 + THREADS * LISTS_EACH);
+        if (j0 + LISTS_AT_ONCE < L) fetch(j0 + LISTS_AT_ONCE);
     }
     loose = warp_sum_int(loose);
     if (lane == 0 && loose) atomicAdd(&a.amounts[s].y, loose);
@@ -122,7 +126,9 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             const int at = list >= 0 ? mine[list] + ahead : 0;
             __syncwarp();
             if (list >= 0) {
-                a.order[(i64)s * a.most + at] = i;
+                const int number = numbers[list];
+                a.order[sorted0 + at] = i;
+                a.rows[sorted0 + at] = make_int2(number == ANEW ? -1 : bases[list / LISTS_AT_ONCE] + number, list);
                 if (ahead == 0) mine[list] += __popc(same);
             }
             __syncwarp();

@@ -2,6 +2,7 @@
 
 // Counters of a state; the last block of a launch leaves all but STATUS at zero. NEXT: heavy tasks that were begun.
 enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, NEXT };
+enum { DONE = -2 };  // in the place of a segment: one block has coded the list
 enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
 
 // Keys of one list that enter in this launch.
@@ -10,7 +11,7 @@ struct Task {
     int start, count;  // where they stand in the sorted order of the stream
     int old;           // keys that were in the list
     int open, base;    // its last page if that has free lanes; the first of its new pages
-    int segment;       // where its pages stand in the stream's work if it is coded anew, else -1
+    int segment;       // where its pages stand in the stream's work if all blocks code it anew, else -1; DONE
     int heavy;         // whether a whole block moves it
 };
 
@@ -40,7 +41,7 @@ struct State {
     const int* labels_in;  // (S, M): lists of the entering keys where they are known; null where not
     u64* best;          // (S, M), zero between launches: score and list of each entering key
     int* order;         // (S, M): entering keys sorted by list
-    int2* rows;         // (S, M): the row that each of these went to, and the list, -1 if that is coded anew
+    int2* rows;         // (S, M): of each of these its task, -1 if its list is coded anew, and list
     Task* tasks;        // (S * min(M, L))
     int* heavy;         // (S * min(M, L)): tasks for whole blocks
     int* work;          // (S, P): slots of the pages to be coded anew
@@ -129,6 +130,11 @@ __device__ __forceinline__ void load_row(const element* row, int lane, u32* word
     }
 }
 
+// The row that a lane of the warp found.
+__device__ __forceinline__ const element* row_of_lane(const element* row, int lane) {
+    return (const element*)__shfl_sync(FULL, (u64)row, lane);
+}
+
 __device__ __forceinline__ void store_row(element* row, int lane, const u32* words) {
 #pragma unroll
     for (int w = 0; w < WORDS; w += TOGETHER) {
@@ -181,25 +187,38 @@ __device__ void quantise(const double* x, int lane, i8* row, float* scale) {
     if (lane == 0) *scale = unit;
 }
 
+__device__ __forceinline__ double warp_sum_double(double x) {
+#pragma unroll
+    for (int step = WARP / 2; step; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
+    return x;
+}
+
 __device__ __forceinline__ u32 load_acquire(const u32* p) {
     u32 x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
 
-// All threads of the grid have come here; what they wrote before can be read behind it.
-__device__ void grid_barrier(const State& a, u32 target) {
+// A block has come to a barrier of the grid: what its threads wrote before can be read by those that have waited for it.
+__device__ __forceinline__ void come(const State& a) {
     __syncthreads();
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.counters + BARRIER) : "memory");
+}
+
+// Wait until blocks have come `target` times.
+__device__ __forceinline__ void wait_for(const State& a, u32 target) {
     if (threadIdx.x == 0) {
-        u32* counter = (u32*)a.counters + BARRIER;
-        __threadfence();
-        atomicAdd(counter, 1u);
         u32 seen;
-        do seen = load_acquire(counter);
+        do seen = load_acquire((const u32*)a.counters + BARRIER);
         while (seen < target);
-        __threadfence();
     }
     __syncthreads();
+}
+
+// All threads of the grid have come here.
+__device__ __forceinline__ void grid_barrier(const State& a, u32 target) {
+    come(a);
+    wait_for(a, target);
 }
 
 // Exclusive sum over the block, and the total; every thread must call it.

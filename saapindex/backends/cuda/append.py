@@ -34,9 +34,9 @@ STATUS = {
     2: "keys were lost, for want of room",
     4: "nothing was added, since the arrays of the index have moved",
 }
-_KEYS, _WINDOW = 64, 2048  # as in append.cu
+_KEYS, _WINDOW, _LISTS_AT_ONCE = 64, 2048, 1024  # as in append.cu
 _TABLES = 48 * 1024
-_SHARED_MOST = 96 * 1024
+_SHARED_MOST = 99 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
 
 _STREAMS = [
@@ -353,8 +353,8 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
     """
     elements = -(-d // 64) * 2  # of a lane, at most
     steps, tiles, slabs = -(-d // 16), -(-coded // 8), -(-d // 32)
-    assign = 4 * _KEYS * (16 * (steps if steps % 2 else steps + 1) + 1)
-    place = 80 + 4 * _tables(lists) * lists
+    assign = 4 * _KEYS * (16 * (steps if steps % 2 else steps + 1) + 1) + 8 * _KEYS * THREADS // 32
+    place = 64 + 12 * _LISTS_AT_ONCE + 128 + 4 * _tables(lists) * lists + 2 * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
     encode = 1024 * tiles * min(slabs, (64 if d <= 128 else 56) // tiles)
     shared = max(assign, place, enter + encode) + 16 * (batch + 1)
