@@ -21,7 +21,8 @@
 #define AHEAD (WORDS > 4 ? 2 : WORDS > 2 ? 4 : 8)   // rows that a warp has in flight
 #define KEYS 64                                     // of a tile of the assignment
 #define LISTS (WARPS * 32)
-#define PITCH ((D + 15) / 16 % 2 ? (D + 15) / 16 * 16 : (D + 15) / 16 * 16 + 16)  // keeps rows on different banks
+#define DEEP_KEY ((D + 15) / 16 * 16)               // dimensions of a key, with those that fill a product
+#define PITCH (2 * DEEP_KEY + 16)                   // of two rows; keeps them on different banks
 #define FORMS_AHEAD 4                               // products of the assignment whose lists are asked for before
 #define SLABS ((D + 31) / 32)                       // of 32 dimensions of the forward matrix
 #define FORWARD_BYTES ((D <= 128 ? 64 : 56) << 10)  // of it, that are held in shared memory at once
@@ -29,8 +30,8 @@
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
 #define MOVING ((D + 63) / 64 * 16 * THREADS + 8 * WINDOW + 16)  // bytes that a block moves a list with
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
-#define WALK 8                                      // pages of a list that are found one after another
-#define AT_ONCE 16                                  // pages of a list that is coded anew by the block that moves it
+#define WALK 3                                      // pages of a list that are found one after another
+#define AT_ONCE 2                                   // pages of a list that is coded anew by the block that moves it
 #define TINY 1e-30f
 
 #include "halves.cuh"
@@ -56,6 +57,24 @@ __device__ void store_near(const State& a, const Plan* plans, int w, int n) {
         store_row(a.near_keys + row, lane, key);
         store_row(a.near_values + row, lane, value);
     }
+}
+
+// Ask for what the phases after the first one read, of stream `s`.
+__device__ __forceinline__ void ask_for_later(const State& a, const Plan* plans, int s) {
+    if (threadIdx.x != THREADS - 1) return;
+    ask_for(a.amounts + s);
+    ask_for(a.order + (i64)s * a.most);
+    ask_for(a.rows + (i64)s * a.most);
+    ask_for(a.tasks);
+    ask_for(a.heavy);
+    ask_for(a.pages + (i64)s * a.room);
+    ask_for(a.sums + (i64)s * a.lists * D);
+    ask_for(a.anchors + (i64)s * a.lists * D);
+    ask_for(a.anchor_scales + (i64)s * a.lists);
+    ask_for(a.squares + (i64)s * a.lists);
+    ask_for(a.widths);
+    ask_for(a.step);
+    ask_for(entering_value(a, plans[s / a.heads], s, plans[s / a.heads].first));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State a) {
@@ -102,6 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
     STAMP(0);
     if (due) {
         u32 target = blocks;
+        ask_for_later(a, plans, blockIdx.x * (u32)streams / (u32)blocks);
         if (BLOCKS == 1 && !a.labels_in) {
             const int columns = (a.lists + LISTS - 1) / LISTS;
             int skip = blockIdx.x;  // tiles until the next one of this block
@@ -120,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
             if (plans[s / a.heads].until > plans[s / a.heads].first) place(a, plans[s / a.heads], s, rest);
         come(a);
         // Perhaps of the head that this block encodes keys of.
-        int held = (int)((i64)blockIdx.x * streams / blocks) % a.heads * SLABS;
+        int held = blockIdx.x * (u32)streams / (u32)blocks % a.heads * SLABS;
         uint4* forward = (uint4*)(rest + MOVING);
         ask_forward(a, held / SLABS, 0, forward);
         wait_for(a, target);
@@ -128,30 +148,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
 
         STAMP(2);
         Room& room = *(Room*)rest;
-        const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
+        const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS], all = all_times<false>(a, plans, streams);
         for (int i = blockIdx.x; i < heavies;) {
+            const Task task = a.heavy[i];
+            enter_by_block(a, plans, task, room, forward, held);
+            if (heavies <= blocks) break;
             if (tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
-            enter_by_block(a, plans, a.heavy[i], room, forward, held);
             __syncthreads();
             i = blocks + begun;
             __syncthreads();
         }
-        const int spared = heavies < blocks / 2 ? heavies : 0;  // blocks that have enough to do
-        enter_shares<false>(a, plans, streams, (int)blockIdx.x - spared, blocks - spared, room, forward, held);
+        // Blocks that have had enough to do are spared.
+        const int spared = heavies < blocks / 2 ? heavies : 0, first = warp - spared * WARPS;
+        Task next;
+        if (first >= 0 && first < tasks) next = a.tasks[first];
+        enter_shares<false>(a, plans, streams, all, (int)blockIdx.x - spared, blocks - spared, room, forward, held);
         come(a);
         STAMP(3);
-        if (warp >= spared * WARPS) enter_values(a, plans, tasks, warp - spared * WARPS, warps - spared * WARPS);
+        if (first >= 0) enter_values(a, plans, tasks, next, first, warps - spared * WARPS);
         wait_for(a, target);
         target += blocks;
 
         STAMP(4);
-        if (enter_shares<true>(a, plans, streams, blockIdx.x, blocks, room, forward, held)) grid_barrier(a, target);
+        const int left = all_times<true>(a, plans, streams);  // pages that are coded anew
+        if (left) {
+            enter_shares<true>(a, plans, streams, left, blockIdx.x, blocks, room, forward, held);
+            grid_barrier(a, target);
+        }
         for (int i = warp; i < tasks; i += warps) add_squares(a, a.tasks[i]);
-        if (!a.labels_in)
-            for (i64 i = (i64)blockIdx.x * THREADS + tid; i < (i64)streams * a.most; i += (i64)blocks * THREADS) {
-                const Plan& plan = plans[i / a.most / a.heads];
-                if (i % a.most < plan.until - plan.first) a.best[i] = 0;
-            }
     }
     STAMP(5);
 

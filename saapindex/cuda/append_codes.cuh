@@ -13,9 +13,11 @@ typedef u16 piece;
 typedef u8 piece;
 #endif
 
-// Sixteen keys in shared memory. Warp w has keys w and w + WARPS until they are multiplied; then it has fields of all.
+// Sixteen keys in shared memory. Warp w has keys w and w + 8 until they are multiplied; then it has fields of all.
 struct Sixteen {
-    u16 parts[LANES][2 * DEEP + 32];  // residuals, in the range of tensor cores: high parts, low parts
+    // Residuals, in the range of tensor cores: of keys k and k + 8, high and low parts; of every four dimensions two of k,
+    // two of k + 8, and so again.
+    u32 parts[LANES / 2][2 * DEEP + 16];
     float squares[LANES][WARPS], products[LANES][WARPS], lengths[LANES][WARPS];
     float factors[LANES];             // what brought them into that range
     int rows[LANES];                  // below zero: no key
@@ -56,25 +58,25 @@ __device__ __forceinline__ void set_residuals(const State& a, const Two& two, Si
             largest = fmaxf(largest, fabsf(rest[e]));
         }
         const float factor = power(exponent_for(__uint_as_float(__reduce_max_sync(FULL, __float_as_uint(largest)))));
-        u16* high = x.parts[warp + i * WARPS];
+        u32* high = x.parts[warp] + i;
 #pragma unroll
         for (int e = 0; e < MINE; e += PAIRED) {
-            const int at = element_of(lane, e);
+            const int at = element_of(lane, e), word = at / 2 * 2;
             if (at >= D) continue;
             const float u = rest[e] * factor, v = rest[e + 1] * factor;
             const u32 pair = to_float16_pair(u, v), low = rest_of_pair(u, v, pair);
             if (PAIRED == 2) {
-                *(u32*)(high + at) = pair;
-                *(u32*)(high + DEEP + at) = low;
+                high[word] = pair;
+                high[DEEP + word] = low;
             } else {
-                high[at] = (u16)pair;
-                high[DEEP + at] = (u16)low;
+                ((u16*)(high + word))[at % 2] = (u16)pair;
+                ((u16*)(high + DEEP + word))[at % 2] = (u16)low;
             }
         }
         if (lane == 0) x.factors[warp + i * WARPS] = factor;
     }
-    for (int i = threadIdx.x; i < LANES * (DEEP - D); i += THREADS) {
-        u16* high = x.parts[i % LANES] + D + i / LANES;
+    for (int i = threadIdx.x; i < LANES / 2 * (DEEP - D); i += THREADS) {
+        u32* high = x.parts[i % (LANES / 2)] + D + i / (LANES / 2);
         high[0] = high[DEEP] = 0;
     }
 }
@@ -138,11 +140,10 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
         if (slab % held_slabs == 0) hold_forward(a, h, slab, forward, held);
         u32 parts[2][2][4];  // high and low, halves
 #pragma unroll
-        for (int low = 0; low < 2; ++low) {
-            const u16* from = x.parts[g] + low * DEEP + slab * 32 + 8 * t;
-            const uint4 u = *(const uint4*)from, v = *(const uint4*)(from + 8 * (2 * DEEP + 32));
-            parts[low][0][0] = u.x, parts[low][0][1] = v.x, parts[low][0][2] = u.y, parts[low][0][3] = v.y;
-            parts[low][1][0] = u.z, parts[low][1][1] = v.z, parts[low][1][2] = u.w, parts[low][1][3] = v.w;
+        for (int i = 0; i < 4; ++i) {
+            const uint4 four = *(const uint4*)(x.parts[g] + i / 2 * DEEP + slab * 32 + 8 * t + i % 2 * 4);
+            u32* to = parts[i / 2][i % 2];
+            to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         }
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {

@@ -10,13 +10,8 @@ struct Room {
 static_assert(sizeof(Room) <= MOVING, "what a block moves a list with");
 __device__ __forceinline__ Sixteen& sixteen_of(Room& room) { return *(Sixteen*)room.fresh; }
 
-// The row of key `q` of a list, one of those that enter.
-__device__ __forceinline__ i64 row_of(const State& a, const Task& task, int q) {
-    return (i64)a.pages[(i64)task.stream * a.room + slot_of(task, q / LANES)] * LANES + q % LANES;
-}
-
 // Keys `from` and the next fifteen, up to `until`, of the sorted order of a stream enter lists, but for those of lists
-// that are coded anew. `number` tells of which task they are, if that is not so. A block does it.
+// that are coded anew. If it is not so, `number` tells of which task they are. A block does it.
 __device__ __forceinline__ void enter_sixteen(const State& a, const Plan& plan, int s, int from, int until, int number,
                                               Sixteen& x, uint4* forward, int& held) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -27,20 +22,15 @@ __device__ __forceinline__ void enter_sixteen(const State& a, const Plan& plan, 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         place[i] = from + warp + i * WARPS;
-        entry[i] = a.rows[sorted + min(place[i], until - 1)];
-        p[i] = plan.first + a.order[sorted + min(place[i], until - 1)];
+        const i64 at = sorted + min(place[i], until - 1);
+        entry[i] = a.rows[at], p[i] = plan.first + a.order[at];
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (number >= 0) entry[i].x = number;
-        if (place[i] >= until) entry[i].x = -1;
-        two.list[i] = entry[i].x < 0 ? -1 : (i64)s * a.lists + entry[i].y;
-        if (entry[i].x >= 0) load_row(entering_key(a, plan, s, p[i]), lane, two.key[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const Task& task = a.tasks[max(entry[i].x, 0)];
-        two.row[i] = entry[i].x < 0 ? -1 : (int)row_of(a, task, task.old + place[i] - task.start);
+        if (number >= 0) entry[i].x = (int)row_of(a, a.tasks[number], a.tasks[number].old + place[i] - a.tasks[number].start);
+        two.row[i] = place[i] < until ? entry[i].x : -1;
+        two.list[i] = two.row[i] < 0 ? -1 : (i64)s * a.lists + entry[i].y;
+        if (two.row[i] >= 0) load_row(entering_key(a, plan, s, p[i]), lane, two.key[i]);
     }
     encode(a, s % a.heads, two, x, forward, held);
 #pragma unroll
@@ -52,14 +42,14 @@ __device__ __forceinline__ void enter_sixteen(const State& a, const Plan& plan, 
 }
 
 // A list with many new keys, or one that gets a new anchor. A block does it.
-__device__ void enter_by_block(const State& a, const Plan* plans, int number, Room& room, uint4* forward, int& held) {
-    const Task task = a.tasks[number];
+__device__ void enter_by_block(const State& a, const Plan* plans, const Task& task, Room& room, uint4* forward, int& held) {
+    const int number = task.heavy;
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const Plan& plan = plans[s / a.heads];
     const i64 list = (i64)s * a.lists + task.list;
     double values[MINE] = {}, keys[MINE] = {};
     float before[MINE];
-    if (warp == 0) load_sums(a, task, before);
+    if (warp == 1) load_sums(a, task, before);
     const int size = task.old + task.count, pages = full_pages(size), full = full_pages(task.old);
     const bool at_once = pages <= AT_ONCE, due = task.segment >= 0;
     bool renewed = due;
@@ -92,18 +82,18 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, Ro
                     if (j0 + u < end) add_row(key[u], keys);
             }
         }
-        block_sum(keys, room.sums);
-        if (warp == 0) {
-#pragma unroll
-            for (int i = 0; i < MINE; ++i) keys[i] /= (double)size;
-            quantise(keys, lane, a.anchors + list * D, a.anchor_scales + list);
-        }
+        block_sum(keys, room.sums, 0);
         if (threadIdx.x == 0) a.coded[list] = size;
     } else {
         copy_in<false>(a, plan, task, warp, WARPS, values, keys);
     }
-    block_sum(values, room.sums);
-    if (warp == 0) set_mean(a, task, before, values);
+    block_sum(values, room.sums, 1);
+    if (warp == 1) set_mean(a, task, before, values);
+    if (renewed && warp == 0) {
+#pragma unroll
+        for (int i = 0; i < MINE; ++i) keys[i] /= (double)size;
+        quantise(keys, lane, a.anchors + list * D, a.anchor_scales + list);
+    }
     const int segment = !due ? -1 : !renewed || at_once ? DONE : room.segment;
     __syncthreads();
     if (threadIdx.x == 0) a.tasks[number].segment = segment;
@@ -126,10 +116,8 @@ __device__ void enter_by_block(const State& a, const Plan* plans, int number, Ro
     __syncthreads();
 }
 
-// The values of all other lists, as warp `w` of `n`.
-__device__ __forceinline__ void enter_values(const State& a, const Plan* plans, int tasks, int w, int n) {
-    Task next;
-    if (w < tasks) next = a.tasks[w];
+// The values of all other lists, as warp `w` of `n`; `next` is the first of its tasks.
+__device__ __forceinline__ void enter_values(const State& a, const Plan* plans, int tasks, Task next, int w, int n) {
 #pragma unroll 1
     for (int i = w; i < tasks; i += n) {
         const Task task = next;
@@ -151,17 +139,21 @@ __device__ __forceinline__ int times(const State& a, const Plan* plans, int s) {
     return PAGES ? amounts.x : amounts.y ? (plan.until - plan.first + LANES - 1) / LANES : 0;
 }
 
-// Enter the keys that were sorted, or encode the pages that blocks left to all, as block `block` of `blocks`: each has
-// its share next to each other. Says whether there was anything to do.
 template <bool PAGES>
-__device__ __forceinline__ bool enter_shares(const State& a, const Plan* plans, int streams, int block, int blocks,
-                                             Room& room, uint4* forward, int& held) {
-    const int lane = threadIdx.x % WARP;
+__device__ __forceinline__ int all_times(const State& a, const Plan* plans, int streams) {
     int all = 0;
-    for (int s = lane; s < streams; s += WARP) all += times<PAGES>(a, plans, s);
-    all = warp_sum_int(all);
-    if (block < 0) return all;
-    int skip = (int)((i64)block * all / blocks), left = (int)((i64)(block + 1) * all / blocks) - skip;
+    for (int s = threadIdx.x % WARP; s < streams; s += WARP) all += times<PAGES>(a, plans, s);
+    return warp_sum_int(all);
+}
+
+// Enter the keys that were sorted, or encode the pages that blocks left to all, as block `block` of `blocks`: each has
+// its share of `all` next to each other.
+template <bool PAGES>
+__device__ __forceinline__ void enter_shares(const State& a, const Plan* plans, int streams, int all, int block, int blocks,
+                                             Room& room, uint4* forward, int& held) {
+    if (block < 0) return;
+    const int each = ((u32)all + blocks - 1) / (u32)blocks;
+    int skip = block * each, left = each;
     for (int s = 0; s < streams && left; ++s) {
         const int here = times<PAGES>(a, plans, s);
         for (; skip < here && left; ++skip, --left) {
@@ -173,7 +165,6 @@ __device__ __forceinline__ bool enter_shares(const State& a, const Plan* plans, 
         }
         skip -= here;
     }
-    return all;
 }
 
 // Phase 5: the squared scales of the codes of a list; a warp does it.
@@ -184,10 +175,14 @@ __device__ void add_squares(const State& a, const Task& task) {
     const bool renewed = task.segment >= 0;
     const float before = renewed ? 0.f : a.squares[list];
     double sum = 0.0;
-    for (int j = (renewed ? 0 : task.old) + lane; j < task.old + task.count; j += WARP) {
-        const int slot = renewed ? a.work[(i64)s * a.room + task.segment + j / LANES] : slot_of(task, j / LANES);
-        sum += squared_scale(a, s % a.heads, (i64)a.pages[(i64)s * a.room + slot] * LANES + j % LANES);
-    }
+    if (renewed)
+        for (int j = lane; j < task.old + task.count; j += WARP) {
+            const int slot = a.work[(i64)s * a.room + task.segment + j / LANES];
+            sum += squared_scale(a, s % a.heads, (i64)a.pages[(i64)s * a.room + slot] * LANES + j % LANES);
+        }
+    else
+        for (int j = lane; j < task.count; j += WARP)
+            sum += squared_scale(a, s % a.heads, a.rows[(i64)s * a.most + task.start + j].x);
     sum = warp_sum_double(sum);
     if (lane == 0) a.squares[list] = before + (float)sum;
 }

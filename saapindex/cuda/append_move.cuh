@@ -5,6 +5,11 @@ __device__ __forceinline__ int slot_of(const Task& task, int q) {
     return q < full ? task.open : task.base + q - full;
 }
 
+// The row of key `q` of a list, one of those that enter.
+__device__ __forceinline__ i64 row_of(const State& a, const Task& task, int q) {
+    return (i64)a.pages[(i64)task.stream * a.room + slot_of(task, q / LANES)] * LANES + q % LANES;
+}
+
 // Copy the entering values of a list into its pages, and the keys too if it is coded anew, as warp `w` of `n`, and sum up
 // what this warp has copied. A lane for each of the next rows finds out where it goes.
 template <bool RENEWED>
@@ -16,8 +21,8 @@ __device__ __forceinline__ void copy_in(const State& a, const Plan& plan, const 
 #pragma unroll 1
     for (int j0 = w * ONCE; j0 < task.count; j0 += n * ONCE) {
         const int j = min(j0 + lane % ONCE, task.count - 1), at = task.old + j;
-        const int p = plan.first + a.order[sorted + j];
-        const i64 row = a.pages[(i64)s * a.room + slot_of(task, at / LANES)] * LANES + at % LANES;
+        const int p = plan.first + a.order[sorted + j], known = RENEWED ? -1 : a.rows[sorted + j].x;
+        const i64 row = known >= 0 ? known : row_of(a, task, at);
         const element* from = entering_value(a, plan, s, p);
         u32 value[ONCE][WORDS], key[ONCE][WORDS];
 #pragma unroll
@@ -73,17 +78,20 @@ __device__ void set_mean(const State& a, const Task& task, const float* before, 
     quantise(mean, lane, a.means + list * D, a.mean_scales + list);
 }
 
-// Add up what the warps of a block hold, in the order of the warps; the first warp has the result.
-__device__ void block_sum(double* x, double* shared) {
+// Add up what the warps of a block hold, in the order of the warps; warp `to` has the result.
+__device__ __forceinline__ void block_sum(double* x, double* shared, int to) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < MINE; ++i) shared[(warp * MINE + i) * WARP + lane] = x[i];
     __syncthreads();
-    if (warp == 0)
+    if (warp == to)
 #pragma unroll
-        for (int i = 0; i < MINE; ++i)
+        for (int i = 0; i < MINE; ++i) {
+            x[i] = shared[i * WARP + lane];
+#pragma unroll
             for (int w = 1; w < WARPS; ++w) x[i] += shared[(w * MINE + i) * WARP + lane];
+        }
 }
 
 // Give a page that other streams hold too a copy of its own; false if no page is free. A block does it.

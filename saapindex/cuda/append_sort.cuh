@@ -18,7 +18,6 @@ __device__ __forceinline__ u64 sums_of(int count, int old) {
 __device__ __forceinline__ u64 with_list(u64 sums, int list) { return (sums & ((1ull << LISTS_AT) - 1)) | (u64)list << LISTS_AT; }
 
 #define LISTS_AT_ONCE (THREADS * LISTS_EACH)
-#define ANEW 0xffff  // in the place of the number of a task: keys of this list are coded anew
 
 // Phase 2: sort the entering keys of a stream by list and enter the pages that they need into the tables. Lists are
 // looked at LISTS_AT_ONCE at a time: a thread first sums up what some of them need, then cares for one with new keys.
@@ -28,11 +27,9 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
     u64* scratch = (u64*)shared;                // [WARPS]
     u64* found = scratch + WARPS;               // [LISTS_AT_ONCE]: lists with new keys, and the sums before them
     int* opens = (int*)(found + LISTS_AT_ONCE);  // [LISTS_AT_ONCE]: their last pages
-    int* top = opens + LISTS_AT_ONCE;           // of the stack of free pages
-    int* bases = top + 1;                       // [31]: first tasks of the lists that are looked at together
-    int* counts = bases + 31;                   // [tables][L]: of each part of the keys
-    const int tables = min(a.tables, (m + 4 * WARP - 1) / (4 * WARP));
-    u16* numbers = (u16*)(counts + tables * L);  // [L]: tasks of lists, from the base on
+    int* taken = opens + LISTS_AT_ONCE;         // top of the stack of free pages, number of the first task
+    int* counts = taken + 4;                    // [tables][L]: of each part of the keys
+    const int tables = min(a.tables, (m + 2 * WARP - 1) / (2 * WARP));
     const int part = (m + tables * WARP - 1) / (tables * WARP) * WARP;
     const i64 list0 = (i64)s * L, table = (i64)s * a.room, sorted0 = (i64)s * a.most;
     int old[LISTS_EACH], coded[LISTS_EACH], open[LISTS_EACH];  // of the lists that a thread comes to next
@@ -46,6 +43,8 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
         }
     };
     fetch(0);
+    const int begin = warp < tables ? warp * part : m, end = min(m, begin + part);  // the part of a warp
+    int next = begin + lane < end ? label_of(a, s, begin + lane) : -1;
     int sorted = 0, held = a.counts[s], loose = 0;
     for (int i = tid; i < tables * L; i += THREADS) counts[i] = 0;
     __syncthreads();
@@ -60,13 +59,14 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             const int j = j0 + tid * LISTS_EACH + i;
             count[i] = 0;
             if (j < L)
+#pragma unroll 2
                 for (int t = 0; t < tables; ++t) count[i] += counts[t * L + j];
             if (count[i]) mine += sums_of(count[i], old[i]);
         }
         u64 before = block_scan(mine, scratch, &all);
         if (tid == 0) {
-            *top = atomicSub(a.available, pages_in(all)) - 1;
-            bases[j0 / LISTS_AT_ONCE] = atomicAdd(a.counters + TASKS, lists_in(all));
+            taken[0] = atomicSub(a.available, pages_in(all)) - 1;
+            taken[1] = atomicAdd(a.counters + TASKS, lists_in(all));
         }
 #pragma unroll
         for (int i = 0; i < LISTS_EACH; ++i) {
@@ -75,36 +75,42 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             const bool renewed = old[i] + count[i] >= 2 * coded[i];
             found[rank] = with_list(before, 2 * j + renewed);
             opens[rank] = open[i];
-            numbers[j0 + j] = renewed ? ANEW : rank;
             before += sums_of(count[i], old[i]);
             if (!renewed) loose += count[i];
         }
         __syncthreads();
         for (int r = tid; r < lists_in(all); r += THREADS) {
-            const int j = j0 + lists_in(found[r]) / 2, first = bases[j0 / LISTS_AT_ONCE], rank = pages_in(found[r]);
+            const int j = j0 + lists_in(found[r]) / 2, number = taken[1] + r;
             const bool renewed = lists_in(found[r]) % 2;
             const int had = a.sizes[list0 + j], full = full_pages(had), start = sorted + keys_in(found[r]);
-            int at = start;
+            const int top = taken[0] - pages_in(found[r]);
+            int page = had % LANES ? a.pages[table + opens[r]] : 0, fresh = a.free[max(top, 0)], at = start;
+#pragma unroll 1
             for (int t = 0; t < tables; ++t) {
                 const int here = counts[t * L + j];
                 counts[t * L + j] = at;
                 at += here;
             }
-            const int size = had + at - start, more = full_pages(size) - full, base = held + rank;
-            for (int q = 0; q < more; ++q) {
-                const int page = a.free[*top - rank - q], slot = base + q;
-                a.pages[table + slot] = page;
-                a.labels[table + slot] = j << 5 | min(LANES, size - (full + q) * LANES);
-                a.orders[table + slot] = full + q;
-                a.before[table + slot] = q ? slot - 1 : opens[r];
-                a.holders[page] = 1;
-            }
+            const int size = had + at - start, base = held + pages_in(found[r]);
             if (had % LANES) a.labels[table + opens[r]] = j << 5 | min(LANES, size - (full - 1) * LANES);
-            if (more) a.last[list0 + j] = base + more - 1;
+            for (int q = had; q < size; ++q) {
+                if (q % LANES == 0) {
+                    const int slot = base + q / LANES - full;
+                    page = slot == base ? fresh : a.free[top - (slot - base)];
+                    a.pages[table + slot] = page;
+                    a.labels[table + slot] = j << 5 | min(LANES, size - q);
+                    a.orders[table + slot] = q / LANES;
+                    a.before[table + slot] = slot == base ? opens[r] : slot - 1;
+                    a.holders[page] = 1;
+                    a.last[list0 + j] = slot;
+                }
+                a.rows[sorted0 + start + q - had] = make_int2(renewed ? -1 : page * LANES + q % LANES, j);
+            }
             a.sizes[list0 + j] = size;
             const bool heavy = renewed || at - start > HEAVY;
-            a.tasks[first + r] = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, heavy};
-            if (heavy) a.heavy[atomicAdd(a.counters + HEAVIES, 1)] = first + r;
+            a.tasks[number] = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, heavy};
+            if (heavy)
+                a.heavy[atomicAdd(a.counters + HEAVIES, 1)] = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, number};
         }
         sorted += keys_in(all);
         held += pages_in(all);
@@ -116,8 +122,6 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
     if (tid == 0) a.counts[s] = held;
     if (warp < tables) {
         int* mine = counts + warp * L;
-        const int begin = warp * part, end = min(m, begin + part);
-        int next = begin + lane < end ? label_of(a, s, begin + lane) : -1;
         for (int i = begin + lane; i - lane < end; i += WARP) {
             const int list = next;
             next = i + WARP < end ? label_of(a, s, i + WARP) : -1;
@@ -126,9 +130,8 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             const int at = list >= 0 ? mine[list] + ahead : 0;
             __syncwarp();
             if (list >= 0) {
-                const int number = numbers[list];
                 a.order[sorted0 + at] = i;
-                a.rows[sorted0 + at] = make_int2(number == ANEW ? -1 : bases[list / LISTS_AT_ONCE] + number, list);
+                if (!a.labels_in) a.best[sorted0 + i] = 0;
                 if (ahead == 0) mine[list] += __popc(same);
             }
             __syncwarp();

@@ -41,9 +41,9 @@ struct State {
     const int* labels_in;  // (S, M): lists of the entering keys where they are known; null where not
     u64* best;          // (S, M), zero between launches: score and list of each entering key
     int* order;         // (S, M): entering keys sorted by list
-    int2* rows;         // (S, M): of each of these its task, -1 if its list is coded anew, and list
+    int2* rows;         // (S, M): the row that each of these goes to, -1 if its list is coded anew, and the list
     Task* tasks;        // (S * min(M, L))
-    int* heavy;         // (S * min(M, L)): tasks for whole blocks
+    Task* heavy;        // (S * min(M, L)): those for whole blocks, with their numbers in the place of `heavy`
     int* work;          // (S, P): slots of the pages to be coded anew
     int2* amounts;      // (S), zero between launches: how many those are, and how many keys enter beside them
     int* counters;
@@ -88,7 +88,7 @@ __device__ __forceinline__ Plan plan_of(const State& a, int b) {
 __device__ __forceinline__ int most_pages(const State& a, int m) { return min(m, m / LANES + min(m, a.lists)); }
 
 __device__ __forceinline__ i64 near_row(const State& a, int s, int p) {
-    const int place = p < a.sinks ? p : a.sinks + (p - a.sinks) % a.ring;
+    const int place = p < a.sinks ? p : a.sinks + (u32)(p - a.sinks) % (u32)a.ring;
     return ((i64)s * (a.sinks + a.ring) + place) * D;
 }
 
@@ -186,6 +186,9 @@ __device__ void quantise(const double* x, int lane, i8* row, float* scale) {
     }
     if (lane == 0) *scale = unit;
 }
+
+// Ask for memory that is read later: to find out where it lies takes a while by itself.
+__device__ __forceinline__ void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ __forceinline__ double warp_sum_double(double x) {
 #pragma unroll

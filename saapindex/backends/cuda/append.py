@@ -221,7 +221,7 @@ class AppendSpace(NamedTuple):
             order=xp.empty((count, most), np.int32),
             rows=xp.empty((count, most, 2), np.int32),
             tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
-            heavy=xp.empty(tasks, np.int32),
+            heavy=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
             work=xp.empty((count, room), np.int32),
             amounts=xp.zeros((count, 2), np.int32),
             counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
@@ -353,8 +353,8 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
     """
     elements = -(-d // 64) * 2  # of a lane, at most
     steps, tiles, slabs = -(-d // 16), -(-coded // 8), -(-d // 32)
-    assign = 4 * _KEYS * (16 * (steps if steps % 2 else steps + 1) + 1) + 8 * _KEYS * THREADS // 32
-    place = 64 + 12 * _LISTS_AT_ONCE + 128 + 4 * _tables(lists) * lists + 2 * lists
+    assign = 2 * _KEYS * (32 * steps + 16) + 4 * _KEYS * (1 + 2 * THREADS // 32)
+    place = 80 + 12 * _LISTS_AT_ONCE + 4 * _tables(lists) * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
     encode = 1024 * tiles * min(slabs, (64 if d <= 128 else 56) // tiles)
     shared = max(assign, place, enter + encode) + 16 * (batch + 1)
