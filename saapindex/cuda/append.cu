@@ -31,7 +31,6 @@
 #define MOVING ((D + 63) / 64 * 16 * THREADS + 8 * WINDOW + 16)  // bytes that a block moves a list with
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
 #define WALK 3                                      // pages of a list that are found one after another
-#define AT_ONCE 2                                   // pages of a list that is coded anew by the block that moves it
 #define TINY 1e-30f
 
 #include "halves.cuh"
@@ -121,6 +120,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
     STAMP(0);
     if (due) {
         u32 target = blocks;
+        int again = 0;  // whether places in the ring that keys leave are taken by new ones
+        for (int b = 0; b < a.batch; ++b) again |= plans[b].now - plans[b].first > a.ring;
         ask_for_later(a, plans, blockIdx.x * (u32)streams / (u32)blocks);
         if (BLOCKS == 1 && !a.labels_in) {
             const int columns = (a.lists + LISTS - 1) / LISTS;
@@ -148,34 +149,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
 
         STAMP(2);
         Room& room = *(Room*)rest;
-        const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS], all = all_times<false>(a, plans, streams);
+        const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
+        int all = all_times(a, plans, streams, false);
         for (int i = blockIdx.x; i < heavies;) {
-            const Task task = a.heavy[i];
-            enter_by_block(a, plans, task, room, forward, held);
-            if (heavies <= blocks) break;
-            if (tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
+            if (heavies > blocks && tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
+            enter_by_block(a, plans, a.heavy[i], room, forward, held);
             __syncthreads();
-            i = blocks + begun;
+            i = heavies > blocks ? blocks + begun : heavies;
             __syncthreads();
         }
-        // Blocks that have had enough to do are spared.
-        const int spared = heavies < blocks / 2 ? heavies : 0, first = warp - spared * WARPS;
-        Task next;
-        if (first >= 0 && first < tasks) next = a.tasks[first];
-        enter_shares<false>(a, plans, streams, all, (int)blockIdx.x - spared, blocks - spared, room, forward, held);
-        come(a);
-        STAMP(3);
-        if (first >= 0) enter_values(a, plans, tasks, next, first, warps - spared * WARPS);
-        wait_for(a, target);
-        target += blocks;
-
+        const int spared = heavies < blocks / 2 ? heavies : 0;  // blocks that have had enough to do
+        Task task;
+        Squares known;
+#pragma unroll 1
+        for (int pages = 0; pages < 2; ++pages) {  // keys that enter, then those that are coded anew
+            if (pages) {
+                all = all_times(a, plans, streams, true);
+                if (!all) break;
+            }
+            const int block = (int)blockIdx.x - (pages ? 0 : spared), others = blocks - (pages ? 0 : spared);
+            encode_share(a, plans, streams, pages, all, block, others, sixteen_of(room), forward, held);
+            come(a);
+            if (!pages) {
+                STAMP(3);
+                if (block >= 0) enter_values(a, plans, tasks, warp - spared * WARPS, others * WARPS);
+                if (again) come(a, ENTERED);
+                if (warp < tasks) task = a.tasks[warp], known = squares_of(a, task);
+            }
+            wait_for(a, target);
+            target += blocks;
+        }
         STAMP(4);
-        const int left = all_times<true>(a, plans, streams);  // pages that are coded anew
-        if (left) {
-            enter_shares<true>(a, plans, streams, left, blockIdx.x, blocks, room, forward, held);
-            grid_barrier(a, target);
+        for (int i = warp; i < tasks; i += warps) {
+            if (i != warp) task = a.tasks[i], known = squares_of(a, task);
+            if (task.heavy) task = a.tasks[i], known = squares_of(a, task);  // they have a segment now
+            add_squares(a, task, known);
         }
-        for (int i = warp; i < tasks; i += warps) add_squares(a, a.tasks[i]);
+        if (again) wait_for(a, blocks, ENTERED);
     }
     STAMP(5);
 

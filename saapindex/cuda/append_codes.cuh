@@ -225,12 +225,11 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
     }
 }
 
-// Encode the keys of a page anew. A block does it.
-__device__ __forceinline__ void encode_page(const State& a, int s, int slot, Sixteen& x, uint4* forward, int& held) {
+// Two keys of a page that is coded anew.
+__device__ __forceinline__ void of_page(const State& a, int s, int slot, Two& two) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 at = (i64)s * a.room + slot;
     const int label = a.labels[at], row = a.pages[at] * LANES + warp;
-    Two two = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const bool any = warp + i * WARPS < (label & 31);
@@ -238,7 +237,6 @@ __device__ __forceinline__ void encode_page(const State& a, int s, int slot, Six
         two.list[i] = any ? (i64)s * a.lists + (label >> 5) : -1;
         if (any) load_row(a.keys + (i64)two.row[i] * D, lane, two.key[i]);
     }
-    encode(a, s % a.heads, two, x, forward, held);
 }
 
 __device__ __forceinline__ double squared_scale(const State& a, int h, i64 row) {

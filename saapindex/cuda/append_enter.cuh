@@ -10,29 +10,30 @@ struct Room {
 static_assert(sizeof(Room) <= MOVING, "what a block moves a list with");
 __device__ __forceinline__ Sixteen& sixteen_of(Room& room) { return *(Sixteen*)room.fresh; }
 
-// Keys `from` and the next fifteen, up to `until`, of the sorted order of a stream enter lists, but for those of lists
-// that are coded anew. If it is not so, `number` tells of which task they are. A block does it.
-__device__ __forceinline__ void enter_sixteen(const State& a, const Plan& plan, int s, int from, int until, int number,
-                                              Sixteen& x, uint4* forward, int& held) {
+// Two of the keys from place `from` up to `until` of the sorted order of a stream, and their positions; none of lists that
+// are coded anew. If that did not happen, `number` tells of which task they are.
+__device__ __forceinline__ void of_order(const State& a, const Plan& plan, int s, int from, int until, int number, Two& two,
+                                         int* p) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const i64 sorted = (i64)s * a.most;
-    Two two = {};
-    int place[2], p[2];
     int2 entry[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        place[i] = from + warp + i * WARPS;
-        const i64 at = sorted + min(place[i], until - 1);
+        const i64 at = (i64)s * a.most + min(from + warp + i * WARPS, until - 1);
         entry[i] = a.rows[at], p[i] = plan.first + a.order[at];
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (number >= 0) entry[i].x = (int)row_of(a, a.tasks[number], a.tasks[number].old + place[i] - a.tasks[number].start);
-        two.row[i] = place[i] < until ? entry[i].x : -1;
+        const int place = from + warp + i * WARPS;
+        if (number >= 0) entry[i].x = (int)row_of(a, a.tasks[number], a.tasks[number].old + place - a.tasks[number].start);
+        two.row[i] = place < until ? entry[i].x : -1;
         two.list[i] = two.row[i] < 0 ? -1 : (i64)s * a.lists + entry[i].y;
         if (two.row[i] >= 0) load_row(entering_key(a, plan, s, p[i]), lane, two.key[i]);
     }
-    encode(a, s % a.heads, two, x, forward, held);
+}
+
+// They enter the rows that they are for.
+__device__ __forceinline__ void store_two(const State& a, const Two& two, const int* p) {
+    const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         if (two.list[i] < 0) continue;
@@ -42,7 +43,7 @@ __device__ __forceinline__ void enter_sixteen(const State& a, const Plan& plan, 
 }
 
 // A list with many new keys, or one that gets a new anchor. A block does it.
-__device__ void enter_by_block(const State& a, const Plan* plans, const Task& task, Room& room, uint4* forward, int& held) {
+__device__ void enter_by_block(const State& a, const Plan* plans, const Task task, Room& room, uint4* forward, int& held) {
     const int number = task.heavy;
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const Plan& plan = plans[s / a.heads];
@@ -51,7 +52,7 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task& ta
     float before[MINE];
     if (warp == 1) load_sums(a, task, before);
     const int size = task.old + task.count, pages = full_pages(size), full = full_pages(task.old);
-    const bool at_once = pages <= AT_ONCE, due = task.segment >= 0;
+    const bool due = task.segment >= 0;
     bool renewed = due;
     for (int from = 0; renewed && from < full; from += WINDOW) {
         const int count = look_up(a, task, from, room.slots);
@@ -59,14 +60,13 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task& ta
     }
     if (renewed) {
         copy_in<true>(a, plan, task, warp, WARPS, values, keys);
-        if (!at_once && threadIdx.x == 0) room.segment = atomicAdd(&a.amounts[s].x, pages);
+        if (threadIdx.x == 0) room.segment = atomicAdd(&a.amounts[s].x, pages);
         __syncthreads();
         for (int from = 0; from < pages; from += WINDOW) {
             // They stand there from before where one look was enough.
             const int count = full && pages <= WINDOW ? pages : look_up(a, task, from, room.slots);
-            if (!at_once)
-                for (int q = threadIdx.x; q < count; q += THREADS)
-                    a.work[(i64)s * a.room + room.segment + from + q] = room.slots[q];
+            for (int q = threadIdx.x; q < count; q += THREADS)
+                a.work[(i64)s * a.room + room.segment + from + q] = room.slots[q];
             const int end = min(task.old - from * LANES, count * LANES);
             for (int j0 = warp * AHEAD; j0 < end; j0 += WARPS * AHEAD) {
                 const int j = min(j0 + lane % AHEAD, end - 1);
@@ -94,30 +94,24 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task& ta
         for (int i = 0; i < MINE; ++i) keys[i] /= (double)size;
         quantise(keys, lane, a.anchors + list * D, a.anchor_scales + list);
     }
-    const int segment = !due ? -1 : !renewed || at_once ? DONE : room.segment;
-    __syncthreads();
-    if (threadIdx.x == 0) a.tasks[number].segment = segment;
-    if (segment != DONE) return;
-    if (renewed)
-        for (int q = 0; q < pages; ++q) encode_page(a, s, room.slots[q], sixteen_of(room), forward, held);
-    else  // no page was free: the anchor stays
-        for (int j = 0; j < task.count; j += LANES)
-            enter_sixteen(a, plan, s, task.start + j, task.start + task.count, number, sixteen_of(room), forward, held);
-    __syncthreads();
-    if (warp == 0) {
-        double sum = 0.0;
-        for (int j = (renewed ? 0 : task.old) + lane; j < size; j += WARP) {
-            const int slot = renewed ? room.slots[j / LANES] : slot_of(task, j / LANES);
-            sum += squared_scale(a, s % a.heads, (i64)a.pages[(i64)s * a.room + slot] * LANES + j % LANES);
+    if (threadIdx.x == 0) a.tasks[number].segment = renewed ? room.segment : -1;
+    if (due && !renewed)  // no page was free: the anchor stays
+        for (int j = 0; j < task.count; j += LANES) {
+            Two two = {};
+            int p[2];
+            of_order(a, plan, s, task.start + j, task.start + task.count, number, two, p);
+            encode(a, s % a.heads, two, sixteen_of(room), forward, held);
+            store_two(a, two, p);
+#pragma unroll
+            for (int i = 0; i < 2; ++i)  // whoever reads this meanwhile does the same
+                if (lane == 0 && two.list[i] >= 0) a.rows[(i64)s * a.most + task.start + j + warp + i * WARPS].x = two.row[i];
         }
-        sum = warp_sum_double(sum);
-        if (lane == 0) a.squares[list] = (renewed ? 0.f : a.squares[list]) + (float)sum;
-    }
-    __syncthreads();
 }
 
-// The values of all other lists, as warp `w` of `n`; `next` is the first of its tasks.
-__device__ __forceinline__ void enter_values(const State& a, const Plan* plans, int tasks, Task next, int w, int n) {
+// The values of all other lists, as warp `w` of `n`.
+__device__ __forceinline__ void enter_values(const State& a, const Plan* plans, int tasks, int w, int n) {
+    Task next;
+    if (w < tasks) next = a.tasks[w];
 #pragma unroll 1
     for (int i = w; i < tasks; i += n) {
         const Task task = next;
@@ -132,57 +126,68 @@ __device__ __forceinline__ void enter_values(const State& a, const Plan* plans, 
 }
 
 // How many times sixteen keys of a stream are to be coded: entering ones in lists that keep their anchors, or pages.
-template <bool PAGES>
-__device__ __forceinline__ int times(const State& a, const Plan* plans, int s) {
+__device__ __forceinline__ int times(const State& a, const Plan* plans, int s, bool pages) {
     const int2 amounts = a.amounts[s];
     const Plan& plan = plans[s / a.heads];
-    return PAGES ? amounts.x : amounts.y ? (plan.until - plan.first + LANES - 1) / LANES : 0;
+    return pages ? amounts.x : amounts.y ? (plan.until - plan.first + LANES - 1) / LANES : 0;
 }
 
-template <bool PAGES>
-__device__ __forceinline__ int all_times(const State& a, const Plan* plans, int streams) {
+__device__ __forceinline__ int all_times(const State& a, const Plan* plans, int streams, bool pages) {
     int all = 0;
-    for (int s = threadIdx.x % WARP; s < streams; s += WARP) all += times<PAGES>(a, plans, s);
+    for (int s = threadIdx.x % WARP; s < streams; s += WARP) all += times(a, plans, s, pages);
     return warp_sum_int(all);
 }
 
 // Enter the keys that were sorted, or encode the pages that blocks left to all, as block `block` of `blocks`: each has
 // its share of `all` next to each other.
-template <bool PAGES>
-__device__ __forceinline__ void enter_shares(const State& a, const Plan* plans, int streams, int all, int block, int blocks,
-                                             Room& room, uint4* forward, int& held) {
+__device__ __forceinline__ void encode_share(const State& a, const Plan* plans, int streams, bool pages, int all, int block,
+                                             int blocks, Sixteen& x, uint4* forward, int& held) {
     if (block < 0) return;
-    const int each = ((u32)all + blocks - 1) / (u32)blocks;
-    int skip = block * each, left = each;
+    int skip = (u32)block * all / (u32)blocks, left = (u32)(block + 1) * all / (u32)blocks - skip;
     for (int s = 0; s < streams && left; ++s) {
-        const int here = times<PAGES>(a, plans, s);
+        const int here = times(a, plans, s, pages);
         for (; skip < here && left; ++skip, --left) {
             const Plan& plan = plans[s / a.heads];
-            if (PAGES)
-                encode_page(a, s, a.work[(i64)s * a.room + skip], sixteen_of(room), forward, held);
+            Two two = {};
+            int p[2];
+            if (pages)
+                of_page(a, s, a.work[(i64)s * a.room + skip], two);
             else
-                enter_sixteen(a, plan, s, skip * LANES, plan.until - plan.first, -1, sixteen_of(room), forward, held);
+                of_order(a, plan, s, skip * LANES, plan.until - plan.first, -1, two, p);
+            encode(a, s % a.heads, two, x, forward, held);
+            if (!pages) store_two(a, two, p);
         }
         skip -= here;
     }
 }
 
+// What the squared scales of a list are found with, of a task that its keys only entered: known before they are coded.
+struct Squares {
+    int row;       // of a key, for each lane
+    float before;  // the sum of squares
+};
+
+__device__ __forceinline__ Squares squares_of(const State& a, const Task& task) {
+    const int lane = threadIdx.x % WARP;
+    return {lane < task.count ? a.rows[(i64)task.stream * a.most + task.start + lane].x : -1,
+            a.squares[(i64)task.stream * a.lists + task.list]};
+}
+
 // Phase 5: the squared scales of the codes of a list; a warp does it.
-__device__ void add_squares(const State& a, const Task& task) {
-    if (task.segment == DONE) return;
-    const int s = task.stream, lane = threadIdx.x % WARP;
-    const i64 list = (i64)s * a.lists + task.list;
-    const bool renewed = task.segment >= 0;
-    const float before = renewed ? 0.f : a.squares[list];
+__device__ __forceinline__ void add_squares(const State& a, const Task& task, const Squares& known) {
+    const int s = task.stream, h = s % a.heads, lane = threadIdx.x % WARP;
     double sum = 0.0;
-    if (renewed)
+    if (task.segment >= 0) {
         for (int j = lane; j < task.old + task.count; j += WARP) {
             const int slot = a.work[(i64)s * a.room + task.segment + j / LANES];
-            sum += squared_scale(a, s % a.heads, (i64)a.pages[(i64)s * a.room + slot] * LANES + j % LANES);
+            sum += squared_scale(a, h, (i64)a.pages[(i64)s * a.room + slot] * LANES + j % LANES);
         }
-    else
-        for (int j = lane; j < task.count; j += WARP)
-            sum += squared_scale(a, s % a.heads, a.rows[(i64)s * a.most + task.start + j].x);
+    } else if (known.row >= 0) {
+        sum = squared_scale(a, h, known.row);
+    }
+    if (task.segment < 0 && task.count > WARP)
+        for (int j = WARP + lane; j < task.count; j += WARP)
+            sum += squared_scale(a, h, a.rows[(i64)s * a.most + task.start + j].x);
     sum = warp_sum_double(sum);
-    if (lane == 0) a.squares[list] = before + (float)sum;
+    if (lane == 0) a.squares[(i64)s * a.lists + task.list] = (task.segment < 0 ? known.before : 0.f) + (float)sum;
 }

@@ -1,8 +1,8 @@
 // What the phases of an addition share: the state, plans of sequences, rows of keys, barriers and sums.
 
-// Counters of a state; the last block of a launch leaves all but STATUS at zero. NEXT: heavy tasks that were begun.
-enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, NEXT };
-enum { DONE = -2 };  // in the place of a segment: one block has coded the list
+// Counters of a state; the last block of a launch leaves all but STATUS at zero. ENTERED: blocks that have read all that
+// leaves the ring. NEXT: heavy tasks that were begun.
+enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, ENTERED, NEXT };
 enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
 
 // Keys of one list that enter in this launch.
@@ -11,7 +11,7 @@ struct Task {
     int start, count;  // where they stand in the sorted order of the stream
     int old;           // keys that were in the list
     int open, base;    // its last page if that has free lanes; the first of its new pages
-    int segment;       // where its pages stand in the stream's work if all blocks code it anew, else -1; DONE
+    int segment;       // where its pages stand in the stream's work if it is coded anew, else -1
     int heavy;         // whether a whole block moves it
 };
 
@@ -203,16 +203,17 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
 }
 
 // A block has come to a barrier of the grid: what its threads wrote before can be read by those that have waited for it.
-__device__ __forceinline__ void come(const State& a) {
+__device__ __forceinline__ void come(const State& a, int barrier = BARRIER) {
+    int* counter = a.counters + barrier;
     __syncthreads();
-    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.counters + BARRIER) : "memory");
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // Wait until blocks have come `target` times.
-__device__ __forceinline__ void wait_for(const State& a, u32 target) {
+__device__ __forceinline__ void wait_for(const State& a, u32 target, int barrier = BARRIER) {
     if (threadIdx.x == 0) {
         u32 seen;
-        do seen = load_acquire((const u32*)a.counters + BARRIER);
+        do seen = load_acquire((const u32*)a.counters + barrier);
         while (seen < target);
     }
     __syncthreads();

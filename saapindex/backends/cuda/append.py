@@ -27,7 +27,7 @@ __all__ = [
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 
 THREADS = 256
-COUNTERS = 6
+COUNTERS = 7
 """int32 counters of a state. The first is its status: 0, or what `STATUS` names."""
 STATUS = {
     1: "keys that were due stayed out of the lists, for want of pages",
@@ -198,7 +198,7 @@ class AppendSpace(NamedTuple):
     amounts
         (S, 2) int32, zero before and after: how many those are, and keys that enter other lists.
     counters
-        (6,) int32, zero before; the first is the status, the others are zero after.
+        (7,) int32, zero before; the first is the status, the others are zero after.
     """
 
     best: Array
