@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
             come(a);
             if (!pages) {
                 STAMP(3);
-                if (block >= 0) enter_values(a, plans, tasks, warp - spared * WARPS, others * WARPS);
+                enter_values(a, plans, tasks, warp, warps);
                 if (again) come(a, ENTERED);
                 if (warp < tasks) task = a.tasks[warp], known = squares_of(a, task);
             }

@@ -21,7 +21,7 @@ struct Sixteen {
     float squares[LANES][WARPS], products[LANES][WARPS], lengths[LANES][WARPS];
     float factors[LANES];             // what brought them into that range
     int rows[LANES];                  // below zero: no key
-    u32 codes[LANES][D / 8];
+    u32 codes[LANES * (D / 8)];
 };
 static_assert(sizeof(Sixteen) <= MOVING - 4 * WINDOW, "sixteen keys fit beside the pages that are looked up");
 
@@ -132,7 +132,7 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
             const int field = (warp + i * WARPS) * 8 + t + 4 * e;
             steps[i][e] = field < R ? __ldg(a.step + h * R + field) : make_float4(0.f, 0.f, 0.f, 0.f);
         }
-    for (int i = threadIdx.x; i < LANES * (D / 8); i += THREADS) x.codes[0][i] = 0;
+    for (int i = threadIdx.x; i < LANES * (D / 8); i += THREADS) x.codes[i] = 0;
     set_residuals(a, two, x);
     float sums[TILES][4] = {}, rests[TILES][4] = {};
 #pragma unroll 1
@@ -206,7 +206,7 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
             }
             code |= __shfl_xor_sync(FULL, code, 1);
             code |= __shfl_xor_sync(FULL, code, 2);
-            if (t == 0 && word[i] >= 0) atomicOr(&x.codes[g + 8 * k][word[i]], code);
+            if (t == 0 && word[i] >= 0) atomicOr(x.codes + (g + 8 * k) * (D / 8) + word[i], code);
         }
         product = quad_sum(product), length = quad_sum(length);
         if (t == 0) x.products[g + 8 * k][warp] = product, x.lengths[g + 8 * k][warp] = length;
@@ -214,7 +214,7 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
     __syncthreads();
     for (int i = threadIdx.x; i < LANES * a.words; i += THREADS) {
         const int row = x.rows[i % LANES], w = i / LANES;
-        if (row >= 0) a.codes[((i64)(row / LANES) * a.words + w) * LANES + row % LANES] = w < D / 8 ? x.codes[i % LANES][w] : 0;
+        if (row >= 0) a.codes[((i64)(row / LANES) * a.words + w) * LANES + row % LANES] = w < D / 8 ? x.codes[i % LANES * (D / 8) + w] : 0;
     }
     if (threadIdx.x < LANES && x.rows[threadIdx.x] >= 0) {
         const int k = threadIdx.x;
@@ -225,11 +225,9 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
     }
 }
 
-// Two keys of a page that is coded anew.
-__device__ __forceinline__ void of_page(const State& a, int s, int slot, Two& two) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const i64 at = (i64)s * a.room + slot;
-    const int label = a.labels[at], row = a.pages[at] * LANES + warp;
+// Two keys of a page with its label, that is coded anew.
+__device__ __forceinline__ void of_page(const State& a, int s, int page, int label, Two& two) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = page * LANES + warp;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const bool any = warp + i * WARPS < (label & 31);

@@ -11,8 +11,8 @@ static_assert(sizeof(Room) <= MOVING, "what a block moves a list with");
 __device__ __forceinline__ Sixteen& sixteen_of(Room& room) { return *(Sixteen*)room.fresh; }
 
 // Two of the keys from place `from` up to `until` of the sorted order of a stream, and their positions; none of lists that
-// are coded anew. If that did not happen, `number` tells of which task they are.
-__device__ __forceinline__ void of_order(const State& a, const Plan& plan, int s, int from, int until, int number, Two& two,
+// are to be coded anew, but if `all`.
+__device__ __forceinline__ void of_order(const State& a, const Plan& plan, int s, int from, int until, bool all, Two& two,
                                          int* p) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int2 entry[2];
@@ -23,11 +23,10 @@ __device__ __forceinline__ void of_order(const State& a, const Plan& plan, int s
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int place = from + warp + i * WARPS;
-        if (number >= 0) entry[i].x = (int)row_of(a, a.tasks[number], a.tasks[number].old + place - a.tasks[number].start);
-        two.row[i] = place < until ? entry[i].x : -1;
-        two.list[i] = two.row[i] < 0 ? -1 : (i64)s * a.lists + entry[i].y;
-        if (two.row[i] >= 0) load_row(entering_key(a, plan, s, p[i]), lane, two.key[i]);
+        const bool any = from + warp + i * WARPS < until && (all || entry[i].y >= 0);
+        two.row[i] = entry[i].x;
+        two.list[i] = any ? (i64)s * a.lists + (entry[i].y < 0 ? ~entry[i].y : entry[i].y) : -1;
+        if (any) load_row(entering_key(a, plan, s, p[i]), lane, two.key[i]);
     }
 }
 
@@ -42,35 +41,32 @@ __device__ __forceinline__ void store_two(const State& a, const Two& two, const 
     }
 }
 
-// A list with many new keys, or one that gets a new anchor. A block does it.
+// The keys of a list that gets a new anchor, and the values of one with many new keys. A block does it.
 __device__ void enter_by_block(const State& a, const Plan* plans, const Task task, Room& room, uint4* forward, int& held) {
-    const int number = task.heavy;
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const Plan& plan = plans[s / a.heads];
-    const i64 list = (i64)s * a.lists + task.list;
-    double values[MINE] = {}, keys[MINE] = {};
-    float before[MINE];
-    if (warp == 1) load_sums(a, task, before);
+    const i64 list = (i64)s * a.lists + task.list, table = (i64)s * a.room;
     const int size = task.old + task.count, pages = full_pages(size), full = full_pages(task.old);
-    const bool due = task.segment >= 0;
-    bool renewed = due;
+    bool renewed = task.segment >= 0;
     for (int from = 0; renewed && from < full; from += WINDOW) {
         const int count = look_up(a, task, from, room.slots);
         renewed = own_pages(a, s, room.slots, min(count, full - from), room.fresh, &room.failed);
     }
     if (renewed) {
-        copy_in<true>(a, plan, task, warp, WARPS, values, keys);
+        double keys[MINE] = {};
         if (threadIdx.x == 0) room.segment = atomicAdd(&a.amounts[s].x, pages);
+        copy_in<true>(a, plan, task, warp, WARPS, keys);
         __syncthreads();
         for (int from = 0; from < pages; from += WINDOW) {
             // They stand there from before where one look was enough.
             const int count = full && pages <= WINDOW ? pages : look_up(a, task, from, room.slots);
             for (int q = threadIdx.x; q < count; q += THREADS)
-                a.work[(i64)s * a.room + room.segment + from + q] = room.slots[q];
+                a.work[table + room.segment + from + q] =
+                    make_int2(a.pages[table + room.slots[q]], task.list << 5 | min(LANES, size - (from + q) * LANES));
             const int end = min(task.old - from * LANES, count * LANES);
             for (int j0 = warp * AHEAD; j0 < end; j0 += WARPS * AHEAD) {
                 const int j = min(j0 + lane % AHEAD, end - 1);
-                const i64 row = (i64)a.pages[(i64)s * a.room + room.slots[j / LANES]] * LANES + j % LANES;
+                const i64 row = (i64)a.pages[table + room.slots[j / LANES]] * LANES + j % LANES;
                 u32 key[AHEAD][WORDS];
 #pragma unroll
                 for (int u = 0; u < AHEAD; ++u) {
@@ -83,32 +79,32 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task tas
             }
         }
         block_sum(keys, room.sums, 0);
-        if (threadIdx.x == 0) a.coded[list] = size;
-    } else {
-        copy_in<false>(a, plan, task, warp, WARPS, values, keys);
-    }
-    block_sum(values, room.sums, 1);
-    if (warp == 1) set_mean(a, task, before, values);
-    if (renewed && warp == 0) {
+        if (warp == 0) {
 #pragma unroll
-        for (int i = 0; i < MINE; ++i) keys[i] /= (double)size;
-        quantise(keys, lane, a.anchors + list * D, a.anchor_scales + list);
-    }
-    if (threadIdx.x == 0) a.tasks[number].segment = renewed ? room.segment : -1;
-    if (due && !renewed)  // no page was free: the anchor stays
+            for (int i = 0; i < MINE; ++i) keys[i] /= (double)size;
+            quantise(keys, lane, a.anchors + list * D, a.anchor_scales + list);
+        }
+        if (threadIdx.x == 0) a.coded[list] = size;
+    } else if (task.segment >= 0) {  // no page was free: the anchor stays
         for (int j = 0; j < task.count; j += LANES) {
             Two two = {};
             int p[2];
-            of_order(a, plan, s, task.start + j, task.start + task.count, number, two, p);
+            of_order(a, plan, s, task.start + j, task.start + task.count, true, two, p);
             encode(a, s % a.heads, two, sixteen_of(room), forward, held);
             store_two(a, two, p);
-#pragma unroll
-            for (int i = 0; i < 2; ++i)  // whoever reads this meanwhile does the same
-                if (lane == 0 && two.list[i] >= 0) a.rows[(i64)s * a.most + task.start + j + warp + i * WARPS].x = two.row[i];
         }
+    }
+    if (threadIdx.x == 0 && task.segment >= 0) a.tasks[task.heavy].segment = renewed ? room.segment : -1;
+    if (task.count <= HEAVY) return;
+    double values[MINE] = {};
+    float before[MINE];
+    if (warp == 0) load_sums(a, task, before);
+    copy_in<false>(a, plan, task, warp, WARPS, values);
+    block_sum(values, room.sums, 0);
+    if (warp == 0) set_mean(a, task, before, values);
 }
 
-// The values of all other lists, as warp `w` of `n`.
+// The values of lists with fewer new keys, as warp `w` of `n`.
 __device__ __forceinline__ void enter_values(const State& a, const Plan* plans, int tasks, int w, int n) {
     Task next;
     if (w < tasks) next = a.tasks[w];
@@ -116,11 +112,11 @@ __device__ __forceinline__ void enter_values(const State& a, const Plan* plans, 
     for (int i = w; i < tasks; i += n) {
         const Task task = next;
         if (i + n < tasks) next = a.tasks[i + n];
-        if (task.heavy) continue;
+        if (task.count > HEAVY) continue;
         double values[MINE] = {};
         float before[MINE];
         load_sums(a, task, before);
-        copy_in<false>(a, plans[task.stream / a.heads], task, 0, 1, values, values);
+        copy_in<false>(a, plans[task.stream / a.heads], task, 0, 1, values);
         set_mean(a, task, before, values);
     }
 }
@@ -150,10 +146,12 @@ __device__ __forceinline__ void encode_share(const State& a, const Plan* plans, 
             const Plan& plan = plans[s / a.heads];
             Two two = {};
             int p[2];
-            if (pages)
-                of_page(a, s, a.work[(i64)s * a.room + skip], two);
-            else
-                of_order(a, plan, s, skip * LANES, plan.until - plan.first, -1, two, p);
+            if (pages) {
+                const int2 page = a.work[(i64)s * a.room + skip];
+                of_page(a, s, page.x, page.y, two);
+            } else {
+                of_order(a, plan, s, skip * LANES, plan.until - plan.first, false, two, p);
+            }
             encode(a, s % a.heads, two, x, forward, held);
             if (!pages) store_two(a, two, p);
         }
@@ -179,8 +177,8 @@ __device__ __forceinline__ void add_squares(const State& a, const Task& task, co
     double sum = 0.0;
     if (task.segment >= 0) {
         for (int j = lane; j < task.old + task.count; j += WARP) {
-            const int slot = a.work[(i64)s * a.room + task.segment + j / LANES];
-            sum += squared_scale(a, h, (i64)a.pages[(i64)s * a.room + slot] * LANES + j % LANES);
+            const i64 page = a.work[(i64)s * a.room + task.segment + j / LANES].x;
+            sum += squared_scale(a, h, page * LANES + j % LANES);
         }
     } else if (known.row >= 0) {
         sum = squared_scale(a, h, known.row);

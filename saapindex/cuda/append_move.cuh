@@ -5,50 +5,30 @@ __device__ __forceinline__ int slot_of(const Task& task, int q) {
     return q < full ? task.open : task.base + q - full;
 }
 
-// The row of key `q` of a list, one of those that enter.
-__device__ __forceinline__ i64 row_of(const State& a, const Task& task, int q) {
-    return (i64)a.pages[(i64)task.stream * a.room + slot_of(task, q / LANES)] * LANES + q % LANES;
-}
-
-// Copy the entering values of a list into its pages, and the keys too if it is coded anew, as warp `w` of `n`, and sum up
-// what this warp has copied. A lane for each of the next rows finds out where it goes.
-template <bool RENEWED>
-__device__ __forceinline__ void copy_in(const State& a, const Plan& plan, const Task& task, int w, int n, double* values,
-                                        double* keys) {
-    constexpr int ONCE = RENEWED ? AHEAD / 2 : AHEAD;
+// Copy the entering keys or values of a list into its pages, as warp `w` of `n`, and sum up what this warp has copied. A
+// lane for each of the next rows finds out where it goes.
+template <bool OF_KEYS>
+__device__ __forceinline__ void copy_in(const State& a, const Plan& plan, const Task& task, int w, int n, double* sum) {
     const int s = task.stream, lane = threadIdx.x % WARP;
     const i64 sorted = (i64)s * a.most + task.start;
 #pragma unroll 1
-    for (int j0 = w * ONCE; j0 < task.count; j0 += n * ONCE) {
-        const int j = min(j0 + lane % ONCE, task.count - 1), at = task.old + j;
-        const int p = plan.first + a.order[sorted + j], known = RENEWED ? -1 : a.rows[sorted + j].x;
-        const i64 row = known >= 0 ? known : row_of(a, task, at);
-        const element* from = entering_value(a, plan, s, p);
-        u32 value[ONCE][WORDS], key[ONCE][WORDS];
+    for (int j0 = w * AHEAD; j0 < task.count; j0 += n * AHEAD) {
+        const int j = min(j0 + lane % AHEAD, task.count - 1);
+        const int p = plan.first + a.order[sorted + j], row = a.rows[sorted + j].x;
+        const element* from = OF_KEYS ? entering_key(a, plan, s, p) : entering_value(a, plan, s, p);
+        u32 words[AHEAD][WORDS];
 #pragma unroll
-        for (int u = 0; u < ONCE; ++u) {
+        for (int u = 0; u < AHEAD; ++u) {
             const element* here = row_of_lane(from, u);
-            if (j0 + u < task.count) load_row(here, lane, value[u]);
+            if (j0 + u < task.count) load_row(here, lane, words[u]);
         }
-        if (RENEWED) {
-            from = entering_key(a, plan, s, p);
+        if (OF_KEYS && lane < AHEAD && j0 + lane < task.count) a.ids[row] = p;
 #pragma unroll
-            for (int u = 0; u < ONCE; ++u) {
-                const element* here = row_of_lane(from, u);
-                if (j0 + u < task.count) load_row(here, lane, key[u]);
-            }
-            if (lane < ONCE && j0 + lane < task.count) a.ids[row] = p;
-        }
-#pragma unroll
-        for (int u = 0; u < ONCE; ++u) {
+        for (int u = 0; u < AHEAD; ++u) {
             const i64 to = __shfl_sync(FULL, row, u);
             if (j0 + u >= task.count) continue;
-            store_row(a.values + to * D, lane, value[u]);
-            add_row(value[u], values);
-            if (RENEWED) {
-                store_row(a.keys + to * D, lane, key[u]);
-                add_row(key[u], keys);
-            }
+            store_row((OF_KEYS ? a.keys : a.values) + to * D, lane, words[u]);
+            add_row(words[u], sum);
         }
     }
 }

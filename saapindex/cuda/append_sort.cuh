@@ -104,7 +104,7 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
                     a.holders[page] = 1;
                     a.last[list0 + j] = slot;
                 }
-                a.rows[sorted0 + start + q - had] = make_int2(renewed ? -1 : page * LANES + q % LANES, j);
+                a.rows[sorted0 + start + q - had] = make_int2(page * LANES + q % LANES, renewed ? ~j : j);
             }
             a.sizes[list0 + j] = size;
             const bool heavy = renewed || at - start > HEAVY;

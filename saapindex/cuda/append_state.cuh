@@ -41,10 +41,10 @@ struct State {
     const int* labels_in;  // (S, M): lists of the entering keys where they are known; null where not
     u64* best;          // (S, M), zero between launches: score and list of each entering key
     int* order;         // (S, M): entering keys sorted by list
-    int2* rows;         // (S, M): the row that each of these goes to, -1 if its list is coded anew, and the list
+    int2* rows;         // (S, M): the row that each of these goes to, and its list, complemented if it is coded anew
     Task* tasks;        // (S * min(M, L))
     Task* heavy;        // (S * min(M, L)): those for whole blocks, with their numbers in the place of `heavy`
-    int* work;          // (S, P): slots of the pages to be coded anew
+    int2* work;         // (S, P): pages to be coded anew, and their labels
     int2* amounts;      // (S), zero between launches: how many those are, and how many keys enter beside them
     int* counters;
     const int* moved;  // how often arrays have moved; `version` when this launch was prepared

@@ -194,7 +194,7 @@ class AppendSpace(NamedTuple):
     tasks, heavy
         Of lists that keys enter.
     work
-        (S, pages) int32, of pages that are coded anew.
+        (S, pages, 2) int32, of pages that are coded anew.
     amounts
         (S, 2) int32, zero before and after: how many those are, and keys that enter other lists.
     counters
@@ -222,7 +222,7 @@ class AppendSpace(NamedTuple):
             rows=xp.empty((count, most, 2), np.int32),
             tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
             heavy=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
-            work=xp.empty((count, room), np.int32),
+            work=xp.empty((count, room, 2), np.int32),
             amounts=xp.zeros((count, 2), np.int32),
             counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
         )
