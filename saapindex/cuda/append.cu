@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
         u32 target = blocks;
         int again = 0;  // whether places in the ring that keys leave are taken by new ones
         for (int b = 0; b < a.batch; ++b) again |= plans[b].now - plans[b].first > a.ring;
-        ask_for_later(a, plans, blockIdx.x * (u32)streams / (u32)blocks);
+        ask_for_later(a, plans, stream_of_block(streams, blocks));
         if (BLOCKS == 1 && !a.labels_in) {
             const int columns = (a.lists + LISTS - 1) / LISTS;
             int skip = blockIdx.x;  // tiles until the next one of this block
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
             if (plans[s / a.heads].until > plans[s / a.heads].first) place(a, plans[s / a.heads], s, rest);
         come(a);
         // Perhaps of the head that this block encodes keys of.
-        int held = blockIdx.x * (u32)streams / (u32)blocks % a.heads * SLABS;
+        int held = stream_of_block(streams, blocks) % a.heads * SLABS;
         uint4* forward = (uint4*)(rest + MOVING);
         ask_forward(a, held / SLABS, 0, forward);
         wait_for(a, target);
@@ -149,11 +149,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
 
         STAMP(2);
         Room& room = *(Room*)rest;
+        const Task first = a.heavy[min((int)blockIdx.x, streams * min(a.most, a.lists) - 1)];  // if there are so many
         const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
-        int all = all_times(a, plans, streams, false);
+        Amount amount = amount_of(a, plans, streams, false);
         for (int i = blockIdx.x; i < heavies;) {
             if (heavies > blocks && tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
-            enter_by_block(a, plans, a.heavy[i], room, forward, held);
+            enter_by_block(a, plans, i == blockIdx.x ? first : a.heavy[i], room, forward, held);
             __syncthreads();
             i = heavies > blocks ? blocks + begun : heavies;
             __syncthreads();
@@ -164,11 +165,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
 #pragma unroll 1
         for (int pages = 0; pages < 2; ++pages) {  // keys that enter, then those that are coded anew
             if (pages) {
-                all = all_times(a, plans, streams, true);
-                if (!all) break;
+                amount = amount_of(a, plans, streams, true);
+                if (!amount.all) break;
             }
             const int block = (int)blockIdx.x - (pages ? 0 : spared), others = blocks - (pages ? 0 : spared);
-            encode_share(a, plans, streams, pages, all, block, others, sixteen_of(room), forward, held);
+            encode_share(a, plans, streams, pages, amount, block, others, sixteen_of(room), forward, held);
             come(a);
             if (!pages) {
                 STAMP(3);

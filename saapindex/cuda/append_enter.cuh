@@ -128,19 +128,38 @@ __device__ __forceinline__ int times(const State& a, const Plan* plans, int s, b
     return pages ? amounts.x : amounts.y ? (plan.until - plan.first + LANES - 1) / LANES : 0;
 }
 
-__device__ __forceinline__ int all_times(const State& a, const Plan* plans, int streams, bool pages) {
-    int all = 0;
-    for (int s = threadIdx.x % WARP; s < streams; s += WARP) all += times(a, plans, s, pages);
-    return warp_sum_int(all);
+// How often that is for all streams, and at most for one.
+struct Amount {
+    int all, most;
+};
+
+__device__ __forceinline__ Amount amount_of(const State& a, const Plan* plans, int streams, bool pages) {
+    Amount found = {0, 0};
+    for (int s = threadIdx.x % WARP; s < streams; s += WARP) {
+        const int here = times(a, plans, s, pages);
+        found.all += here, found.most = max(found.most, here);
+    }
+    return {warp_sum_int(found.all), (int)__reduce_max_sync(FULL, (u32)found.most)};
+}
+
+// The stream that a block has the forward matrix of.
+__device__ __forceinline__ int stream_of_block(int streams, int blocks) {
+    return blocks >= streams ? min((int)blockIdx.x / (blocks / streams), streams - 1) : (int)blockIdx.x * (u32)streams / (u32)blocks;
 }
 
 // Enter the keys that were sorted, or encode the pages that blocks left to all, as block `block` of `blocks`: each has
-// its share of `all` next to each other.
-__device__ __forceinline__ void encode_share(const State& a, const Plan* plans, int streams, bool pages, int all, int block,
-                                             int blocks, Sixteen& x, uint4* forward, int& held) {
+// its share next to each other, or what is of the stream that is its own if there is so little.
+__device__ __forceinline__ void encode_share(const State& a, const Plan* plans, int streams, bool pages, Amount amount,
+                                             int block, int blocks, Sixteen& x, uint4* forward, int& held) {
     if (block < 0) return;
-    int skip = (u32)block * all / (u32)blocks, left = (u32)(block + 1) * all / (u32)blocks - skip;
-    for (int s = 0; s < streams && left; ++s) {
+    const bool little = pages && amount.most <= blocks / streams;
+    int s = 0, skip = (u32)block * amount.all / (u32)blocks, left = (u32)(block + 1) * amount.all / (u32)blocks - skip;
+    if (little) {
+        s = stream_of_block(streams, blocks);
+        skip = block - s * (blocks / streams);
+        left = skip < times(a, plans, s, true);
+    }
+    for (; s < streams && left; ++s) {
         const int here = times(a, plans, s, pages);
         for (; skip < here && left; ++skip, --left) {
             const Plan& plan = plans[s / a.heads];

@@ -221,7 +221,7 @@ class AppendSpace(NamedTuple):
             order=xp.empty((count, most), np.int32),
             rows=xp.empty((count, most, 2), np.int32),
             tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
-            heavy=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
+            heavy=xp.zeros((tasks, _TASK.itemsize // 4), np.int32),
             work=xp.empty((count, room, 2), np.int32),
             amounts=xp.zeros((count, 2), np.int32),
             counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
