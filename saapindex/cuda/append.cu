@@ -40,6 +40,7 @@
 #include "append_move.cuh"
 #include "append_codes.cuh"
 #include "append_enter.cuh"
+#include "append_pages.cuh"
 
 // Copy the new keys that stay near into the ring, as warp `w` of `n`.
 __device__ void store_near(const State& a, const Plan* plans, int w, int n) {
@@ -169,20 +170,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State
                 if (!amount.all) break;
             }
             const int block = (int)blockIdx.x - (pages ? 0 : spared), others = blocks - (pages ? 0 : spared);
-            encode_share(a, plans, streams, pages, amount, block, others, sixteen_of(room), forward, held);
+            if (BLOCKS == 2 && pages)
+                encode_pages(a, plans, streams, amount, forward, held);
+            else
+                encode_share(a, plans, streams, pages, amount, block, others, sixteen_of(room), forward, held);
             come(a);
             if (!pages) {
                 STAMP(3);
                 enter_values(a, plans, tasks, warp, warps);
                 if (again) come(a, ENTERED);
-                if (warp < tasks) task = a.tasks[warp], known = squares_of(a, task);
+                if (BLOCKS == 1 && warp < tasks) task = a.tasks[warp], known = squares_of(a, task);
             }
             wait_for(a, target);
             target += blocks;
         }
         STAMP(4);
         for (int i = warp; i < tasks; i += warps) {
-            if (i != warp) task = a.tasks[i], known = squares_of(a, task);
+            if (BLOCKS == 2 || i != warp) task = a.tasks[i], known = squares_of(a, task);
             if (task.heavy) task = a.tasks[i], known = squares_of(a, task);  // they have a segment now
             add_squares(a, task, known);
         }

@@ -18,6 +18,7 @@ __device__ __forceinline__ u64 sums_of(int count, int old) {
 __device__ __forceinline__ u64 with_list(u64 sums, int list) { return (sums & ((1ull << LISTS_AT) - 1)) | (u64)list << LISTS_AT; }
 
 #define LISTS_AT_ONCE (THREADS * LISTS_EACH)
+#define PAGES_EACH 4  // of a list that a thread asks for together
 
 // Phase 2: sort the entering keys of a stream by list and enter the pages that they need into the tables. Lists are
 // looked at LISTS_AT_ONCE at a time: a thread first sums up what some of them need, then cares for one with new keys.
@@ -83,29 +84,44 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             const int j = j0 + lists_in(found[r]) / 2, number = taken[1] + r;
             const bool renewed = lists_in(found[r]) % 2;
             const int had = a.sizes[list0 + j], full = full_pages(had), start = sorted + keys_in(found[r]);
-            const int top = taken[0] - pages_in(found[r]);
-            int page = had % LANES ? a.pages[table + opens[r]] : 0, fresh = a.free[max(top, 0)], at = start;
+            const int top = taken[0] - pages_in(found[r]), base = held + pages_in(found[r]);
+            const int open_page = had % LANES ? a.pages[table + opens[r]] : 0;
+            int at = start;
 #pragma unroll 1
             for (int t = 0; t < tables; ++t) {
                 const int here = counts[t * L + j];
                 counts[t * L + j] = at;
                 at += here;
             }
-            const int size = had + at - start, base = held + pages_in(found[r]);
-            if (had % LANES) a.labels[table + opens[r]] = j << 5 | min(LANES, size - (full - 1) * LANES);
-            for (int q = had; q < size; ++q) {
-                if (q % LANES == 0) {
-                    const int slot = base + q / LANES - full;
-                    page = slot == base ? fresh : a.free[top - (slot - base)];
-                    a.pages[table + slot] = page;
-                    a.labels[table + slot] = j << 5 | min(LANES, size - q);
-                    a.orders[table + slot] = q / LANES;
-                    a.before[table + slot] = slot == base ? opens[r] : slot - 1;
-                    a.holders[page] = 1;
-                    a.last[list0 + j] = slot;
+            const int size = had + at - start, more = full_pages(size) - full;
+            auto fill = [&](int page, int from) {  // rows of keys from `from` on, up to the end of the page
+                int2* rows = a.rows + sorted0 + start - had;
+                const int end = min(size, (from / LANES + 1) * LANES);
+#pragma unroll 1
+                for (int q = from, row = page * LANES + from % LANES; q < end; ++q, ++row) rows[q] = make_int2(row, renewed ? ~j : j);
+            };
+#pragma unroll 1
+            for (int p0 = 0; p0 < more; p0 += PAGES_EACH) {
+                int pages[PAGES_EACH];
+#pragma unroll
+                for (int i = 0; i < PAGES_EACH; ++i) pages[i] = p0 + i < more ? a.free[top - p0 - i] : 0;
+#pragma unroll
+                for (int i = 0; i < PAGES_EACH; ++i) {
+                    const int p = p0 + i, slot = base + p;
+                    if (p >= more) continue;
+                    a.pages[table + slot] = pages[i];
+                    a.labels[table + slot] = j << 5 | min(LANES, size - (full + p) * LANES);
+                    a.orders[table + slot] = full + p;
+                    a.before[table + slot] = p ? slot - 1 : opens[r];
+                    a.holders[pages[i]] = 1;
+                    fill(pages[i], (full + p) * LANES);
                 }
-                a.rows[sorted0 + start + q - had] = make_int2(page * LANES + q % LANES, renewed ? ~j : j);
             }
+            if (had % LANES) {
+                a.labels[table + opens[r]] = j << 5 | min(LANES, size - (full - 1) * LANES);
+                fill(open_page, had);
+            }
+            if (more) a.last[list0 + j] = base + more - 1;
             a.sizes[list0 + j] = size;
             const bool heavy = renewed || at - start > HEAVY;
             a.tasks[number] = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, heavy};
