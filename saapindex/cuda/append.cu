@@ -59,24 +59,6 @@ __device__ void store_near(const State& a, const Plan* plans, int w, int n) {
     }
 }
 
-// Ask for what the phases after the first one read, of stream `s`.
-__device__ __forceinline__ void ask_for_later(const State& a, const Plan* plans, int s) {
-    if (threadIdx.x != THREADS - 1) return;
-    ask_for(a.amounts + s);
-    ask_for(a.order + (i64)s * a.most);
-    ask_for(a.rows + (i64)s * a.most);
-    ask_for(a.tasks);
-    ask_for(a.heavy);
-    ask_for(a.pages + (i64)s * a.room);
-    ask_for(a.sums + (i64)s * a.lists * D);
-    ask_for(a.anchors + (i64)s * a.lists * D);
-    ask_for(a.anchor_scales + (i64)s * a.lists);
-    ask_for(a.squares + (i64)s * a.lists);
-    ask_for(a.widths);
-    ask_for(a.step);
-    ask_for(entering_value(a, plans[s / a.heads], s, plans[s / a.heads].first));
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) append(const State a) {
     extern __shared__ __align__(16) u8 memory[];
     int &needed = ((int*)memory)[0], &last = ((int*)memory)[1], &begun = ((int*)memory)[2];

@@ -24,7 +24,8 @@ __device__ __forceinline__ void store_halves(float* xs, int r, int at, float x, 
         ((u16*)four)[at % 2] = (u16)low;
 }
 
-// Keys of a tile as tensor cores take them, [KEYS / 2][PITCH] words in shared memory, and what undoes their scale, [KEYS].
+// Keys of a tile as tensor cores take them, [KEYS / 2][PITCH] words in shared memory, and what undoes their scale,
+// [KEYS].
 __device__ void load_tile(const State& a, const Plan& plan, int s, int key0, float* xs, float* inverse) {
     const int m = plan.until - plan.first, h = s % a.heads;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -65,7 +66,8 @@ __device__ void load_tile(const State& a, const Plan& plan, int s, int key0, flo
         }
     }
     if (D % 16)
-        for (int i = threadIdx.x; i < KEYS * 8; i += THREADS) four_of(xs, i / 16 % 8 + i / 128 * 16, i / 8 % 2, D)[i % 8] = 0.f;
+        for (int i = threadIdx.x; i < KEYS * 8; i += THREADS)
+            four_of(xs, i / 16 % 8 + i / 128 * 16, i / 8 % 2, D)[i % 8] = 0.f;
     __syncthreads();
     if (!a.turns) return;
     for (int i = threadIdx.x; i < KEYS * a.pairs; i += THREADS) {
@@ -97,7 +99,8 @@ __device__ void load_tile(const State& a, const Plan& plan, int s, int key0, flo
 // it reads from memory itself, some products ahead. Of 16 dimensions lane 4 g + t has 4 t to 4 t + 3: their order in a
 // product is free.
 __device__ void assign_tile(const State& a, const Plan& plan, int s, int key0, int list0, float* xs) {
-    const int m = plan.until - plan.first, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int m = plan.until - plan.first, warp = threadIdx.x / WARP;
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int form = a.own_forms ? s : s % a.heads;
     const bool two_parts = sizeof(element) == 4 || a.turns;
     float* inverse = xs + KEYS / 2 * PITCH;

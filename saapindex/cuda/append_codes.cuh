@@ -15,8 +15,8 @@ typedef u8 piece;
 
 // Sixteen keys in shared memory. Warp w has keys w and w + 8 until they are multiplied; then it has fields of all.
 struct Sixteen {
-    // Residuals, in the range of tensor cores: of keys k and k + 8, high and low parts; of every four dimensions two of k,
-    // two of k + 8, and so again.
+    // Residuals, in the range of tensor cores: of keys k and k + 8, high and low parts; of every four dimensions two of
+    // k, two of k + 8, and so again.
     u32 parts[LANES / 2][2 * DEEP + 16];
     float squares[LANES][WARPS], products[LANES][WARPS], lengths[LANES][WARPS];
     float factors[LANES];             // what brought them into that range
@@ -117,8 +117,8 @@ __device__ __forceinline__ float sum_of_warps(const float* x) {
     return sum;
 }
 
-// Round the keys of all warps to codes. Lane 4 g + t has keys g and g + 8, and of every 8 fields t and t + 4: so of each
-// word the byte t. A warp has fields 8 n to 8 n + 7 for every n that is its number modulo WARPS.
+// Round the keys of all warps to codes. Lane 4 g + t has keys g and g + 8, and of every 8 fields t and t + 4: so of
+// each word the byte t. A warp has fields 8 n to 8 n + 7 for every n that is its number modulo WARPS.
 __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4* forward, int& held) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int R = a.coded_dimensions, tiles = (R + 7) / 8, held_slabs = slabs_held(tiles);
@@ -214,7 +214,8 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
     __syncthreads();
     for (int i = threadIdx.x; i < LANES * a.words; i += THREADS) {
         const int row = x.rows[i % LANES], w = i / LANES;
-        if (row >= 0) a.codes[((i64)(row / LANES) * a.words + w) * LANES + row % LANES] = w < D / 8 ? x.codes[i % LANES * (D / 8) + w] : 0;
+        u32* to = a.codes + ((i64)(row / LANES) * a.words + w) * LANES + row % LANES;
+        if (row >= 0) *to = w < D / 8 ? x.codes[i % LANES * (D / 8) + w] : 0;
     }
     if (threadIdx.x < LANES && x.rows[threadIdx.x] >= 0) {
         const int k = threadIdx.x;

@@ -1,7 +1,24 @@
-// Phase 3 of a flush: keys and values enter the pages of their lists. Keys do so sixteen at a time, in the order of their
-// lists, and get their codes on the way; values by list, whose mean they change. A list with many new keys, or one that
-// gets a new anchor, is a block's.
+// Phase 3 of a flush: keys and values enter the pages of their lists. Keys do so sixteen at a time, in the order of
+// their lists, and get their codes on the way; values by list, whose mean they change. Keys of a list that gets a new
+// anchor are a block's, and so are many values of one list. Phase 4: squared scales.
 
+// Ask for what the phases after the first one read, of stream `s`.
+__device__ __forceinline__ void ask_for_later(const State& a, const Plan* plans, int s) {
+    if (threadIdx.x != THREADS - 1) return;
+    ask_for(a.amounts + s);
+    ask_for(a.order + (i64)s * a.most);
+    ask_for(a.rows + (i64)s * a.most);
+    ask_for(a.tasks);
+    ask_for(a.heavy);
+    ask_for(a.pages + (i64)s * a.room);
+    ask_for(a.sums + (i64)s * a.lists * D);
+    ask_for(a.anchors + (i64)s * a.lists * D);
+    ask_for(a.anchor_scales + (i64)s * a.lists);
+    ask_for(a.squares + (i64)s * a.lists);
+    ask_for(a.widths);
+    ask_for(a.step);
+    ask_for(entering_value(a, plans[s / a.heads], s, plans[s / a.heads].first));
+}
 // The room of a block: pages that are looked up, sums of warps; of these, in other moments, sixteen keys.
 struct Room {
     int slots[WINDOW], fresh[WINDOW], failed, segment, unused[2];
@@ -10,10 +27,10 @@ struct Room {
 static_assert(sizeof(Room) <= MOVING, "what a block moves a list with");
 __device__ __forceinline__ Sixteen& sixteen_of(Room& room) { return *(Sixteen*)room.fresh; }
 
-// Two of the keys from place `from` up to `until` of the sorted order of a stream, and their positions; none of lists that
-// are to be coded anew, but if `all`.
-__device__ __forceinline__ void of_order(const State& a, const Plan& plan, int s, int from, int until, bool all, Two& two,
-                                         int* p) {
+// Two of the keys from place `from` up to `until` of the sorted order of a stream, and their positions; none of lists
+// that are to be coded anew, but if `all`.
+__device__ __forceinline__ void of_order(const State& a, const Plan& plan, int s, int from, int until, bool all,
+                                         Two& two, int* p) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int2 entry[2];
 #pragma unroll
@@ -42,7 +59,8 @@ __device__ __forceinline__ void store_two(const State& a, const Two& two, const 
 }
 
 // The keys of a list that gets a new anchor, and the values of one with many new keys. A block does it.
-__device__ void enter_by_block(const State& a, const Plan* plans, const Task task, Room& room, uint4* forward, int& held) {
+__device__ void enter_by_block(const State& a, const Plan* plans, const Task task, Room& room, uint4* forward,
+                               int& held) {
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const Plan& plan = plans[s / a.heads];
     const i64 list = (i64)s * a.lists + task.list, table = (i64)s * a.room;
@@ -144,7 +162,8 @@ __device__ __forceinline__ Amount amount_of(const State& a, const Plan* plans, i
 
 // The stream that a block has the forward matrix of.
 __device__ __forceinline__ int stream_of_block(int streams, int blocks) {
-    return blocks >= streams ? min((int)blockIdx.x / (blocks / streams), streams - 1) : (int)blockIdx.x * (u32)streams / (u32)blocks;
+    const int block = blockIdx.x;
+    return blocks >= streams ? min(block / (blocks / streams), streams - 1) : block * (u32)streams / (u32)blocks;
 }
 
 // Enter the keys that were sorted, or encode the pages that blocks left to all, as block `block` of `blocks`: each has
@@ -190,7 +209,7 @@ __device__ __forceinline__ Squares squares_of(const State& a, const Task& task) 
             a.squares[(i64)task.stream * a.lists + task.list]};
 }
 
-// Phase 5: the squared scales of the codes of a list; a warp does it.
+// Phase 4: the squared scales of the codes of a list; a warp does it.
 __device__ __forceinline__ void add_squares(const State& a, const Task& task, const Squares& known) {
     const int s = task.stream, h = s % a.heads, lane = threadIdx.x % WARP;
     double sum = 0.0;

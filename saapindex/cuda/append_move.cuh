@@ -5,8 +5,8 @@ __device__ __forceinline__ int slot_of(const Task& task, int q) {
     return q < full ? task.open : task.base + q - full;
 }
 
-// Copy the entering keys or values of a list into its pages, as warp `w` of `n`, and sum up what this warp has copied. A
-// lane for each of the next rows finds out where it goes.
+// Copy the entering keys or values of a list into its pages, as warp `w` of `n`, and sum up what this warp has copied.
+// A lane for each of the next rows finds out where it goes.
 template <bool OF_KEYS>
 __device__ __forceinline__ void copy_in(const State& a, const Plan& plan, const Task& task, int w, int n, double* sum) {
     const int s = task.stream, lane = threadIdx.x % WARP;
@@ -125,7 +125,10 @@ __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
     for (int q = max(full, from) + threadIdx.x; q < from + count; q += THREADS) slots[q - from] = task.base + q - full;
     if (full <= WALK) {  // the pages before a page are soon found
         if (from == 0 && threadIdx.x == 0)
-            for (int q = full - 1, slot = task.open; q >= 0; --q, slot = q >= 0 ? a.before[table + slot] : 0) slots[q] = slot;
+            for (int q = full - 1, slot = task.open; q >= 0; --q) {
+                slots[q] = slot;
+                if (q) slot = a.before[table + slot];
+            }
     } else if (from < full) {
         const int held = a.counts[task.stream];
         constexpr int ONCE = 8 / BLOCKS;

@@ -109,7 +109,8 @@ __device__ void project(const State& a, const Rows& x, int h, int tile0, int cou
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int field = (tile0 + n) * 8 + lane % 4 + 4 * e;
-            const float factor = n < count && field < a.coded_dimensions ? __ldg(a.step + h * a.coded_dimensions + field).z : 0.f;
+            const bool coded = n < count && field < a.coded_dimensions;
+            const float factor = coded ? __ldg(a.step + h * a.coded_dimensions + field).z : 0.f;
             sums[n][e] *= factor;
             sums[n][2 + e] *= factor;
         }

@@ -15,7 +15,9 @@ __device__ __forceinline__ u64 sums_of(int count, int old) {
 }
 
 // The same sums with another number in the place of lists.
-__device__ __forceinline__ u64 with_list(u64 sums, int list) { return (sums & ((1ull << LISTS_AT) - 1)) | (u64)list << LISTS_AT; }
+__device__ __forceinline__ u64 with_list(u64 sums, int list) {
+    return (sums & ((1ull << LISTS_AT) - 1)) | (u64)list << LISTS_AT;
+}
 
 #define LISTS_AT_ONCE (THREADS * LISTS_EACH)
 #define PAGES_EACH 4  // of a list that a thread asks for together
@@ -98,7 +100,8 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
                 int2* rows = a.rows + sorted0 + start - had;
                 const int end = min(size, (from / LANES + 1) * LANES);
 #pragma unroll 1
-                for (int q = from, row = page * LANES + from % LANES; q < end; ++q, ++row) rows[q] = make_int2(row, renewed ? ~j : j);
+                for (int q = from, row = page * LANES + from % LANES; q < end; ++q, ++row)
+                    rows[q] = make_int2(row, renewed ? ~j : j);
             };
 #pragma unroll 1
             for (int p0 = 0; p0 < more; p0 += PAGES_EACH) {
@@ -124,9 +127,10 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             if (more) a.last[list0 + j] = base + more - 1;
             a.sizes[list0 + j] = size;
             const bool heavy = renewed || at - start > HEAVY;
-            a.tasks[number] = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, heavy};
-            if (heavy)
-                a.heavy[atomicAdd(a.counters + HEAVIES, 1)] = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, number};
+            Task task = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, heavy};
+            a.tasks[number] = task;
+            task.heavy = number;
+            if (heavy) a.heavy[atomicAdd(a.counters + HEAVIES, 1)] = task;
         }
         sorted += keys_in(all);
         held += pages_in(all);

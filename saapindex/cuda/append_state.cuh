@@ -1,7 +1,7 @@
 // What the phases of an addition share: the state, plans of sequences, rows of keys, barriers and sums.
 
-// Counters of a state; the last block of a launch leaves all but STATUS at zero. ENTERED: blocks that have read all that
-// leaves the ring. NEXT: heavy tasks that were begun.
+// Counters of a state; the last block of a launch leaves all but STATUS at zero. ENTERED: blocks that have read all
+// that leaves the ring. NEXT: heavy tasks that were begun.
 enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, ENTERED, NEXT };
 enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
 
@@ -202,7 +202,7 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
     return x;
 }
 
-// A block has come to a barrier of the grid: what its threads wrote before can be read by those that have waited for it.
+// A block has come to a barrier of the grid: what its threads wrote before can be read by who has waited for it.
 __device__ __forceinline__ void come(const State& a, int barrier = BARRIER) {
     int* counter = a.counters + barrier;
     __syncthreads();
