@@ -125,13 +125,16 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
     if (!__syncthreads_or(two.list[0] >= 0 || two.list[1] >= 0)) return;
     const int width = lane < a.words ? __ldg(a.widths + h * a.words + lane) : 0;
     float4 steps[TILES][2];
+    auto load_steps = [&]() {
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+        for (int i = 0; i < TILES; ++i)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int field = (warp + i * WARPS) * 8 + t + 4 * e;
-            steps[i][e] = field < R ? __ldg(a.step + h * R + field) : make_float4(0.f, 0.f, 0.f, 0.f);
-        }
+            for (int e = 0; e < 2; ++e) {
+                const int field = (warp + i * WARPS) * 8 + t + 4 * e;
+                steps[i][e] = field < R ? __ldg(a.step + h * R + field) : make_float4(0.f, 0.f, 0.f, 0.f);
+            }
+    };
+    if (BLOCKS == 1) load_steps();  // where there are registers for them
     for (int i = threadIdx.x; i < LANES * (D / 8); i += THREADS) x.codes[i] = 0;
     set_residuals(a, two, x);
     float sums[TILES][4] = {}, rests[TILES][4] = {};
@@ -157,6 +160,7 @@ __device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4*
             }
         }
     }
+    if (BLOCKS == 2) load_steps();
     // Which word a tile belongs to; words have 1, 2 or 4 tiles.
     int ends = width ? 4 / width : 0;
 #pragma unroll
