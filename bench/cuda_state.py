@@ -106,7 +106,7 @@ def prefill(book: LayerCodebook, dtype: str) -> dict[str, Any]:
     made = with_keys(batch._arguments(space), keys, vs, None, labels)
     append_streams(made, D, keys.dtype, many=True, stamps=stamps)
     phases = np.round(np.diff(stamps.get()) / 1e3, 1).tolist()
-    found["microseconds of the kernel: none, place, enter, encode, finish"] = phases
+    found["microseconds of the kernel: none, sort, keys and anchors, values and codes, end"] = phases
     batch._known = None
     found["of which assignment"] = median(lambda: book_on_device.assign(keys[0]), 7) / 1e3
     sizes = np.sort(index.list_sizes.reshape(-1))[::-1]
@@ -159,11 +159,13 @@ def steps(book: LayerCodebook, dtype: str, context: int) -> dict[str, Any]:
     with torch.cuda.graph(nothing):
         new[0].add_(0)
     empty = [elapsed(nothing.replay) for _ in range(200)]
-    flushes = []
-    for i in range(12):
+    streams: Any = index._batch.streams  # type: ignore[union-attr]
+    flushes, coded = [], streams.coded.copy()
+    for i in range(4096 // FLUSH):
         for target, source in zip(rows, (more, values), strict=True):
             target.copy_(source[:, :, FLUSH * i : FLUSH * (i + 1)])
-        flushes.append(median(large.replay, 1))
+        flushes.append(elapsed(large.replay))
+    renewed = float((coded != streams.coded).sum()) / len(flushes)
     pairs = torch.cuda.CUDAGraph()
     with torch.cuda.graph(pairs):
         for _ in range(20):
@@ -181,7 +183,8 @@ def steps(book: LayerCodebook, dtype: str, context: int) -> dict[str, Any]:
         "another kernel in a graph of one": float(np.median(empty)),
         "token with a flush of 256": times[-2:],
         "256 tokens with a flush of 256": [round(x, 1) for x in sorted(flushes)],
-        "phases (assign, place, enter, encode, finish)": phases,
+        "lists coded anew in a flush (mean)": renewed,
+        "phases (assign, sort, keys and codes, values and lists coded anew, end)": phases,
     }
 
 
@@ -207,6 +210,8 @@ def main() -> None:
     for dtype in dtypes:
         found["steps (microseconds)"][dtype] = steps(book, dtype, TOKENS)
         print(dtype, json.dumps(found["steps (microseconds)"][dtype], indent=1), flush=True)
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    found |= {name: earlier[name] for name in ("before", "tried") if name in earlier}  # of other versions
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -16,6 +16,7 @@ HEADER = Path(__file__).parent / "cuda_on_host.h"
 # What stands in the place of inline PTX, and of shared memory of a length known at the launch.
 REPLACED = {
     r'asm volatile\("ld.acquire.*?\);': "let_others_run(); x = *(volatile const u32*)p;",
+    r'asm volatile\("red.release.*?"memory"\);': "*counter += 1;",
     r'float y;\s*asm\("cvt.f32.f16.*?return y;': "return (float)same_bits<_Float16>(x);",
     r'u16 y;\s*asm\("cvt.rn.f16.*?return y;': "return same_bits<u16>((_Float16)x);",
     r'float y;\s*asm\("ex2.approx.*?return y;': "return exp2f(x);",

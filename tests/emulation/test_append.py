@@ -19,11 +19,16 @@ from saapindex.backends.paged import widened
 from saapindex.lists.device_pool import DevicePool
 from saapindex.rope import Rope
 
-SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent / "emulation.py")
-emulation = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(emulation)
 
-STATISTICS = ("sizes", "coded", "anchors", "anchor_scales", "sums", "means", "mean_scales")
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+emulation = load(Path(__file__).parent / "emulation.py")
+lists = load(Path(__file__).parents[1] / "same_lists.py")
 ELEMENTS = {np.dtype(np.float16): 0, np.dtype(np.uint16): 1, np.dtype(np.float32): 2}
 
 
@@ -66,18 +71,7 @@ def pair(dtype, batch, d, heads, nlist, words, view="rotated", **change):
 
 
 def same(host, device):
-    one, other = host._batch, device.to_host(host._batch.keeping)
-    np.testing.assert_array_equal(one.lengths, other.lengths)
-    for a, c in zip(one.sequences, other.sequences, strict=True):
-        for x, y in zip(a.content(one.keeping), c.content(other.keeping), strict=True):
-            np.testing.assert_array_equal(x, y)
-        for name in STATISTICS:
-            np.testing.assert_array_equal(getattr(a.lists, name), getattr(c.lists, name), name)
-        np.testing.assert_allclose(a.lists.squares, c.lists.squares, rtol=1e-5, atol=1e-6)
-        rows = [t.lists.rows(np.zeros_like(t.lists.sizes), t.lists.sizes) for t in (a, c)]
-        for name, most in (("ids", 0.0), ("codes", 0.01), ("exponents", 0.01)):
-            x, y = (i.keeping.pool.pages.take(name, r) for i, r in zip((one, other), rows, strict=True))
-            assert np.mean(x != y) <= most if x.size else True, name  # codes may differ where rounding ties
+    lists.same_lists(host._batch, device.to_host(host._batch.keeping))
 
 
 def known_labels(batch, keys, count, entering, most):
