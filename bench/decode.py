@@ -241,7 +241,16 @@ def main(
     only: Annotated[str, typer.Option(help="Batch and context, as 1x131072; all by default.")] = "",
 ) -> None:
     """Time everything, print a table, write the results."""
-    copy = bandwidth()
+    copy, console = bandwidth(), Console(width=120)
+    properties = cupy.cuda.runtime.getDeviceProperties(0)
+    machine = {
+        "device": properties["name"].decode(),
+        "cupy": cupy.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "copy GB/s": copy,
+    }
+    shape = {"q_heads": HEADS * GROUP, "kv_heads": HEADS, "d": D, "words": WORDS, "window": WINDOW}
     rows = []
     table = Table("batch", "context", "what", "us", "times dense", "GB/s", "of copy")
     for (batch, n), layers in CASES.items():
@@ -266,18 +275,10 @@ def main(
                 f"{way['GB/s']:.0f}",
                 f"{way['GB/s'] / copy:.2f}",
             )
-        rows.append({"batch": batch, "context": n, "dense": there, "sparse": ways})
-    Console(width=120).print(table)
-    properties = cupy.cuda.runtime.getDeviceProperties(0)
-    machine = {
-        "device": properties["name"].decode(),
-        "cupy": cupy.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "copy GB/s": copy,
-    }
-    shape = {"q_heads": HEADS * GROUP, "kv_heads": HEADS, "d": D, "words": WORDS, "window": WINDOW}
-    out.write_text(json.dumps({"machine": machine, "shape": shape, "steps": rows}, indent=1) + "\n")
+        rows.append({"batch": batch, "context": n, "layers": layers, "dense": there, "sparse": ways})
+        out.write_text(json.dumps({"machine": machine, "shape": shape, "steps": rows}, indent=1) + "\n")
+        console.print(f"{batch} x {n}: done")
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,9 @@ __device__ __forceinline__ int select(
         const int size = i < own ? sizes[i] : 0;
         float weight = -INFINITE;
         if (size) {
-            weight = fmaxf(pooled_weight(logits + i * G, s.norm, POLICY, 0), 0.f);  // a number, whatever the query is
+            weight = pooled_weight(logits + i * G, s.norm, POLICY, 0);
+            // No head's mass is more than one, unless the query is not finite: then let the blocks agree at least.
+            if (!(weight * (float)size <= 2.f * G)) weight = 0.f;
             if (p.by_mass) weight *= (float)size;
         }
         table[first + i] = sent[i] = make_int2(__float_as_int(weight), size);
