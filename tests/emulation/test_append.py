@@ -12,9 +12,10 @@ import pytest
 from saapindex.attention import AttentionIndex, device_batch, fit_layer
 from saapindex.attention.device_batch import DeviceBatch
 from saapindex.attention.device_book import DeviceBook
+from saapindex.attention.device_cut import near_places
 from saapindex.attention.device_keeping import DeviceKeeping
 from saapindex.attention.tensors import STORED
-from saapindex.backends.cuda.append import shared_bytes
+from saapindex.backends.cuda.append import STATES_MOST, flush_argument, shared_bytes
 from saapindex.backends.paged import widened
 from saapindex.lists.device_pool import DevicePool
 from saapindex.rope import Rope
@@ -117,6 +118,34 @@ def test_prompts_and_tokens(emulated, dtype, view):
 )
 def test_sizes_of_heads(emulated, d, words, dtype):
     run(pair(dtype, 1, d, 1, 20, words), (300, 60))
+
+
+def test_windows_of_all_layers(emulated, tmp_path):
+    """A launch for several layers moves what is due before each adds its next token."""
+    layers = [pair("float16", 2, 16, 2, 6, 1, dense_below=below) for below in (0, 100)]
+    kernel = emulation.build(tmp_path, "append", "States", D=16, ELEMENT=0, BLOCKS=1, STATES=STATES_MOST)
+    shared = shared_bytes(16, 6, int(layers[0][1]._argument()["coded_dimensions"][0]), 2)
+    run(layers[0], (150,))
+    run(layers[1], (60,))
+    for _, device, _ in layers:
+        device.reserve(70)
+    moved = 0
+    for _ in range(70):
+        before = [device.streams.first.copy() for _, device, _ in layers]
+        kernel(3, 256, shared, flush_argument([device._argument() for _, device, _ in layers]))
+        moved += sum((a != d.streams.first).any() for a, (_, d, _) in zip(before, layers, strict=True))
+        for index, device, draw in layers:
+            k, v = draw(1)
+            index.add(k, v)
+            streams = device.streams
+            for b, length in enumerate(streams.lengths.tolist()):
+                place = near_places(streams, np.array([length]))[0]
+                streams.near_keys[2 * b : 2 * b + 2, place] = k[b, :, 0].astype(np.float16)
+                streams.near_values[2 * b : 2 * b + 2, place] = v[b, :, 0].astype(np.float16)
+            streams.lengths[...] += 1
+            device.forget_lengths()
+            same(index, device)
+    assert moved > 4
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -20,6 +20,7 @@ __all__ = [
     "PagesInPool",
     "append_streams",
     "argument",
+    "flush_argument",
     "flush_streams",
     "load",
     "load_flush",
@@ -336,16 +337,21 @@ def flush_streams(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]
     """
     for first in range(0, len(made), STATES_MOST):
         some = made[first : first + STATES_MOST]
-        states = np.zeros(1, STATES)
-        states["count"] = len(some)
-        for i, one in enumerate(some):
-            states["of"][0, i] = one[0]
-            for name in ("lengths", "first", "batch", "sinks", "dense_below"):
-                states["looks"][name][0, i] = one[name][0]
-            states["looks"]["most"][0, i] = one["kept"][0] + one["flush"][0] - 1
-        states["of"]["tokens"], states["of"]["later"] = 1, 1
         run, blocks, shared = load_flush(some, d, dtype)
-        run((blocks,), (THREADS,), (states,), shared_mem=shared)
+        run((blocks,), (THREADS,), (flush_argument(some),), shared_mem=shared)
+
+
+def flush_argument(made: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Return the argument of the kernel for several states, whose next token comes later."""
+    states = np.zeros(1, STATES)
+    states["count"] = len(made)
+    for i, one in enumerate(made):
+        states["of"][0, i] = one[0]
+        for name in ("lengths", "first", "batch", "sinks", "dense_below"):
+            states["looks"][name][0, i] = one[name][0]
+        states["looks"]["most"][0, i] = one["kept"][0] + one["flush"][0] - 1
+    states["of"]["tokens"], states["of"]["later"] = 1, 1
+    return states
 
 
 def load_flush(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]) -> tuple[Any, int, int]:
