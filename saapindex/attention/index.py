@@ -129,6 +129,8 @@ class AttentionIndex(AttentionStore):
         wanted = self._parameters(params, budget, nprobe, top_p)
         if self._device is not None and self._batch is not None:
             return self._attend_on_device(q, wanted, positions, near)
+        if self._batch is not None:
+            self.ops.announce_step()
         x, g = self._grouped(q)
         t, heads = x.shape[1], self.codebook.heads
         last = self._last(positions, t)

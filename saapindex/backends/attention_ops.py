@@ -20,6 +20,11 @@ __all__ = ["AttentionOps"]
 class AttentionOps(ABC):
     """The part of a backend that attends; see `saapindex.backends.paged` for what it reads."""
 
+    def announce_step(self) -> None:
+        """Say that `attend_lists`, `attend_all` or `attend_slots` will be called in a moment: threads that help
+        may wake up meanwhile.
+        """
+
     @abstractmethod
     def encode(self, residuals: Floats, code: Code) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
         """Code keys relative to their anchors.

@@ -46,8 +46,8 @@ from saapindex.backends.cpu.record import (
     visited_of,
 )
 from saapindex.backends.cpu.select import BINS, UNION, cut, largest, pool, rank, visit, worst_kept
+from saapindex.backends.cpu.tasks import STAGES
 
-STAGES = 6
 PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)
 
 
