@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 from typing import Self
@@ -133,16 +134,21 @@ class AttentionIndex(AttentionStore):
             self.ops.announce_step()
         x, g = self._grouped(q)
         t, heads = x.shape[1], self.codebook.heads
-        last = self._last(positions, t)
         if self._batch is None:
             out, lse = np.zeros_like(x), np.full(x.shape[:3], -np.inf, np.float32)
         else:
-            out, lse = self._attend(self.host_batch, x, last, wanted, near)
+            batch = self.host_batch
+            newest = positions is None and t == 1  # seen by none of the queries that are attended to densely
+            last = batch.newest if newest else self._last(positions, t)
+            sparse = wanted.budget != 1 and batch.is_long and (newest or not batch.any_early(last))
+            out, lse = self._attend(batch, x, last, wanted if sparse else None, near)
         if near and self.sink_logits is not None:
             out, lse = self._with_sinks(out, lse, g)
         shape = tuple(q.shape)
-        outs = out.reshape(self.batch, heads, t, g, -1).transpose(0, 1, 3, 2, 4).reshape(shape)
-        lses = lse.reshape(self.batch, heads, t, g).transpose(0, 1, 3, 2).reshape(shape[:-1])
+        if t > 1:
+            out = out.reshape(self.batch, heads, t, g, -1).transpose(0, 1, 3, 2, 4)
+            lse = lse.reshape(self.batch, heads, t, g).transpose(0, 1, 3, 2)
+        outs, lses = out.reshape(shape), lse.reshape(shape[:-1])
         return returned(outs, q, own_precision=True), returned(lses, q)
 
     def _attend_on_device(
@@ -164,17 +170,16 @@ class AttentionIndex(AttentionStore):
             )
 
     def _attend(
-        self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
+        self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters | None, near: bool
     ) -> tuple[Floats, Floats]:
+        """Attend as `wanted`, or densely without it."""
         around = batch.near if near else batch.nothing_near
-        pages, code = batch.keeping.pool.pages, self.codebook.code.view
-        early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
-        if wanted.budget == 1 or not batch.is_long or early.any():
+        pages = batch.keeping.pool.pages
+        if wanted is None:
             return self.ops.attend_all(x, last, around, batch.lists, pages, self._scaling)
         lists = batch.lists if wanted.slopes is not False else batch.lists_without_slopes
-        return self.ops.attend_lists(
-            x, last, around, lists, pages, code, self._scaling, batch.reading(wanted)
-        )
+        code, reading = self.codebook.code.view, batch.reading(wanted)
+        return self.ops.attend_lists(x, last, around, lists, pages, code, self._scaling, reading)
 
     def select(
         self,
@@ -251,7 +256,15 @@ class AttentionIndex(AttentionStore):
         nprobe: int | None,
         top_p: float | None,
     ) -> AttendParameters:
-        params = self.params if params is None else params
+        asked = self.params if params is None else params, budget, nprobe, top_p, self._device
+        if self._asked is None or any(map(operator.is_not, asked, self._asked[0])):
+            self._asked = asked, self._resolved(*asked[:4])
+        return self._asked[1]
+
+    def _resolved(
+        self, params: AttendParameters, budget: float | None, nprobe: int | None, top_p: float | None
+    ) -> AttendParameters:
+        """Return what to read, checked."""
         if not isinstance(params, AttendParameters):
             raise InvalidInputError(f"params is a {type(params).__name__}, expected AttendParameters")
         given = {"budget": budget, "nprobe": nprobe, "top_p": top_p}

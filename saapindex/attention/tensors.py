@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,16 @@ def queries(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> NDArr
     InvalidInputError
         On another shape, a dtype that is not floating, and values that are not finite.
     """
-    return stored(value, name, shape, "float32")
+    _check_shape(value, name, shape)
+    array = as_numpy(value, name)
+    if array.dtype.kind != "f":
+        raise InvalidInputError(f"{name} has dtype {array.dtype}, expected a floating one")
+    if array.dtype != np.float32:
+        with np.errstate(over="ignore") if array.dtype.itemsize > 4 else nullcontext():
+            array = array.astype(np.float32)
+    if not all_finite(array):
+        raise InvalidInputError(f"{name} holds NaN or infinity, expected finite values")
+    return array
 
 
 def _check_shape(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> None:

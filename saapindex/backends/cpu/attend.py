@@ -13,7 +13,7 @@ from numba import njit
 
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.codes import addressed, code_arrays, place_of, rotated
-from saapindex.backends.cpu.expected import expect_keys, expect_lists
+from saapindex.backends.cpu.expected import add_slopes, expect_keys, expect_lists, room_of
 from saapindex.backends.cpu.functions import capped, exp
 from saapindex.backends.cpu.memory import padded, plain
 from saapindex.backends.cpu.select import largest
@@ -96,7 +96,7 @@ def rest_of_lists(  # type: ignore[no-untyped-def]
 ):
     """Let the `rest` keys of each list count by the logit of the list, (g, L): a part."""
     out[:] = 0
-    weights = np.empty(rest.shape[0], np.float32)
+    weights, y = np.empty(rest.shape[0], np.float32), np.zeros(u.shape, np.float32)
     for h in range(logits.shape[0]):
         peak = np.float32(-np.inf)
         for j in range(rest.shape[0]):
@@ -111,7 +111,8 @@ def rest_of_lists(  # type: ignore[no-untyped-def]
                 weights[j] = np.float32(rest[j]) * exp(min(logits[h, j], bounds[h]) - peak)
                 sums[h] += weights[j]
                 add_mean(weights[j], means[j], mean_scales[j], out[h])
-        expect_lists(weights, spreads, u[h], spread, scale, slopes, out[h])
+        expect_lists(weights, spreads, u[h], spread, scale, y[h])
+    add_slopes(y, slopes, out)
 
 
 @njit(cache=True, nogil=True)
@@ -208,7 +209,7 @@ def _estimate_rest(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             outs[1] = 0
             # Each key as if it were alone in its page.
-            weights, pages = np.zeros((g, n * LANES), np.float32), np.zeros(n, np.int32)
+            weights, pages = np.zeros((g, room_of(n)), np.float32), np.zeros(n, np.int32)
             for k in range(n):
                 pages[k] = max(rows[s, i, k], 0) // LANES
             for h in range(g):

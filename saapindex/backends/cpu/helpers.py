@@ -79,11 +79,6 @@ class _Helper:
         if others := self.cores - {core}:
             os.sched_setaffinity(self._id, others)
 
-    def call(self) -> None:
-        """Wake up, if it sleeps."""
-        if self.board[self.word] == ASLEEP:
-            self.board[self.word] = CALLED
-            _release(self.lock)
 
 
 class _Team:
@@ -91,8 +86,9 @@ class _Team:
 
     def __init__(self) -> None:
         self.board, self.helpers = new_board(MOST), list[_Helper]()
+        self.words = memoryview(self.board)  # the same memory, quicker for one word
         self.process, self.turn = os.getpid(), threading.Lock()
-        self.avoided = -1
+        self.avoided, self.wanted = -1, 0
 
     def start(self, count: int) -> None:
         while len(self.helpers) < min(count, MOST):
@@ -100,14 +96,19 @@ class _Team:
             self.avoided = -1
 
     def call(self, count: int) -> None:
-        self.start(count)
+        """Wake up to `count` helpers that sleep."""
+        words = self.words
+        asleep = [helper for helper in self.helpers[:count] if words[helper.word] == ASLEEP]
+        if not asleep:
+            return
         core = -1 if _core is None else _core()
         if core != self.avoided:
             self.avoided = core
             for helper in self.helpers:
                 helper.keep_off(core)
-        for helper in self.helpers[:count]:
-            helper.call()
+        for helper in asleep:
+            words[helper.word] = CALLED
+            _release(helper.lock)
 
 
 _team = _Team()
@@ -126,11 +127,14 @@ def start_helpers(count: int) -> None:
     _own().start(count)
 
 
-def announce_job(count: int) -> None:
-    """Wake `count` helpers for a job that comes in a moment; if none does, they sleep again."""
+def announce_job() -> None:
+    """Wake as many helpers as the last job had, for one that comes in a moment; if none does, they sleep
+    again.
+    """
     team = _own()
-    team.board[ANNOUNCED] += 1
-    team.call(count)
+    if team.wanted:
+        team.words[ANNOUNCED] += 1
+        team.call(team.wanted)
 
 
 def run_job(do: int, step: NDArray[Any], counts: Ints, count: int) -> None:
@@ -142,14 +146,16 @@ def run_job(do: int, step: NDArray[Any], counts: Ints, count: int) -> None:
         Address of a C function that takes the address of `step`, a stage and a task.
     """
     team = _own()
+    team.wanted = count
     if count > 0 and team.turn.acquire(blocking=False):
         try:
-            open_job(team.board, do, step.ctypes.data, counts)
+            team.start(count)
+            open_job(team.board, do, step, counts)
             team.call(count)
             take_part(team.board, FOREVER, False)
         finally:
             team.turn.release()
     else:  # helpers are busy with a job of another thread
         board = new_board(0)
-        open_job(board, do, step.ctypes.data, counts)
+        open_job(board, do, step, counts)
         take_part(board, FOREVER, False)

@@ -21,7 +21,7 @@ from saapindex.backends.cpu.attend import (
     rest_of_lists,
 )
 from saapindex.backends.cpu.codes import place_of, prepare, rotated, scan_pages, visited_pages
-from saapindex.backends.cpu.expected import expect_keys
+from saapindex.backends.cpu.expected import expect_keys, room_of
 from saapindex.backends.cpu.heap import worse
 from saapindex.backends.cpu.memory import integer_at, pointer
 from saapindex.backends.cpu.record import (
@@ -247,8 +247,11 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
     all_outs, all_sums, all_peaks = parts_of(step, r)
     out, sums, peaks = all_outs[at], all_sums[at], all_peaks[at]
     bounds = np.empty(g, np.float32)  # the largest exact logits; infinity where there are none
+    bounds[:] = -np.inf
+    for p in range(exact):
+        for h in range(g):
+            bounds[h] = max(bounds[h], all_peaks[p, h])
     for h in range(g):
-        bounds[h] = largest(all_peaks[:exact, h])
         if bounds[h] == -np.inf:
             bounds[h] = np.inf
     means = small_at(step.means + s * nlist * step.d, (nlist, step.d))
@@ -271,7 +274,7 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
         return
     out[:] = 0
     sums[:] = 0
-    weights = np.zeros((g, (last - first) * LANES), np.float32)
+    weights = np.zeros((g, room_of(last - first)), np.float32)
     for h in range(g):
         row = estimates_of(step, r, part)[h, : (last - first) * LANES]
         peaks[h] = min(bounds[h], largest(row))

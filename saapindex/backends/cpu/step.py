@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.attend import CHUNK, kind_of
 from saapindex.backends.cpu.codes import addressed, code_arrays, page_total
-from saapindex.backends.cpu.helpers import announce_job, run_job
+from saapindex.backends.cpu.helpers import run_job
 from saapindex.backends.cpu.memory import padded, plain
 from saapindex.backends.cpu.record import SCANNED, STEP, longs_at
 from saapindex.backends.cpu.select import POLICIES
@@ -100,7 +100,7 @@ def _room(size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def set_up(steps, queries, positions, near_table, sinks, first, recent, out, lse, memory, counts):  # type: ignore[no-untyped-def]
+def set_up(steps, queries, positions, near_table, sink_pages, sinks, first, recent, out, lse, memory, counts):  # type: ignore[no-untyped-def]
     """Complete the record, and count the tasks of each stage.
 
     Returns
@@ -110,6 +110,7 @@ def set_up(steps, queries, positions, near_table, sinks, first, recent, out, lse
     """
     step = steps[0]
     step.rows, step.g, step.width = queries.shape
+    step.sink_pages = sink_pages
     step.near_pages, step.d = near_table.shape[1], out.shape[2]
     step.tokens = step.rows // max(sinks.shape[0], 1)
     step.queries, step.positions = queries.ctypes.data, positions.ctypes.data
@@ -241,12 +242,6 @@ def _as_read(array: NDArray[Any]) -> NDArray[Any]:
     return plain(array, np.float32 if array.dtype.kind == "f" else array.dtype)
 
 
-def announce_step() -> None:
-    """See `Ops.announce_step`."""
-    if (threads := get_num_threads()) > 1:
-        announce_job(threads - 1)
-
-
 def attend_lists(
     queries: Floats,
     positions: Ints,
@@ -305,13 +300,13 @@ def _in_rounds(queries: Floats, positions: Ints, near: Near, frame: Frame) -> tu
 def attend_once(x: Floats, last: Ints, near: Near, frame: Frame, out: Floats, lse: Floats) -> None:
     """Attend in one go, and write to `out` and `lse`."""
     step, counts = frame.record.copy(), np.empty(STAGES, np.int64)
-    step["sink_pages"] = near.sink_pages
     rows = x.shape[0] * x.shape[1]
     # The record knows only where these lie: they live until the stages are done.
     arrays = (
         x.reshape(rows, *x.shape[2:]),
         last.reshape(rows),
         near.pages,
+        near.sink_pages,
         near.sinks,
         near.first,
         near.recent,

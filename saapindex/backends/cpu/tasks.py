@@ -37,10 +37,10 @@ def new_board(helpers: int) -> Ints:
 @njit(cache=True, nogil=True)
 def open_job(board, do, step, counts):  # type: ignore[no-untyped-def]
     """Put a job on a board that has none: call `do`, the address of a function, for each of ``counts[stage]``
-    tasks of every stage.
+    tasks of every stage, with the address of `step`.
     """
     job = (board[TICKET] >> (32 + _STAGE_BITS)) + 1
-    board[_DO], board[_STEP] = do, step
+    board[_DO], board[_STEP] = do, step.ctypes.data
     for stage in range(STAGES):
         board[_COUNTS + stage] = counts[stage]
     atomic_write(board, SERVED, atomic_read(board, ANNOUNCED))

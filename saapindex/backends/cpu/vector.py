@@ -7,6 +7,7 @@ dimensions, zero beyond those of the keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ def _long(value: int) -> Any:
     return ir.Constant(_I64, value)
 
 
-class _Emitter:
+class Emitter:
     """Instructions on vectors of `LANES`."""
 
     def __init__(self, builder: Any) -> None:
@@ -124,6 +125,18 @@ class _Emitter:
             step //= 2
         return shuffle(total, total, [i * quarter for i in range(KEYS)])
 
+    def folded(self, vectors: list[Any], better: str) -> Any:
+        """Return the element of all vectors that is `better`, ``">"`` or ``"<"``, than the others."""
+        builder, found = self.builder, vectors[0]
+        for other in vectors[1:]:
+            found = builder.select(builder.fcmp_ordered(better, other, found), other, found)
+        step = LANES // 2
+        while step:
+            other = self.shuffle(found, found, [(i + step) % LANES for i in range(LANES)])
+            found = builder.select(builder.fcmp_ordered(better, other, found), other, found)
+            step //= 2
+        return builder.extract_element(found, ir.Constant(_I32, 0))
+
     def dot4(self, total: Any, fields: Any, query: Any) -> Any:
         """Add to each lane of `total` four products of a byte of `fields` and a signed one of `query`."""
         builder = self.builder
@@ -137,8 +150,12 @@ class _Emitter:
 
     def dot4_vnni(self, total: Any, fields: Any, query: Any) -> Any:
         """The same in one instruction."""
+        return self.dot4_vectors(total, fields, self.splat(query))
+
+    def dot4_vectors(self, total: Any, one: Any, other: Any) -> Any:
+        """Add four products of bytes of `one` and signed ones of `other` to each lane, in one instruction."""
         function = self._intrinsic("llvm.x86.avx512.vpdpbusd.512", _INTS, [_INTS] * 3)
-        return self.builder.call(function, [total, fields, self.splat(query)])
+        return self.builder.call(function, [total, one, other])
 
 
 def _cases(builder: Any, kind: Any, count: Any) -> Any:
@@ -171,13 +188,13 @@ def _dots(typingctx, kind, queries, keys, n, d, out):  # type: ignore[no-untyped
         )[0]
         for known, heads in _cases(builder, args[0], count):
             q, k, o = (_data(context, builder, signature, args, i) for i in (1, 2, 5))
-            _emit_dots(_Emitter(builder), known, heads, q, k[0], args[3], args[4], o)
+            _emit_dots(Emitter(builder), known, heads, q, k[0], args[3], args[4], o)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _emit_dots(emit: _Emitter, kind: int, heads: int, q: Any, keys: Any, n: Any, d: Any, out: Any) -> None:
+def _emit_dots(emit: Emitter, kind: int, heads: int, q: Any, keys: Any, n: Any, d: Any, out: Any) -> None:
     builder, width = emit.builder, 4 if kind == FLOAT32 else 2
     zero = ir.Constant(_FLOATS, [0.0] * LANES)
     totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(KEYS)] for _ in range(heads)]
@@ -217,13 +234,13 @@ def _mix(typingctx, kind, weights, values, n, d, out):  # type: ignore[no-untype
         )[0]
         for known, heads in _cases(builder, args[0], count):
             w, v, o = (_data(context, builder, signature, args, i) for i in (1, 2, 5))
-            _emit_mix(_Emitter(builder), known, heads, w, v[0], args[3], args[4], o)
+            _emit_mix(Emitter(builder), known, heads, w, v[0], args[3], args[4], o)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _emit_mix(emit: _Emitter, kind: int, heads: int, w: Any, values: Any, n: Any, d: Any, out: Any) -> None:
+def _emit_mix(emit: Emitter, kind: int, heads: int, w: Any, values: Any, n: Any, d: Any, out: Any) -> None:
     builder, width = emit.builder, 4 if kind == FLOAT32 else 2
     zero = ir.Constant(_FLOATS, [0.0] * LANES)
     totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(_COLUMNS)] for _ in range(heads)]
@@ -269,7 +286,7 @@ def _make_code_sums(portable: bool) -> Any:
         signature = types.void(types.int64, widths, queries, out, types.int64)
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            emit = _Emitter(builder)
+            emit = Emitter(builder)
             vnni = not portable and "+avx512vnni" in context.codegen()._get_host_cpu_features()
             dot4 = emit.dot4_vnni if vnni else emit.dot4
             b, q, o = (_data(context, builder, signature, args, i) for i in (1, 2, 3))
@@ -290,7 +307,7 @@ def _make_code_sums(portable: bool) -> Any:
 
 
 def _emit_code_sums(
-    emit: _Emitter,
+    emit: Emitter,
     dot4: Callable[..., Any],
     heads: int,
     words: Any,
@@ -344,14 +361,14 @@ def _field_sums(typingctx, places, shift, mask, weights, out):  # type: ignore[n
         places, w, o = (_data(context, builder, signature, args, i) for i in (0, 3, 4))
         for heads in range(1, HEADS + 1):
             with builder.if_then(builder.icmp_signed("==", count, _long(heads))):
-                _emit_field_sums(_Emitter(builder), heads, places[0], n, args[1], args[2], w, o)
+                _emit_field_sums(Emitter(builder), heads, places[0], n, args[1], args[2], w, o)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 def _emit_field_sums(
-    emit: _Emitter, heads: int, places: Any, n: Any, shift: Any, mask: Any, w: Any, out: Any
+    emit: Emitter, heads: int, places: Any, n: Any, shift: Any, mask: Any, w: Any, out: Any
 ) -> None:
     builder = emit.builder
     zero = ir.Constant(_FLOATS, [0.0] * LANES)
@@ -376,6 +393,50 @@ def _emit_field_sums(
         emit.store(found, emit.at(out[0], emit.times(out[1], h)))
 
 
+def _extremes(typingctx, row):  # type: ignore[no-untyped-def]
+    """Return the largest of contiguous float32, and the lowest of those that are above minus infinity; minus
+    infinity and infinity of nothing.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        emit, array = Emitter(builder), context.make_array(signature.args[0])(context, builder, args[0])
+        low, high = (ir.Constant(_FLOAT, sign * math.inf) for sign in (-1, 1))
+        found = _emit_extremes(emit, builder.ptrtoint(array.data, _I64), array.nitems, low, high)
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(types.float32, 2)(row), codegen
+
+
+def _emit_extremes(emit: Emitter, at: Any, n: Any, low: Any, high: Any) -> list[Any]:
+    builder, lows, highs = emit.builder, emit.splat(low), emit.splat(high)
+    most = [cgutils.alloca_once_value(builder, lows) for _ in range(_COLUMNS)]
+    least = [cgutils.alloca_once_value(builder, highs) for _ in range(_COLUMNS)]
+    for top, bottom in zip(most, least, strict=True):
+        builder.store(lows, top)
+        builder.store(highs, bottom)
+
+    def look(i: Any, c: int, mask: Any | None) -> None:
+        x = emit.stored(emit.at(at, emit.times(i, 4), _long(4 * LANES * c)), FLOAT32, mask)
+        x = x if mask is None else builder.select(mask, x, lows)
+        top, bottom = builder.load(most[c]), builder.load(least[c])
+        builder.store(builder.select(builder.fcmp_ordered(">", x, top), x, top), most[c])
+        x = builder.select(builder.fcmp_ordered(">", x, lows), x, highs)
+        builder.store(builder.select(builder.fcmp_ordered("<", x, bottom), x, bottom), least[c])
+
+    tail = builder.and_(n, _long(LANES - 1))
+    whole = builder.sub(n, tail)
+    blocks = builder.sub(n, builder.and_(n, _long(_COLUMNS * LANES - 1)))
+    with cgutils.for_range_slice(builder, _long(0), blocks, _long(_COLUMNS * LANES), intp=_I64) as (i, _):
+        for c in range(_COLUMNS):
+            look(i, c, None)
+    with cgutils.for_range_slice(builder, blocks, whole, _long(LANES), intp=_I64) as (i, _):
+        look(i, 0, None)
+    with builder.if_then(builder.icmp_signed(">", tail, _long(0))):
+        look(whole, 0, emit.below(tail))
+    return [emit.folded([builder.load(x) for x in part], sign) for part, sign in ((most, ">"), (least, "<"))]
+
+
+extremes: Callable[..., Any] = intrinsic(_extremes)
 field_sums: Callable[..., Any] = intrinsic(_field_sums)
 dots: Callable[..., Any] = intrinsic(_dots)
 mix: Callable[..., Any] = intrinsic(_mix)
