@@ -282,11 +282,13 @@ class AttentionIndex(AttentionStore):
         """Return queries as (S, t, g, d), and `g`."""
         heads, d = self.codebook.heads, self.codebook.d
         single = len(getattr(q, "shape", ())) == 3
-        x = queries(q, "q", (self.batch, None, d) if single else (self.batch, None, None, d))
+        shape = (self.batch, None, d) if single else (self.batch, None, None, d)
+        x = queries(q, "q", shape, self.ops)
         self._check_heads(x)
-        x = x[:, :, None] if single else x
-        g, t = x.shape[1] // heads, x.shape[2]
-        x = x.reshape(self.batch * heads, g, t, d).transpose(0, 2, 1, 3)
+        streams, g = self.batch * heads, x.shape[1] // heads
+        if single:
+            return x.reshape(streams, 1, g, d), g
+        x = x.reshape(streams, g, x.shape[2], d).transpose(0, 2, 1, 3)
         return np.ascontiguousarray(x), g
 
     def _check_heads(self, q: ArrayLike) -> None:

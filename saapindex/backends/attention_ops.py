@@ -7,12 +7,13 @@ Shapes: `H` KV heads, `S` streams (`H` for each sequence), `t` tokens, `g` query
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.backends.common import Floats, Ints
-from saapindex.backends.paged import Chosen, Code, Near, PagedLists, Pages, Reading, Scaling, Slots
+from saapindex.backends.paged import Chosen, Code, Near, PagedLists, Pages, Reading, Scaling, Slots, widened
 
 __all__ = ["AttentionOps"]
 
@@ -24,6 +25,11 @@ class AttentionOps(ABC):
         """Say that `attend_lists`, `attend_all` or `attend_slots` will be called in a moment: threads that help
         may wake up meanwhile.
         """
+
+    def as_floats(self, x: NDArray[Any]) -> tuple[Floats, bool]:
+        """Return stored elements, uint16 holding the bits of bfloat16, as float32, and whether all are finite."""
+        floats = np.array(widened(x), np.float32)
+        return floats, bool(np.isfinite(floats).all())
 
     @abstractmethod
     def encode(self, residuals: Floats, code: Code) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:

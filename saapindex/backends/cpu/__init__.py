@@ -14,6 +14,7 @@ from saapindex.backends.cpu.scan import range_scan, scan
 from saapindex.backends.cpu.search import prepare, search
 from saapindex.backends.cpu.select import rank_lists, select_keys, select_lists
 from saapindex.backends.cpu.step import attend_all, attend_lists, attend_slots
+from saapindex.backends.cpu.widen import as_floats
 from saapindex.backends.reference import ReferenceOps
 
 __all__ = ["CpuOps"]
@@ -43,6 +44,7 @@ class CpuOps(ReferenceOps):
     estimate_rest = staticmethod(estimate_rest)
     merge = staticmethod(merge)
     announce_step = staticmethod(announce_job)
+    as_floats = staticmethod(as_floats)
     attend_all = staticmethod(attend_all)
     attend_lists = staticmethod(attend_lists)
     attend_slots = staticmethod(attend_slots)

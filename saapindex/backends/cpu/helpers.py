@@ -25,12 +25,10 @@ from saapindex.backends.cpu.tasks import (
     APART,
     ASLEEP,
     CALLED,
-    FOREVER,
     HELPERS,
+    do_job,
     help_out,
     new_board,
-    open_job,
-    take_part,
 )
 
 __all__ = ["announce_job", "run_job", "start_helpers"]
@@ -96,8 +94,9 @@ class _Team:
             self.avoided = -1
 
     def call(self, count: int) -> None:
-        """Wake up to `count` helpers that sleep."""
+        """Wake up to `count` helpers that sleep, for a job that comes now."""
         words = self.words
+        words[ANNOUNCED] += 1
         asleep = [helper for helper in self.helpers[:count] if words[helper.word] == ASLEEP]
         if not asleep:
             return
@@ -133,7 +132,6 @@ def announce_job() -> None:
     """
     team = _own()
     if team.wanted:
-        team.words[ANNOUNCED] += 1
         team.call(team.wanted)
 
 
@@ -150,12 +148,9 @@ def run_job(do: int, step: NDArray[Any], counts: Ints, count: int) -> None:
     if count > 0 and team.turn.acquire(blocking=False):
         try:
             team.start(count)
-            open_job(team.board, do, step, counts)
             team.call(count)
-            take_part(team.board, FOREVER, False)
+            do_job(team.board, do, step, counts)
         finally:
             team.turn.release()
-    else:  # helpers are busy with a job of another thread
-        board = new_board(0)
-        open_job(board, do, step, counts)
-        take_part(board, FOREVER, False)
+    else:  # too little to do, or helpers are busy with a job of another thread
+        do_job(new_board(0), do, step, counts)

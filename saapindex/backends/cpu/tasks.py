@@ -87,6 +87,13 @@ def take_part(board, patience, helps):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def do_job(board, do, step, counts):  # type: ignore[no-untyped-def]
+    """Open a job, and take part until it is done."""
+    open_job(board, do, step, counts)
+    take_part(board, FOREVER, False)
+
+
+@njit(cache=True, nogil=True)
 def help_out(board, me, lock, acquire, patience):  # type: ignore[no-untyped-def]
     """Take part in jobs, and sleep in between, until the process ends: word `me` of the board says which."""
     while True:

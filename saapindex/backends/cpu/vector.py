@@ -27,6 +27,7 @@ HEADS = 4
 KEYS = 4
 """Keys that `dots` takes at once: lists of addresses have room for a multiple of it."""
 _COLUMNS = 4
+_AHEAD = 2 * KEYS  # from the keys that are looked at to those that are asked for
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _FLOAT = ir.FloatType()
@@ -61,6 +62,22 @@ class Emitter:
 
     def store(self, value: Any, address: Any) -> None:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+    def store_some(self, value: Any, address: Any, mask: Any) -> None:
+        """Store the lanes of floats where a mask is set."""
+        pointer = self.builder.inttoptr(address, _FLOATS.as_pointer())
+        function = self._intrinsic(
+            f"llvm.masked.store.v{LANES}f32.p0",
+            ir.VoidType(),
+            [_FLOATS, pointer.type, _I32, ir.VectorType(_I1, LANES)],
+        )
+        self.builder.call(function, [value, pointer, ir.Constant(_I32, 4), mask])
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for the cache line at an address, which may be any."""
+        pointer = self.builder.inttoptr(address, _I8.as_pointer())
+        function = self._intrinsic("llvm.prefetch.p0", ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        self.builder.call(function, [pointer, *(ir.Constant(_I32, i) for i in (0, 3, 1))])
 
     def splat(self, value: Any) -> Any:
         kind = ir.VectorType(value.type, LANES)
@@ -174,27 +191,39 @@ def _data(context: Any, builder: Any, signature: Any, args: Any, i: int) -> tupl
     return builder.ptrtoint(array.data, _I64), cgutils.unpack_tuple(builder, array.strides)[0]
 
 
-def _dots(typingctx, kind, queries, keys, n, d, out):  # type: ignore[no-untyped-def]
+def _dots(typingctx, kind, queries, keys, values, n, d, ahead, out):  # type: ignore[no-untyped-def]
     """Write ``queries[h] . key`` to ``out[h, k]`` for the key of `kind` at each address ``keys[k]``.
 
     `queries` is (1 to `HEADS`, padded d) float32; of `keys` and columns of `out`, the next multiple of `KEYS`
-    from `n` up is read and written.
+    from `n` up is read and written. With `ahead`, 1 and not 0, keys further on and what is at the addresses
+    `values` are asked for before they are needed, which the machine does by itself where they lie side by side.
     """
-    signature = types.void(types.int64, queries, keys, types.int64, types.int64, out)
+    signature = types.void(types.int64, queries, keys, values, *[types.int64] * 3, out)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         count = cgutils.unpack_tuple(
             builder, context.make_array(signature.args[1])(context, builder, args[1]).shape
         )[0]
         for known, heads in _cases(builder, args[0], count):
-            q, k, o = (_data(context, builder, signature, args, i) for i in (1, 2, 5))
-            _emit_dots(Emitter(builder), known, heads, q, k[0], args[3], args[4], o)
+            q, k, v, o = (_data(context, builder, signature, args, i) for i in (1, 2, 3, 7))
+            _emit_dots(Emitter(builder), known, heads, q, k[0], v[0], *args[4:7], o)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _emit_dots(emit: Emitter, kind: int, heads: int, q: Any, keys: Any, n: Any, d: Any, out: Any) -> None:
+def _emit_dots(
+    emit: Emitter,
+    kind: int,
+    heads: int,
+    q: Any,
+    keys: Any,
+    values: Any,
+    n: Any,
+    d: Any,
+    ahead: Any,
+    out: Any,
+) -> None:
     builder, width = emit.builder, 4 if kind == FLOAT32 else 2
     zero = ir.Constant(_FLOATS, [0.0] * LANES)
     totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(KEYS)] for _ in range(heads)]
@@ -204,6 +233,15 @@ def _emit_dots(emit: Emitter, kind: int, heads: int, q: Any, keys: Any, n: Any, 
         for total in (total for row in totals for total in row):
             builder.store(zero, total)
         places = [emit.load(emit.at(keys, emit.times(k, 8), _long(8 * j)), _I64, 8) for j in range(KEYS)]
+        with builder.if_then(builder.icmp_signed("==", ahead, _long(1))):
+            later = builder.add(k, _long(_AHEAD))
+            later = builder.select(builder.icmp_signed("<", later, n), later, k)
+            coming = [(start, i, 8 * j) for start, i in ((keys, later), (values, k)) for j in range(KEYS)]
+            wanted = [emit.load(emit.at(x, emit.times(i, 8), _long(j)), _I64, 8) for x, i, j in coming]
+            end = emit.times(d, width)
+            with cgutils.for_range_slice(builder, _long(0), end, _long(64), intp=_I64) as (i, _):
+                for place in wanted:
+                    emit.prefetch(emit.at(place, i))
 
         def step(i: Any, mask: Any | None, places: list[Any] = places) -> None:
             x = [emit.stored(emit.at(place, emit.times(i, width)), kind, mask) for place in places]

@@ -1,0 +1,69 @@
+"""Stored elements as floats, and whether all of them are finite, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from saapindex.backends.base import LANES, Floats
+from saapindex.backends.cpu.vector import KINDS, Emitter
+
+_I1, _I64 = ir.IntType(1), ir.IntType(64)
+
+
+@intrinsic
+def _widen(typingctx, kind, raw, out):  # type: ignore[no-untyped-def]
+    """Write the elements of `kind` at the address `raw` to `out`, (n,) float32; return whether they are finite."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        emit, array = Emitter(builder), context.make_array(signature.args[2])(context, builder, args[2])
+        to, n = builder.ptrtoint(array.data, _I64), array.nitems
+        fine = cgutils.alloca_once_value(builder, ir.Constant(_I1, 1))
+        for name, known in KINDS.items():
+            with builder.if_then(builder.icmp_signed("==", args[0], ir.Constant(_I64, known))):
+                _emit_widen(emit, known, np.dtype(name).itemsize, args[1], n, to, fine)
+        return builder.load(fine)
+
+    return types.boolean(types.int64, types.int64, out), codegen
+
+
+def _emit_widen(emit: Emitter, kind: int, width: int, raw: Any, n: Any, to: Any, fine: Any) -> None:
+    builder, zero = emit.builder, ir.Constant(_I64, 0)
+    tail = builder.and_(n, ir.Constant(_I64, LANES - 1))
+    whole = builder.sub(n, tail)
+
+    def some(i: Any, mask: Any | None) -> None:
+        x = emit.stored(emit.at(raw, emit.times(i, width)), kind, mask)
+        place = emit.at(to, emit.times(i, 4))
+        if mask is None:
+            emit.store(x, place)
+        else:
+            emit.store_some(x, place, mask)
+        good = builder.fcmp_ordered("==", builder.fsub(x, x), ir.Constant(x.type, [0.0] * LANES))
+        bits = builder.bitcast(good, ir.IntType(LANES))
+        all_good = builder.icmp_signed("==", bits, ir.Constant(bits.type, -1))
+        builder.store(builder.and_(builder.load(fine), all_good), fine)
+
+    with cgutils.for_range_slice(builder, zero, whole, ir.Constant(_I64, LANES), intp=_I64) as (i, _):
+        some(i, None)
+    with builder.if_then(builder.icmp_signed(">", tail, zero)):
+        some(whole, emit.below(tail))
+
+
+@njit(cache=True, nogil=True)
+def _floats_at(kind, address, out):  # type: ignore[no-untyped-def]
+    return _widen(kind, address, out)
+
+
+def as_floats(x: NDArray[Any]) -> tuple[Floats, bool]:
+    """See `Ops.as_floats`."""
+    raw = x if x.flags.c_contiguous else np.ascontiguousarray(x)
+    out = np.empty(raw.shape, np.float32)
+    finite = _floats_at(KINDS[raw.dtype.name], raw.ctypes.data, out.reshape(-1))
+    return out, finite
