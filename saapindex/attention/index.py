@@ -144,11 +144,12 @@ class AttentionIndex(AttentionStore):
             out, lse = self._attend(batch, x, last, wanted if sparse else None, near)
         if near and self.sink_logits is not None:
             out, lse = self._with_sinks(out, lse, g)
-        shape = tuple(q.shape)
-        if t > 1:
+        shape: tuple[int, ...] = self.batch, heads * g
+        if len(q.shape) == 4:
             out = out.reshape(self.batch, heads, t, g, -1).transpose(0, 1, 3, 2, 4)
             lse = lse.reshape(self.batch, heads, t, g).transpose(0, 1, 3, 2)
-        outs, lses = out.reshape(shape), lse.reshape(shape[:-1])
+            shape = *shape, t
+        outs, lses = out.reshape(*shape, self.codebook.d), lse.reshape(shape)
         return returned(outs, q, own_precision=True), returned(lses, q)
 
     def _attend_on_device(

@@ -42,6 +42,12 @@ STEP = np.dtype(
 
 
 @njit(cache=True, nogil=True, inline="always")
+def record_at(address):  # type: ignore[no-untyped-def]
+    """Return the record at an address."""
+    return carray(pointer(address), 1, STEP)[0]
+
+
+@njit(cache=True, nogil=True, inline="always")
 def floats_at(address, shape):  # type: ignore[no-untyped-def]
     return carray(pointer(address), shape, np.float32)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit, types
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cpu.attend import (
@@ -23,10 +23,9 @@ from saapindex.backends.cpu.attend import (
 from saapindex.backends.cpu.codes import place_of, prepare, rotated, scan_pages, visited_pages
 from saapindex.backends.cpu.expected import expect_keys, room_of
 from saapindex.backends.cpu.heap import worse
-from saapindex.backends.cpu.memory import integer_at, pointer
+from saapindex.backends.cpu.memory import integer_at
 from saapindex.backends.cpu.record import (
     SCANNED,
-    STEP,
     bytes_of,
     cache_of,
     estimates_of,
@@ -38,6 +37,7 @@ from saapindex.backends.cpu.record import (
     parts_of,
     pool_of,
     query_of,
+    record_at,
     rotation_of,
     row_of_stream,
     scores_of,
@@ -308,7 +308,7 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
 
 def _do(address: int, stage: int, task: int) -> None:
     """Do one task of a stage of the step whose record is at `address`."""
-    step = carray(pointer(address), 1, STEP)[0]
+    step = record_at(address)
     if stage == PLAN and task % (step.near_parts + 1) == 0:
         _plan(step, task // (step.near_parts + 1))
     elif stage in (PLAN, FETCH):

@@ -17,7 +17,7 @@ from saapindex.backends.cpu.attend import CHUNK, kind_of
 from saapindex.backends.cpu.codes import addressed, code_arrays, page_total
 from saapindex.backends.cpu.helpers import run_job
 from saapindex.backends.cpu.memory import padded, plain
-from saapindex.backends.cpu.record import SCANNED, STEP, longs_at
+from saapindex.backends.cpu.record import SCANNED, STEP, longs_at, record_at
 from saapindex.backends.cpu.select import POLICIES
 from saapindex.backends.cpu.stages import (
     CHOOSE,
@@ -100,7 +100,7 @@ def _room(size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def set_up(steps, queries, positions, near_table, sink_pages, sinks, first, recent, out, lse, memory, counts):  # type: ignore[no-untyped-def]
+def set_up(record, queries, positions, near_table, sink_pages, sinks, first, recent, out, lse, memory, counts):  # type: ignore[no-untyped-def]
     """Complete the record, and count the tasks of each stage.
 
     Returns
@@ -108,7 +108,7 @@ def set_up(steps, queries, positions, near_table, sink_pages, sinks, first, rece
     room : bytes of working memory; if that is more than there is, nothing else is good
     little : whether it is so little that waking helpers costs more than they save
     """
-    step = steps[0]
+    step = record_at(record.ctypes.data)
     step.rows, step.g, step.width = queries.shape
     step.sink_pages = sink_pages
     step.near_pages, step.d = near_table.shape[1], out.shape[2]
@@ -137,7 +137,7 @@ class Frame(NamedTuple):
     of
         What it was made of, besides the lists.
     record
-        The record, without what differs from step to step.
+        The record as bytes, without what differs from step to step.
     held
         Arrays that the record has addresses of.
     table_length
@@ -145,7 +145,7 @@ class Frame(NamedTuple):
     """
 
     of: tuple[Any, ...]
-    record: NDArray[Any]
+    record: NDArray[np.uint8]
     held: list[NDArray[Any]]
     table_length: int
 
@@ -229,7 +229,7 @@ def _frame(
         record[name] = value
     for name, array in arrays.items():
         record[name] = array.ctypes.data
-    found = Frame(of, record, list(arrays.values()), len(lists.table))
+    found = Frame(of, record.view(np.uint8), list(arrays.values()), len(lists.table))
     lists.derived[place] = found
     return found
 

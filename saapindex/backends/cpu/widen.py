@@ -12,25 +12,30 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats
-from saapindex.backends.cpu.vector import KINDS, Emitter
+from saapindex.backends.cpu.memory import plain
+from saapindex.backends.cpu.vector import FLOAT32, KINDS, Emitter
 
 _I1, _I64 = ir.IntType(1), ir.IntType(64)
 
 
+_KINDS = {np.dtype(name): kind for name, kind in KINDS.items()}
+
+
 @intrinsic
 def _widen(typingctx, kind, raw, out):  # type: ignore[no-untyped-def]
-    """Write the elements of `kind` at the address `raw` to `out`, (n,) float32; return whether they are finite."""
+    """Write elements of `kind`, (n,), to `out`, (n,) float32; return whether they are finite."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         emit, array = Emitter(builder), context.make_array(signature.args[2])(context, builder, args[2])
+        raw = builder.ptrtoint(context.make_array(signature.args[1])(context, builder, args[1]).data, _I64)
         to, n = builder.ptrtoint(array.data, _I64), array.nitems
         fine = cgutils.alloca_once_value(builder, ir.Constant(_I1, 1))
         for name, known in KINDS.items():
             with builder.if_then(builder.icmp_signed("==", args[0], ir.Constant(_I64, known))):
-                _emit_widen(emit, known, np.dtype(name).itemsize, args[1], n, to, fine)
+                _emit_widen(emit, known, np.dtype(name).itemsize, raw, n, to, fine)
         return builder.load(fine)
 
-    return types.boolean(types.int64, types.int64, out), codegen
+    return types.boolean(types.int64, raw, out), codegen
 
 
 def _emit_widen(emit: Emitter, kind: int, width: int, raw: Any, n: Any, to: Any, fine: Any) -> None:
@@ -57,13 +62,13 @@ def _emit_widen(emit: Emitter, kind: int, width: int, raw: Any, n: Any, to: Any,
 
 
 @njit(cache=True, nogil=True)
-def _floats_at(kind, address, out):  # type: ignore[no-untyped-def]
-    return _widen(kind, address, out)
+def _floats(kind, raw, out):  # type: ignore[no-untyped-def]
+    return _widen(kind, raw, out)
 
 
 def as_floats(x: NDArray[Any]) -> tuple[Floats, bool]:
     """See `Ops.as_floats`."""
-    raw = x if x.flags.c_contiguous else np.ascontiguousarray(x)
-    out = np.empty(raw.shape, np.float32)
-    finite = _floats_at(KINDS[raw.dtype.name], raw.ctypes.data, out.reshape(-1))
-    return out, finite
+    kind, raw = _KINDS[x.dtype], plain(x, x.dtype).reshape(-1)
+    out = np.empty(raw.size, np.float32)
+    finite = _floats(kind, raw if kind == FLOAT32 else raw.view(np.uint16), out)
+    return out.reshape(x.shape), finite
