@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from saapindex.backends.base import LANES, Floats, Ints
-from saapindex.backends.cpu.codes import addressed, code_arrays, place_of, rotated
+from saapindex.backends.cpu.codes import addressed, code_arrays, key_scales, place_of, rotated
 from saapindex.backends.cpu.expected import add_slopes, expect_keys, expect_lists, room_of
 from saapindex.backends.cpu.functions import capped, exp
 from saapindex.backends.cpu.memory import padded, plain
@@ -227,8 +227,10 @@ def _estimate_rest(  # type: ignore[no-untyped-def]
                         add_mean(weight, means[s, label], mean_scales[s, label], outs[1, h])
                         weights[h, k * LANES + rows[s, i, k] % LANES] = weight
                 sums[1, h], peaks[1, h] = total, peak
+            f = np.empty(n * LANES, np.float32)
+            key_scales(pages, addresses, span, shift, base[head], f)
             expect_keys(
-                pages, addresses, span, shift, widths[head], base[head], step[head], u, distortion[head],
+                pages, addresses, span, shift, widths[head], f, step[head], u, distortion[head],
                 scale, slopes[s], weights, outs[1],
             )  # fmt: skip
             merge_parts(outs, sums, peaks, d, out[s, i], lse[s, i])

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from saapindex.backends.base import LANES
-from saapindex.backends.cpu.codes import key_scales, place_of
+from saapindex.backends.cpu.codes import place_of
 from saapindex.backends.cpu.select import largest
 from saapindex.backends.cpu.vector import FLOAT32, HEADS, field_sums, mix
 from saapindex.backends.cpu.vector_bytes import HAS_BYTE_SUMS, TURNED, byte_sums, pack_weights, turn_words
@@ -17,7 +17,7 @@ _TINY = np.float32(1e-30)
 _CORRECTION = np.float32(CORRECTION)
 _HALF = np.float32(0.5)
 _MOST = np.float32(0xFFFF)  # of a weight in two bytes
-_AT_ONCE = 32  # pages whose weights have a unit in common
+_AT_ONCE = 64  # pages whose weights have a unit in common
 
 
 @njit(cache=True, nogil=True)
@@ -156,15 +156,13 @@ def byte_field_sums(pages, addresses, span, shift, widths, weights, sums):  # ty
 
 @njit(cache=True, nogil=True)
 def expect_keys(  # type: ignore[no-untyped-def]
-    pages, addresses, span, shift, widths, base, steps, u, distortion, scale, slopes, weights, out
+    pages, addresses, span, shift, widths, f, steps, u, distortion, scale, slopes, weights, out
 ):
     """Add what is expected beyond the mean values of their lists of the keys in pages to the output.
 
-    `weights`, (g, `room_of` the pages), are of no more use after that; `out` is (g, padded d).
+    `f` are the scales of their codes, (n * LANES,); `weights`, (g, `room_of` the pages), are of no more use after that; `out` is (g, padded d).
     """
     g, coded = u.shape
-    f = np.empty(pages.shape[0] * LANES, np.float32)
-    key_scales(pages, addresses, span, shift, base, f)
     seconds = np.empty(g, np.float32)
     for h in range(g):
         seconds[h] = _weigh(weights[h, : f.shape[0]], f, cap_of(u[h], distortion, scale))

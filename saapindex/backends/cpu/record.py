@@ -12,7 +12,7 @@ from numba import carray, njit
 from saapindex.backends.base import LANES
 from saapindex.backends.cpu.memory import pointer
 
-SCANNED = 32
+SCANNED = 64
 """Pages whose codes a task scans."""
 
 _NUMBERS = (
@@ -31,7 +31,7 @@ _READ = (
     "cache_addresses slot_tables "
 )
 _WRITTEN = (
-    "rotations logits norms centers bytes factors taken page_counts page_numbers labels counts estimates "
+    "rotations logits norms centers bytes factors taken page_counts page_numbers labels counts estimates scales "
     "scores kept_counts kept_rows outs sums peaks out lse"
 )
 STEP = np.dtype(
@@ -137,6 +137,13 @@ def estimates_of(step, r, part):  # type: ignore[no-untyped-def]
     """Of the pages of one task: (g, its slots), side by side so that loops over them are SIMD."""
     slots = SCANNED * LANES
     return floats_at(step.estimates + 4 * (r * step.slots + part * slots) * step.g, (step.g, slots))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def scales_of(step, r, part):  # type: ignore[no-untyped-def]
+    """Scales of the codes of the keys of one task."""
+    slots = SCANNED * LANES
+    return floats_at(step.scales + 4 * (r * step.slots + part * slots), (slots,))
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -20,7 +20,7 @@ from saapindex.backends.cpu.attend import (
     merge_parts,
     rest_of_lists,
 )
-from saapindex.backends.cpu.codes import place_of, prepare, rotated, scan_pages, visited_pages
+from saapindex.backends.cpu.codes import ask_for_codes, place_of, prepare, rotated, scan_pages, visited_pages
 from saapindex.backends.cpu.expected import expect_keys, room_of
 from saapindex.backends.cpu.heap import worse
 from saapindex.backends.cpu.memory import integer_at
@@ -40,6 +40,7 @@ from saapindex.backends.cpu.record import (
     record_at,
     rotation_of,
     row_of_stream,
+    scales_of,
     scores_of,
     slot_row_of,
     small_at,
@@ -84,7 +85,6 @@ def _plan(step, r):  # type: ignore[no-untyped-def]
             step.refine != 0, taken,
         )  # fmt: skip
         if step.refine:
-            factors = factors_of(step, r)
             prepare(
                 u,
                 floats_at(step.steps + 4 * head * coded, (coded,)),
@@ -92,9 +92,7 @@ def _plan(step, r):  # type: ignore[no-untyped-def]
                 floats_at(step.distortion + 4 * head * coded, (coded,)),
                 step.scale,
                 bytes_of(step, r),
-                factors[0],
-                factors[1],
-                factors[2],
+                factors_of(step, r),
             )
     at = 4 * r * step.pages
     longs_at(step.page_counts, (r + 1,))[r] = visited_pages(
@@ -147,7 +145,7 @@ def _scan(step, r, part):  # type: ignore[no-untyped-def]
     start, stop = part * SCANNED, min((part + 1) * SCANNED, pages.shape[0])
     if start >= stop:
         return
-    head, factors, g = r // step.tokens % step.heads, factors_of(step, r), step.g
+    head, g = r // step.tokens % step.heads, step.g
     estimates = estimates_of(step, r, part)
     scan_pages(
         pages[start:stop],
@@ -158,12 +156,11 @@ def _scan(step, r, part):  # type: ignore[no-untyped-def]
         step.shift,
         longs_at(step.widths + 8 * head * step.words, (step.words,)),
         bytes_of(step, r),
-        factors[0],
-        factors[1],
-        factors[2],
+        factors_of(step, r),
         floats_at(step.base, (step.heads,))[head],
         list_floats_of(step, step.centers, r),
         step.softcap,
+        scales_of(step, r, part),
         estimates,
     )
     if step.policy != UNION:
@@ -272,6 +269,8 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
     peaks[:] = -np.inf
     if first >= last:
         return
+    for p in range(first, last):
+        ask_for_codes(pages[p], pool_of(step), step.span, step.shift, step.words)
     out[:] = 0
     sums[:] = 0
     weights = np.zeros((g, room_of(last - first)), np.float32)
@@ -295,7 +294,7 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
         step.span,
         step.shift,
         longs_at(step.widths + 8 * head * step.words, (step.words,)),
-        floats_at(step.base, (step.heads,))[head],
+        scales_of(step, r, part)[: (last - first) * LANES],
         floats_at(step.steps + 4 * head * coded, (coded,)),
         u,
         floats_at(step.distortion + 4 * head * coded, (coded,)),

@@ -85,6 +85,7 @@ def _lay_out(step, start):  # type: ignore[no-untyped-def]
     step.labels, at = at, at + _room(4 * rows * pages)
     step.counts, at = at, at + _room(4 * rows * pages)
     step.estimates, at = at, at + _room(4 * rows * g * slots)
+    step.scales, at = at, at + _room(4 * rows * slots)
     step.scores, at = at, at + _room(4 * rows * slots)
     step.kept_counts, at = at, at + _room(8 * rows)
     step.kept_rows, at = at, at + _room(8 * rows * step.kept)

@@ -313,48 +313,52 @@ def _emit_mix(emit: Emitter, kind: int, heads: int, w: Any, values: Any, n: Any,
         columns(whole, 1, emit.below(tail))
 
 
-def _make_code_sums(portable: bool) -> Any:
-    def code_sums(typingctx, words, widths, queries, out, first):  # type: ignore[no-untyped-def]
-        """Write ``sum query * field`` over the fields of each key of the page whose words are at `words`.
+def _make_estimate_page(portable: bool) -> Any:
+    def estimate_page(typingctx, words, widths, queries, scales, factors, centers, count, cap, out, first):  # type: ignore[no-untyped-def]
+        """Write the estimates of the keys of the page whose words are at `words`, minus infinity beyond `count`.
+
+        With ``f = scales[first + lane]``, that of head `h` is ``factor * f * (sum - offset) + min(kappa * f^2, cap)
+        + centers[h]``, where `sum` is that of ``query * field`` over the fields of the key.
 
         `widths` is (W,) int64; `queries` is (1 to `HEADS`, groups) int32, four signed bytes each, for four
-        fields that lie in the four bytes of a word at the same shift; `out` is (heads, ...) int32, columns
-        ``first : first + LANES``.
+        fields that lie in the four bytes of a word at the same shift; `factors` is (3, heads) float32: factors,
+        offsets and kappas; `centers` is (heads,), and `out` is (heads, ...) float32, columns ``first : first +
+        LANES``.
         """
-        signature = types.void(types.int64, widths, queries, out, types.int64)
+        signature = types.void(
+            types.int64, widths, queries, scales, factors, centers, types.int64, types.float32, out, types.int64
+        )
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
             vnni = not portable and "+avx512vnni" in context.codegen()._get_host_cpu_features()
             dot4 = emit.dot4_vnni if vnni else emit.dot4
-            b, q, o = (_data(context, builder, signature, args, i) for i in (1, 2, 3))
+            places = {
+                name: _data(context, builder, signature, args, i)
+                for i, name in ((1, "widths"), (2, "q"), (3, "scales"), (4, "factors"), (5, "centers"), (8, "out"))
+            }
             count, length = (
                 cgutils.unpack_tuple(
                     builder, context.make_array(signature.args[i])(context, builder, args[i]).shape
                 )[0]
                 for i in (2, 1)
             )
+            lanes, first = emit.below(args[6]), emit.times(args[9], 4)
             for heads in range(1, HEADS + 1):
                 with builder.if_then(builder.icmp_signed("==", count, _long(heads))):
-                    _emit_code_sums(emit, dot4, heads, args[0], b[0], length, q, o, args[4])
+                    sums = _emit_code_sums(emit, dot4, heads, args[0], places["widths"][0], length, places["q"])
+                    _emit_estimates(emit, sums, places, lanes, args[7], first)
             return context.get_dummy_value()
 
         return signature, codegen
 
-    return intrinsic(code_sums)
+    return intrinsic(estimate_page)
 
 
 def _emit_code_sums(
-    emit: Emitter,
-    dot4: Callable[..., Any],
-    heads: int,
-    words: Any,
-    widths: Any,
-    count: Any,
-    q: Any,
-    out: Any,
-    first: Any,
-) -> None:
+    emit: Emitter, dot4: Callable[..., Any], heads: int, words: Any, widths: Any, count: Any, q: Any
+) -> list[Any]:
+    """Sum up fields times queries, for each head."""
     builder = emit.builder
     zero = ir.Constant(_INTS, [ir.Constant(_I32, 0)] * LANES)
     totals = [cgutils.alloca_once_value(builder, zero) for _ in range(heads)]
@@ -377,8 +381,26 @@ def _emit_code_sums(
                         query = emit.load(place, _I32, 4)
                         builder.store(dot4(builder.load(total), fields, query), total)
                     builder.store(emit.at(at, _long(1)), group)
-    for h, total in enumerate(totals):
-        emit.store(builder.load(total), emit.at(out[0], emit.times(out[1], h), emit.times(first, 4)))
+    return [builder.load(total) for total in totals]
+
+
+def _emit_estimates(
+    emit: Emitter, sums: list[Any], places: dict[str, tuple[Any, Any]], lanes: Any, cap: Any, first: Any
+) -> None:
+    builder = emit.builder
+    lowest = ir.Constant(_FLOATS, [-math.inf] * LANES)
+    f, most = emit.load(emit.at(places["scales"][0], first), _FLOATS, 4), emit.splat(cap)
+    for h, total in enumerate(sums):
+        start, row = places["factors"]
+        places_of = [emit.at(start, emit.times(row, i), _long(4 * h)) for i in range(3)]
+        factor, offset, kappa = (emit.splat(emit.load(place, _FLOAT, 4)) for place in places_of)
+        center = emit.splat(emit.load(emit.at(places["centers"][0], emit.times(places["centers"][1], h)), _FLOAT, 4))
+        second = builder.fmul(builder.fmul(kappa, f), f)
+        second = builder.select(builder.fcmp_ordered("<", second, most), second, most)
+        whole = builder.fsub(builder.sitofp(total, _FLOATS), offset)
+        found = emit.multiply_add(builder.fmul(factor, f), whole, builder.fadd(second, center))
+        out, stride = places["out"]
+        emit.store(builder.select(lanes, found, lowest), emit.at(out, emit.times(stride, h), first))
 
 
 def _field_sums(typingctx, places, shift, mask, weights, out):  # type: ignore[no-untyped-def]
@@ -475,8 +497,21 @@ def _emit_extremes(emit: Emitter, at: Any, n: Any, low: Any, high: Any) -> list[
 
 
 extremes: Callable[..., Any] = intrinsic(_extremes)
+@intrinsic
+def prefetch(typingctx, address, size):  # type: ignore[no-untyped-def]
+    """Ask for `size` bytes at an address that will soon be read."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        emit = Emitter(builder)
+        with cgutils.for_range_slice(builder, _long(0), args[1], _long(64), intp=_I64) as (i, _):
+            emit.prefetch(emit.at(args[0], i))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 field_sums: Callable[..., Any] = intrinsic(_field_sums)
 dots: Callable[..., Any] = intrinsic(_dots)
 mix: Callable[..., Any] = intrinsic(_mix)
-code_sums: Callable[..., Any] = _make_code_sums(portable=False)
-code_sums_portable: Callable[..., Any] = _make_code_sums(portable=True)
+estimate_page: Callable[..., Any] = _make_estimate_page(portable=False)
+estimate_page_portable: Callable[..., Any] = _make_estimate_page(portable=True)
