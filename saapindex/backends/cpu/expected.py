@@ -22,9 +22,10 @@ _AT_ONCE = 64  # pages whose weights have a unit in common
 
 @njit(cache=True, nogil=True)
 def add_slopes(y, slopes, out):  # type: ignore[no-untyped-def]
-    """Add ``y @ slopes``, (g, R) and (R, d), to the outputs, (g, padded d)."""
+    """Add ``y @ slopes``, (g, R) and (R, d), to the outputs, (g, at least d)."""
     coded, d = slopes.shape
-    places, found = np.empty(coded, np.int64), np.empty((HEADS, out.shape[1]), np.float32)
+    width = (d + LANES - 1) // LANES * LANES
+    places, found = np.empty(coded, np.int64), np.empty((HEADS, width), np.float32)
     for r in range(coded):
         places[r] = slopes.ctypes.data + 4 * d * r
     for h in range(0, y.shape[0], HEADS):

@@ -23,6 +23,7 @@ POLICIES = {"sum": SUM, "max": MAX, "union": UNION}
 BINS = 1024
 """Of the histogram of scores."""
 _CORRECTION = np.float32(CORRECTION)
+_ONE = np.float32(1)
 _LOWEST, _NOBODY = np.float32(-3.4e38), np.int64(1) << 62
 # Scores further than this from the best share the last bin: they weigh nothing.
 _REACH = np.float32(64)
@@ -104,19 +105,26 @@ def pool(logits, norms, policy, scores):  # type: ignore[no-untyped-def]
     g, n = logits.shape[0], scores.shape[0]
     for i in range(n):
         scores[i] = logits[0, i] - norms[0]
+    if policy != SUM:
+        for h in range(1, g):
+            row, norm = logits[h], norms[h]
+            for i in range(n):
+                scores[i] = max(scores[i], row[i] - norm)
+        return
+    if g == 1:
+        return
+    totals = np.ones(n, np.float32)  # of weights, relative to the largest so far
     for h in range(1, g):
         row, norm = logits[h], norms[h]
         for i in range(n):
-            scores[i] = max(scores[i], row[i] - norm)
-    if policy != SUM or g == 1:
-        return
-    totals = np.zeros(n, np.float32)
-    for h in range(g):
-        row, norm = logits[h], norms[h]
-        for i in range(n):
-            totals[i] += exp(row[i] - norm - max(scores[i], _LOWEST))
+            score, known = row[i] - norm, scores[i]
+            larger = max(max(score, known), _LOWEST)
+            weight = exp(min(score, known) - larger)
+            total = totals[i]
+            totals[i] = total * weight + _ONE if score > known else total + weight
+            scores[i] = max(score, known)
     for i in range(n):
-        scores[i] = scores[i] + log(max(totals[i], np.float32(1)))
+        scores[i] = scores[i] + log(totals[i])
 
 
 @njit(cache=True, nogil=True)

@@ -48,7 +48,10 @@ from saapindex.backends.cpu.record import (
 )
 from saapindex.backends.cpu.select import BINS, UNION, cut, largest, pool, rank, visit, worst_kept
 from saapindex.backends.cpu.tasks import STAGES
+from saapindex.backends.cpu.vector import lanes_equal, lowest_bit
 
+EARLY = 3
+"""One of so many chunks of near keys is attended to early."""
 PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)
 
 
@@ -117,6 +120,12 @@ def _attend(step, r, part, rows):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+@njit(cache=True, nogil=True, inline="always")
+def early_near(step):  # type: ignore[no-untyped-def]
+    """Return how many chunks of near keys are attended to while lists are chosen, and not while keys are."""
+    return step.rows * step.near_parts // EARLY if step.scan_parts else step.rows * step.near_parts
+
+
 @njit(cache=True, nogil=True)
 def _near_rows(step, r, part, rows):  # type: ignore[no-untyped-def]
     """Write the rows of a chunk of the sinks and the recent keys that the query sees; return how many."""
@@ -177,25 +186,29 @@ def _id(step, page, lane):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _keep(step, pages, scores, limit, kept):  # type: ignore[no-untyped-def]
-    """Mark the slots of the `limit` best scores."""
+    """Set the bits of the `limit` best scores, those of a page in each of `kept`."""
     bins = np.empty(scores.shape[0], np.int32)
     last, need = cut(scores, limit, bins)
     crowd = 0
-    for i in range(scores.shape[0]):
-        kept[i] |= bins[i] < last
-        crowd += bins[i] == last
+    for p in range(pages.shape[0]):
+        equal, better = lanes_equal(bins, p * LANES, np.int32(last))
+        kept[p] |= better
+        while equal:
+            crowd, equal = crowd + 1, equal & (equal - 1)
     if last == BINS or need == 0:
         return
     slots, ids, close = np.empty(crowd, np.int64), np.empty(crowd, np.int64), np.empty(crowd, np.float32)
     n = 0
-    for i in range(scores.shape[0]):
-        if bins[i] == last:
-            slots[n], ids[n], close[n] = i, _id(step, pages[i // LANES], i % LANES), scores[i]
-            n += 1
+    for p in range(pages.shape[0]):
+        equal, _ = lanes_equal(bins, p * LANES, np.int32(last))
+        while equal:
+            lane = lowest_bit(equal)
+            slots[n], ids[n], close[n] = p * LANES + lane, _id(step, pages[p], lane), scores[p * LANES + lane]
+            n, equal = n + 1, equal & (equal - 1)
     score, id_ = worst_kept(close, ids, need)
     for i in range(crowd):
         if not worse(close[i], ids[i], score, id_):
-            kept[slots[i]] = True
+            kept[slots[i] // LANES] |= 1 << (slots[i] % LANES)
 
 
 @njit(cache=True, nogil=True)
@@ -217,7 +230,7 @@ def _choose(step, r):  # type: ignore[no-untyped-def]
     for keys in longs_at(step.taken + 8 * r * step.nlist, (step.nlist,)):
         scanned += keys
     limit = max(longs_at(step.left, (s + 1,))[s] - scanned * step.code_bytes, 0) // step.row_bytes
-    kept, scores, block = np.zeros(slots, np.bool_), scores_of(step, r)[:slots], SCANNED * LANES
+    kept, scores, block = np.zeros(pages.shape[0], np.int64), scores_of(step, r)[:slots], SCANNED * LANES
     for h in range(step.g if step.policy == UNION else 1):
         if step.policy == UNION:  # each head by its own estimates
             limit = limit // step.g if h == 0 else limit
@@ -225,14 +238,14 @@ def _choose(step, r):  # type: ignore[no-untyped-def]
                 end = min(block, slots - part * block)
                 scores[part * block : part * block + end] = estimates_of(step, r, part)[h, :end]
         _keep(step, pages, scores, limit, kept)
-    for part in range((slots + block - 1) // block):
-        estimates = estimates_of(step, r, part)
-        for i in range(min(block, slots - part * block)):
-            if kept[part * block + i]:
-                rows[n] = np.int64(pages[part * SCANNED + i // LANES]) * LANES + i % LANES
-                n += 1
-                for h in range(step.g):
-                    estimates[h, i] = -np.inf
+    for p in range(pages.shape[0]):
+        bits, estimates, first = kept[p], estimates_of(step, r, p // SCANNED), p % SCANNED * LANES
+        while bits:
+            lane = lowest_bit(bits)
+            rows[n], bits = np.int64(pages[p]) * LANES + lane, bits & (bits - 1)
+            n += 1
+            for h in range(step.g):
+                estimates[h, first + lane] = -np.inf
     longs_at(step.kept_counts, (r + 1,))[r] = n
 
 
@@ -308,13 +321,17 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
 def _do(address: int, stage: int, task: int) -> None:
     """Do one task of a stage of the step whose record is at `address`."""
     step = record_at(address)
-    if stage == PLAN and task % (step.near_parts + 1) == 0:
-        _plan(step, task // (step.near_parts + 1))
-    elif stage in (PLAN, FETCH):
+    alone = step.rows if stage in (PLAN, CHOOSE) else 0  # these wait for others, which near keys fill
+    if stage == PLAN and task < alone:
+        _plan(step, task)
+    elif stage == CHOOSE and task < alone:
+        _choose(step, task)
+    elif stage in (PLAN, CHOOSE, FETCH):
         # One call for both, since all that it calls is compiled at every place that calls it.
         rows = np.empty(CHUNK, np.int64)
-        if stage == PLAN:
-            r, part = task // (step.near_parts + 1), task % (step.near_parts + 1) - 1
+        if stage != FETCH:
+            number = task - alone + (early_near(step) if stage == CHOOSE else 0)
+            r, part = number // step.near_parts, number % step.near_parts
             n = _near_rows(step, r, part, rows)
         else:
             r, part = task // step.kept_parts, task % step.kept_parts
@@ -329,8 +346,6 @@ def _do(address: int, stage: int, task: int) -> None:
         _attend(step, r, part, rows[: max(n, 0)])
     elif stage == SCAN:
         _scan(step, task // step.scan_parts, task % step.scan_parts)
-    elif stage == CHOOSE:
-        _choose(step, task)
     elif stage == REST:
         _rest(step, task // (step.scan_parts + 1), task % (step.scan_parts + 1))
     else:

@@ -27,6 +27,7 @@ from saapindex.backends.cpu.stages import (
     REST,
     SCAN,
     STAGES,
+    early_near,
     task_address,
 )
 from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling, Slots
@@ -123,8 +124,9 @@ def set_up(record, queries, positions, near_table, sink_pages, sinks, first, rec
     aligned = _room(start)
     end = _lay_out(step, aligned)
     rows = step.rows
-    counts[PLAN], counts[SCAN] = rows * (step.near_parts + 1), rows * step.scan_parts
-    counts[CHOOSE], counts[FETCH] = rows, rows * step.kept_parts
+    early = early_near(step)
+    counts[PLAN], counts[SCAN] = rows + early, rows * step.scan_parts
+    counts[CHOOSE], counts[FETCH] = rows + rows * step.near_parts - early, rows * step.kept_parts
     counts[REST], counts[MERGE] = rows * (step.scan_parts + 1) if step.remainder else 0, rows
     little = rows * (step.near_parts * CHUNK + step.kept + step.slots) < SERIAL
     return end - start, little

@@ -498,6 +498,31 @@ def _emit_extremes(emit: Emitter, at: Any, n: Any, low: Any, high: Any) -> list[
 
 extremes: Callable[..., Any] = intrinsic(_extremes)
 @intrinsic
+def lanes_equal(typingctx, numbers, first, value):  # type: ignore[no-untyped-def]
+    """Return as bits which of ``numbers[first : first + LANES]``, int32, are `value`, and which are lower."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        emit = Emitter(builder)
+        at = builder.ptrtoint(context.make_array(signature.args[0])(context, builder, args[0]).data, _I64)
+        found, known = emit.load(emit.at(at, emit.times(args[1], 4)), _INTS, 4), emit.splat(args[2])
+        masks = [builder.icmp_signed(test, found, known) for test in ("==", "<")]
+        bits = [builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _I64) for mask in masks]
+        return context.make_tuple(builder, signature.return_type, bits)
+
+    return types.UniTuple(types.int64, 2)(numbers, types.int64, types.int32), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx, bits):  # type: ignore[no-untyped-def]
+    """Return the number of the lowest bit that is set, of an int64 that is not zero."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.cttz(args[0], ir.Constant(_I1, 1))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
 def prefetch(typingctx, address, size):  # type: ignore[no-untyped-def]
     """Ask for `size` bytes at an address that will soon be read."""
 
