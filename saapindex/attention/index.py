@@ -132,6 +132,8 @@ class AttentionIndex(AttentionStore):
             return self._attend_on_device(q, wanted, positions, near)
         if self._batch is not None:
             self.ops.announce_step()
+        out: Floats
+        lse: Floats
         x, g = self._grouped(q)
         t, heads = x.shape[1], self.codebook.heads
         if self._batch is None:

@@ -21,13 +21,11 @@ __all__ = ["AttentionOps"]
 class AttentionOps(ABC):
     """The part of a backend that attends; see `saapindex.backends.paged` for what it reads."""
 
-    def announce_step(self) -> None:
-        """Say that `attend_lists`, `attend_all` or `attend_slots` will be called in a moment: threads that help
-        may wake up meanwhile.
-        """
+    def announce_step(self) -> None:  # noqa: B027, most backends have nothing to do
+        """Say that a step will be called in a moment: threads that help may wake up meanwhile."""
 
     def as_floats(self, x: NDArray[Any]) -> tuple[Floats, bool]:
-        """Return stored elements, uint16 holding the bits of bfloat16, as float32, and whether all are finite."""
+        """Return stored elements (bfloat16 as its bits) as float32, and whether all are finite."""
         floats = np.array(widened(x), np.float32)
         return floats, bool(np.isfinite(floats).all())
 

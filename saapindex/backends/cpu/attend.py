@@ -52,8 +52,8 @@ def _exponentials(row, peak):  # type: ignore[no-untyped-def]
 def attend_chunk(  # type: ignore[no-untyped-def]
     query, rows, addresses, span, shift, kind, d, scale, softcap, ahead, out, sums, peaks
 ):
-    """Attend exactly to at most `CHUNK` rows, which lie scattered if `ahead` is 1 and not 0: a part of (g, padded
-    d), (g,) and (g,).
+    """Attend exactly to at most `CHUNK` rows, which lie scattered if `ahead` is 1 and not 0: a part of (g,
+    padded d), (g,) and (g,).
     """
     g, n = query.shape[0], rows.shape[0]
     keys, values = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)

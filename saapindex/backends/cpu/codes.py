@@ -93,7 +93,8 @@ def rotated(query, inverse, u):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def prepare(u, step, widths, distortion, scale, bytes_, factors):  # type: ignore[no-untyped-def]
-    """Round queries to the bytes that `estimate_page` takes, (g, groups), with what makes sums logits, (3, g).
+    """Round queries to the bytes that `estimate_page` takes, (g, groups), with what makes sums logits, (3,
+    g).
 
     An estimate is ``factor * f * (sum - offset) + min(kappa * f^2, CORRECTION)``.
     """

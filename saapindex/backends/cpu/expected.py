@@ -48,8 +48,8 @@ def cap_of(u, share, scale):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def expect_lists(weights, spreads, u, spread, scale, y):  # type: ignore[no-untyped-def]
-    """Write what is expected of lists beyond their mean values, of weights (L,): `y`, (R,), which slopes take to
-    values, for one head.
+    """Write what is expected of lists beyond their mean values, of weights (L,): `y`, (R,), which slopes take
+    to values, for one head.
     """
     cap, total = cap_of(u, spread, scale), np.float32(0)
     for j in range(weights.shape[0]):
@@ -161,7 +161,8 @@ def expect_keys(  # type: ignore[no-untyped-def]
 ):
     """Add what is expected beyond the mean values of their lists of the keys in pages to the output.
 
-    `f` are the scales of their codes, (n * LANES,); `weights`, (g, `room_of` the pages), are of no more use after that; `out` is (g, padded d).
+    `f` are the scales of their codes, (n * LANES,); `weights`, (g, `room_of` the pages), are of no more use
+    after that; `out` is (g, padded d).
     """
     g, coded = u.shape
     seconds = np.empty(g, np.float32)

@@ -5,8 +5,8 @@ machine that is busy with other things, a step of a tenth of a millisecond then 
 last thread has had its turn. Here whoever calls does the tasks, and helpers that wake up in time take some of
 them. In between they sleep, so that they are not in the way of the threads of torch.
 
-A helper never holds Python's lock: it sleeps on a lock of its own, and is woken from it while its caller still
-prepares the job. It is kept off the core of its caller, where many kernels would wake it up.
+A helper never holds Python's lock: it sleeps on a lock of its own, and is woken from it while its caller
+still prepares the job. It is kept off the core of its caller, where many kernels would wake it up.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class _Helper:
         self.lock = _threads.PyThread_allocate_lock()
         _threads.PyThread_acquire_lock(self.lock, 1)
         arguments = board, self.word, self.lock, _ACQUIRE, PATIENCE
-        self.thread = threading.Thread(target=help_out, args=arguments, name=f"saapindex-{number}", daemon=True)
+        self.thread = threading.Thread(
+            target=help_out, args=arguments, name=f"saapindex-{number}", daemon=True
+        )
         self.thread.start()
         self.cores = frozenset[int]() if _core is None else frozenset(os.sched_getaffinity(self._id))
 
@@ -78,13 +80,12 @@ class _Helper:
             os.sched_setaffinity(self._id, others)
 
 
-
 class _Team:
     """The helpers of a process, and the board that they look at."""
 
     def __init__(self) -> None:
         self.board, self.helpers = new_board(MOST), list[_Helper]()
-        self.words = memoryview(self.board)  # the same memory, quicker for one word
+        self.words = memoryview(self.board.data)  # the same memory, quicker for one word
         self.process, self.turn = os.getpid(), threading.Lock()
         self.avoided, self.wanted = -1, 0
 

@@ -31,8 +31,8 @@ _READ = (
     "cache_addresses slot_tables "
 )
 _WRITTEN = (
-    "rotations logits norms centers bytes factors taken page_counts page_numbers labels counts estimates scales "
-    "scores kept_counts kept_rows outs sums peaks out lse"
+    "rotations logits norms centers bytes factors taken page_counts page_numbers labels counts estimates "
+    "scales scores kept_counts kept_rows outs sums peaks out lse"
 )
 STEP = np.dtype(
     [(name, np.int64) for name in (_NUMBERS + _READ + _WRITTEN).split()]

@@ -26,10 +26,10 @@ from saapindex.backends.cpu.stages import (
     PLAN,
     REST,
     SCAN,
-    STAGES,
     early_near,
     task_address,
 )
+from saapindex.backends.cpu.tasks import STAGES
 from saapindex.backends.paged import Code, Near, PagedLists, Pages, Reading, Scaling, Slots
 
 ROUND_BYTES = 1 << 26
@@ -37,7 +37,7 @@ ROUND_BYTES = 1 << 26
 SERIAL = 4096
 """Below this many keys to read in all, helpers are not called."""
 KEPT_BYTES = 1 << 24
-"""Working memory up to this size is kept for the next step: new pages would cost more than the smaller steps."""
+"""Working memory up to this size is kept for the next step, since new memory costs time."""
 
 _spare: list[NDArray[np.uint8]] = []
 
@@ -102,7 +102,9 @@ def _room(size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def set_up(record, queries, positions, near_table, sink_pages, sinks, first, recent, out, lse, memory, counts):  # type: ignore[no-untyped-def]
+def set_up(  # type: ignore[no-untyped-def]
+    record, queries, positions, near_table, sink_pages, sinks, first, recent, out, lse, memory, counts
+):
     """Complete the record, and count the tasks of each stage.
 
     Returns
@@ -174,7 +176,17 @@ _NO_CODE = [
     for i, shape in enumerate([(1, 1, 1), (1, 1), (1, 1), (1,), (1, 1), (1, 1)])
 ]
 _OF_CODE = "inverse", "steps", "widths", "base", "spread", "distortion"
-_OF_LISTS = "anchors", "anchor_scales", "means", "mean_scales", "spreads", "slopes", "sizes", "starts", "table"
+_OF_LISTS = (
+    "anchors",
+    "anchor_scales",
+    "means",
+    "mean_scales",
+    "spreads",
+    "slopes",
+    "sizes",
+    "starts",
+    "table",
+)
 
 
 def _frame(

@@ -1,9 +1,9 @@
 """Stages of small tasks on a board, from which several threads take one after the other.
 
-What stands on the board is described by `BOARD`: int64 words, those that threads write to a cache line or more
-apart. A job is opened by a ticket, which holds which job and stage it is in its upper half, and the next task
-of the stage in its lower one; whoever does the last task of a stage opens the next. Nobody waits for a thread
-that is not in the middle of a task.
+A board is of int64 words, those that threads write to a cache line or more apart. A job is opened by a
+ticket, which holds which job and stage it is in its upper half, and the next task of the stage in its lower
+one; whoever does the last task of a stage opens the next. Nobody waits for a thread that is not in the middle
+of a task.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ import numpy as np
 from numba import njit
 
 from saapindex.backends.base import Ints
-from saapindex.backends.cpu.memory import atomic_add, atomic_read, atomic_replace, atomic_write, call_at, wait_at
+from saapindex.backends.cpu.memory import (
+    atomic_add,
+    atomic_read,
+    atomic_replace,
+    atomic_write,
+    call_at,
+    wait_at,
+)
 
 STAGES = 6
 """Of a job; a ticket at this stage says that the job is done."""
 TICKET, DONE, ANNOUNCED, SERVED, JOB, HELPERS, APART = 0, 16, 32, 48, 64, 96, 16
-"""Words of a board: the ticket, tasks of the stage that are done, jobs that were announced, how many of them had
-been when the last job was opened, the job itself, and what each helper does, `APART` words from each other."""
+"""Words of a board: the ticket, tasks of the stage that are done, jobs that were announced, how many of them
+had been when the last job was opened, the job itself, and what each helper does, `APART` words from each
+other."""
 ASLEEP, CALLED, AWAKE = 0, 1, 2
 """What a helper does."""
 FOREVER = 1 << 62
@@ -82,7 +90,9 @@ def take_part(board, patience, helps):  # type: ignore[no-untyped-def]
             call_at(board[_DO], board[_STEP], stage, task)
             if atomic_add(board, DONE, 1) + 1 == board[_COUNTS + stage]:
                 atomic_write(board, DONE, 0)
-                atomic_write(board, TICKET, _ticket(ticket >> (32 + _STAGE_BITS), _stage_from(board, stage + 1)))
+                atomic_write(
+                    board, TICKET, _ticket(ticket >> (32 + _STAGE_BITS), _stage_from(board, stage + 1))
+                )
             left = patience
 
 

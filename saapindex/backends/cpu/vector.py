@@ -196,7 +196,8 @@ def _dots(typingctx, kind, queries, keys, values, n, d, ahead, out):  # type: ig
 
     `queries` is (1 to `HEADS`, padded d) float32; of `keys` and columns of `out`, the next multiple of `KEYS`
     from `n` up is read and written. With `ahead`, 1 and not 0, keys further on and what is at the addresses
-    `values` are asked for before they are needed, which the machine does by itself where they lie side by side.
+    `values` are asked for before they are needed, which the machine does by itself where they lie side by
+    side.
     """
     signature = types.void(types.int64, queries, keys, values, *[types.int64] * 3, out)
 
@@ -206,7 +207,8 @@ def _dots(typingctx, kind, queries, keys, values, n, d, ahead, out):  # type: ig
         )[0]
         for known, heads in _cases(builder, args[0], count):
             q, k, v, o = (_data(context, builder, signature, args, i) for i in (1, 2, 3, 7))
-            _emit_dots(Emitter(builder), known, heads, q, k[0], v[0], *args[4:7], o)
+            n, d, ahead = args[4:7]
+            _emit_dots(Emitter(builder), known, heads, q, k[0], v[0], n, d, ahead, o)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -315,18 +317,28 @@ def _emit_mix(emit: Emitter, kind: int, heads: int, w: Any, values: Any, n: Any,
 
 def _make_estimate_page(portable: bool) -> Any:
     def estimate_page(typingctx, words, widths, queries, scales, factors, centers, count, cap, out, first):  # type: ignore[no-untyped-def]
-        """Write the estimates of the keys of the page whose words are at `words`, minus infinity beyond `count`.
+        """Write the estimates of the keys of the page whose words are at `words`, minus infinity beyond
+        `count`.
 
-        With ``f = scales[first + lane]``, that of head `h` is ``factor * f * (sum - offset) + min(kappa * f^2, cap)
-        + centers[h]``, where `sum` is that of ``query * field`` over the fields of the key.
+        With ``f = scales[first + lane]``, that of head `h` is ``factor * f * (sum - offset) + min(kappa *
+        f^2, cap) + centers[h]``, where `sum` is that of ``query * field`` over the fields of the key.
 
         `widths` is (W,) int64; `queries` is (1 to `HEADS`, groups) int32, four signed bytes each, for four
-        fields that lie in the four bytes of a word at the same shift; `factors` is (3, heads) float32: factors,
-        offsets and kappas; `centers` is (heads,), and `out` is (heads, ...) float32, columns ``first : first +
-        LANES``.
+        fields that lie in the four bytes of a word at the same shift; `factors` is (3, heads) float32:
+        factors, offsets and kappas; `centers` is (heads,), and `out` is (heads, ...) float32, columns ``first
+        : first + LANES``.
         """
         signature = types.void(
-            types.int64, widths, queries, scales, factors, centers, types.int64, types.float32, out, types.int64
+            types.int64,
+            widths,
+            queries,
+            scales,
+            factors,
+            centers,
+            types.int64,
+            types.float32,
+            out,
+            types.int64,
         )
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -335,7 +347,14 @@ def _make_estimate_page(portable: bool) -> Any:
             dot4 = emit.dot4_vnni if vnni else emit.dot4
             places = {
                 name: _data(context, builder, signature, args, i)
-                for i, name in ((1, "widths"), (2, "q"), (3, "scales"), (4, "factors"), (5, "centers"), (8, "out"))
+                for i, name in (
+                    (1, "widths"),
+                    (2, "q"),
+                    (3, "scales"),
+                    (4, "factors"),
+                    (5, "centers"),
+                    (8, "out"),
+                )
             }
             count, length = (
                 cgutils.unpack_tuple(
@@ -346,7 +365,9 @@ def _make_estimate_page(portable: bool) -> Any:
             lanes, first = emit.below(args[6]), emit.times(args[9], 4)
             for heads in range(1, HEADS + 1):
                 with builder.if_then(builder.icmp_signed("==", count, _long(heads))):
-                    sums = _emit_code_sums(emit, dot4, heads, args[0], places["widths"][0], length, places["q"])
+                    sums = _emit_code_sums(
+                        emit, dot4, heads, args[0], places["widths"][0], length, places["q"]
+                    )
                     _emit_estimates(emit, sums, places, lanes, args[7], first)
             return context.get_dummy_value()
 
@@ -394,7 +415,9 @@ def _emit_estimates(
         start, row = places["factors"]
         places_of = [emit.at(start, emit.times(row, i), _long(4 * h)) for i in range(3)]
         factor, offset, kappa = (emit.splat(emit.load(place, _FLOAT, 4)) for place in places_of)
-        center = emit.splat(emit.load(emit.at(places["centers"][0], emit.times(places["centers"][1], h)), _FLOAT, 4))
+        center = emit.splat(
+            emit.load(emit.at(places["centers"][0], emit.times(places["centers"][1], h)), _FLOAT, 4)
+        )
         second = builder.fmul(builder.fmul(kappa, f), f)
         second = builder.select(builder.fcmp_ordered("<", second, most), second, most)
         whole = builder.fsub(builder.sitofp(total, _FLOATS), offset)
@@ -497,6 +520,8 @@ def _emit_extremes(emit: Emitter, at: Any, n: Any, low: Any, high: Any) -> list[
 
 
 extremes: Callable[..., Any] = intrinsic(_extremes)
+
+
 @intrinsic
 def lanes_equal(typingctx, numbers, first, value):  # type: ignore[no-untyped-def]
     """Return as bits which of ``numbers[first : first + LANES]``, int32, are `value`, and which are lower."""

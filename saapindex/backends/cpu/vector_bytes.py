@@ -1,7 +1,7 @@
 """Sums over keys of a weight times a field of their codes, four keys in an instruction (VNNI).
 
-A word of a code has fields in its four bytes. Of four pages, the words of the same lane are turned, so that the
-same byte of four keys lies side by side, and so do bytes of their weights.
+A word of a code has fields in its four bytes. Of four pages, the words of the same lane are turned, so that
+the same byte of four keys lies side by side, and so do bytes of their weights.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _address(context: Any, builder: Any, signature: Any, args: Any, i: int) -> A
 def turn_words(typingctx, places, first, out):  # type: ignore[no-untyped-def]
     """Turn the `LANES` words at each address ``places[first : first + 4]``.
 
-    Byte `p` of word ``out[first + c, lane]`` becomes byte `c` of the word of page ``first + p``; `out` is (...,
-    `LANES`) int32, contiguous.
+    Byte `p` of word ``out[first + c, lane]`` becomes byte `c` of the word of page ``first + p``; `out` is
+    (..., `LANES`) int32, contiguous.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -51,7 +51,10 @@ def turn_words(typingctx, places, first, out):  # type: ignore[no-untyped-def]
             emit.load(emit.load(emit.at(at, emit.times(args[1], 8), _long(8 * p)), _I64, 8), _INTS, 4)
             for p in range(TURNED)
         ]
-        pairs = [_swapped(emit, one, other, 8, 0x00FF00FF) for one, other in zip(words[::2], words[1::2], strict=True)]
+        pairs = [
+            _swapped(emit, one, other, 8, 0x00FF00FF)
+            for one, other in zip(words[::2], words[1::2], strict=True)
+        ]
         (even, odd), (even2, odd2) = pairs
         turned = [*_swapped(emit, even, even2, 16, 0x0000FFFF), *_swapped(emit, odd, odd2, 16, 0x0000FFFF)]
         for c, vector in zip((0, 2, 1, 3), turned, strict=True):
@@ -76,8 +79,8 @@ def _swapped(emit: Emitter, one: Any, other: Any, bits: int, low: int) -> tuple[
 def pack_weights(typingctx, weights, first, unit, inverse, high, low):  # type: ignore[no-untyped-def]
     """Round ``weights[first : first + 4 * LANES]``, float32 from zero up, to multiples of `unit`, in place.
 
-    How many units they are, below 2^16, goes to ``high[first / 4 : first / 4 + LANES]`` and `low`, int32: byte
-    `p` of a word belongs to page `p` of the four. `inverse` is ``1 / unit``.
+    How many units they are, below 2^16, goes to ``high[first / 4 : first / 4 + LANES]`` and `low`, int32:
+    byte `p` of a word belongs to page `p` of the four. `inverse` is ``1 / unit``.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -109,8 +112,8 @@ def byte_sums(typingctx, turned, n, shift, mask, weights, out):  # type: ignore[
     """Write ``sum weight * field`` to ``out[h, c]`` for the fields at one shift of the four bytes `c`.
 
     `turned` is (n, `LANES`) int32 for `n` pages, a multiple of `TURNED`; `weights`, (1 to `HEADS`, 2, n / 4 *
-    `LANES`) int32, are whole numbers in two bytes, the higher ones first, four keys to a word; `out` is (heads,
-    4) float32.
+    `LANES`) int32, are whole numbers in two bytes, the higher ones first, four keys to a word; `out` is
+    (heads, 4) float32.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -129,7 +132,9 @@ def _emit_byte_sums(context: Any, builder: Any, signature: Any, args: Any, heads
     emit = Emitter(builder)
     words, weights, out = (_address(context, builder, signature, args, i) for i in (0, 4, 5))
     strides = [
-        cgutils.unpack_tuple(builder, context.make_array(signature.args[i])(context, builder, args[i]).strides)
+        cgutils.unpack_tuple(
+            builder, context.make_array(signature.args[i])(context, builder, args[i]).strides
+        )
         for i in (4, 5)
     ]
     zero = ir.Constant(_INTS, [ir.Constant(_I32, 0)] * LANES)
