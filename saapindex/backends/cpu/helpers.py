@@ -11,6 +11,7 @@ still prepares the job. It is kept off the core of its caller, where many kernel
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -77,7 +78,8 @@ class _Helper:
     def keep_off(self, core: int) -> None:
         """Stay on other cores than that of the caller."""
         if others := self.cores - {core}:
-            os.sched_setaffinity(self._id, others)
+            with contextlib.suppress(OSError):  # somebody has taken cores away
+                os.sched_setaffinity(self._id, others)
 
 
 class _Team:
@@ -90,6 +92,7 @@ class _Team:
         self.avoided, self.wanted = -1, 0
 
     def start(self, count: int) -> None:
+        """See to it that there are `count` helpers."""
         while len(self.helpers) < min(count, MOST):
             self.helpers.append(_Helper(self.board, len(self.helpers)))
             self.avoided = -1
