@@ -41,7 +41,7 @@ from saapindex.rope import Rope
 
 RESULTS = Path(__file__).parent / "results"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STAGES = ("plan and near", "scan", "choose", "fetch", "rest", "merge")
+STAGES = ("plan, a third of near", "scan", "choose, the rest of near", "fetch", "rest", "merge")
 CONTEXT, BUDGET, QUERIES = 32_768, 0.05, 16
 FLUSHED = 40 << 20
 LENGTHS = [1 << i for i in range(10, 17)]
@@ -180,12 +180,16 @@ def by_stage(layer: Layer, dtype: str, repeats: int) -> dict[str, Any]:
     held: list[Any] = []
     run_job, attend_once = step.run_job, step.attend_once
 
+    def keep(*job: Any) -> None:
+        jobs.append(job)
+        run_job(*job)
+
     def hold(*arguments: Any) -> None:
         attend_once(*arguments)
         held.extend((arguments, step.take_memory()))  # what the stages read and write from now on
 
     try:
-        step.run_job, step.attend_once = (lambda *job: jobs.append(job)), hold
+        step.run_job, step.attend_once = keep, hold
         index.attend(queries[:1], budget=BUDGET)
     finally:
         step.run_job, step.attend_once = run_job, attend_once
