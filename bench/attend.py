@@ -34,14 +34,14 @@ from rich.table import Table
 
 import saapindex
 from saapindex.attention import AttentionIndex, LayerCodebook, fit_layer
-from saapindex.backends.cpu import stages, step
+from saapindex.backends.cpu import step, tasks
 from saapindex.params import default_nlist
 from saapindex.progress import track
 from saapindex.rope import Rope
 
 RESULTS = Path(__file__).parent / "results"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STAGES = ("plan and near", "scan", "choose", "fetch", "rest", "merge")
+STAGES = ("plan, a third of near", "scan", "choose, the rest of near", "fetch", "rest", "merge")
 CONTEXT, BUDGET, QUERIES = 32_768, 0.05, 16
 FLUSHED = 40 << 20
 LENGTHS = [1 << i for i in range(10, 17)]
@@ -176,30 +176,35 @@ def against_dense(layer: Layer, dtype: str, repeats: int) -> dict[str, Any]:
 def by_stage(layer: Layer, dtype: str, repeats: int) -> dict[str, Any]:
     """Microseconds of each stage of a step, in one thread and in all of them, and of the call around them."""
     index, queries = layer.index(dtype), layer.queries.to(TYPES[dtype])
-    captured: list[Any] = []
-    set_up = step.set_up
+    jobs: list[Any] = []
+    held: list[Any] = []
+    run_job, attend_once = step.run_job, step.attend_once
 
-    def capture(*arguments: Any) -> Any:
-        captured.append(arguments)
-        return set_up(*arguments)
+    def keep(*job: Any) -> None:
+        jobs.append(job)
+        run_job(*job)
+
+    def hold(*arguments: Any) -> None:
+        attend_once(*arguments)
+        held.extend((arguments, step.take_memory()))  # what the stages read and write from now on
 
     try:
-        step.set_up = capture
+        step.run_job, step.attend_once = keep, hold
         index.attend(queries[:1], budget=BUDGET)
     finally:
-        step.set_up = set_up
-    (record, *arrays), threads = captured[0], numba.get_num_threads()
-    counts, memory, _ = set_up(record, *arrays)
-    one_stage = {name: np.where(np.arange(stages.STAGES) == i, counts, 0) for i, name in enumerate(STAGES)}
+        step.run_job, step.attend_once = run_job, attend_once
+    do, record, counts, _ = jobs[0]
+    threads = numba.get_num_threads()
+    one_stage = {name: np.where(np.arange(tasks.STAGES) == i, counts, 0) for i, name in enumerate(STAGES)}
     found: dict[str, Any] = {"type": dtype, "tasks": dict(zip(STAGES, counts.tolist(), strict=True))}
     for title, number in (("one thread", 1), (f"{threads} threads", threads)):
         runs = {
-            name: lambda _, tasks=tasks, number=number: step.run_stages(record, tasks, number)
-            for name, tasks in {**one_stage, "all": counts}.items()
+            name: lambda _, some=some, number=number: run_job(do, record, some, number - 1)
+            for name, some in {**one_stage, "all": counts}.items()
         }
         found[title] = {name: spread(times) for name, times in in_turn(runs, repeats).items()}
     call = in_turn({"call": lambda i: index.attend(queries[i % QUERIES][None], budget=BUDGET)}, repeats)
-    del memory  # it was written to up to here
+    held.clear()
     return {**found, "whole call": spread(call["call"])}
 
 

@@ -8,7 +8,9 @@ they are, without a copy. Work on a device goes to the current stream: see `saap
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Hashable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +32,11 @@ def _is_torch(value: object) -> bool:
     return type(value).__module__.partition(".")[0] == "torch"
 
 
+@functools.cache
+def _is_bfloat16(dtype: Hashable) -> bool:
+    return str(dtype) == "torch.bfloat16"
+
+
 def as_numpy(value: ArrayLike, name: str) -> NDArray[Any]:
     """View `value` as a NumPy array, copying only what NumPy cannot express (bfloat16).
 
@@ -45,14 +52,15 @@ def as_numpy(value: ArrayLike, name: str) -> NDArray[Any]:
     """
     if isinstance(value, np.ndarray):
         return value
-    if _is_torch(value) and value.device.type != "cpu":
+    torchs = _is_torch(value)
+    if torchs and not value.is_cpu:
         raise InvalidInputError(f"{name} is on {value.device}, expected a CPU tensor: {name}.cpu()")
-    if device_of(value) is not None:
+    if not torchs and device_of(value) is not None:
         raise InvalidInputError(f"{name} is on cuda:{device_of(value)}, expected an array in host memory")
     try:
-        if _is_torch(value):
-            value = value.detach()
-            return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()  # type: ignore[no-any-return]
+        if torchs:
+            value = value.detach() if value.requires_grad else value
+            return (value.float() if _is_bfloat16(value.dtype) else value).numpy()  # type: ignore[no-any-return]
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
         return np.asarray(value)

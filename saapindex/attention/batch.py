@@ -214,6 +214,18 @@ class Batch:
         return Near(self._near_pages, self._sink_pages, self._sinks, self.first_of_streams, recent)
 
     @cached_property
+    def newest(self) -> Ints:
+        """Position of the newest key of each stream, (S, 1)."""
+        return self._by_head(self.lengths - 1)[:, None]
+
+    def any_early(self, last: Ints) -> bool:
+        """Whether queries that see keys up to `last`, (S, t), lie before the window, and keys in lists after
+        it.
+        """
+        early = (last < self.first_of_streams[:, None] - 1) & (self.long > 0)[:, None]
+        return bool(early.any())
+
+    @cached_property
     def _sinks(self) -> Ints:
         return self._by_head(np.array([sequence.sinks.count for sequence in self.sequences], np.int64))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -138,18 +139,28 @@ class AttentionIndex(AttentionStore):
             return self._add_and_attend(q, wanted, positions, near, k, v)
         if self._device is not None and self._batch is not None:
             return self._attend_on_device(q, wanted, positions, near)
+        if self._batch is not None:
+            self.ops.announce_step()
+        out: Floats
+        lse: Floats
         x, g = self._grouped(q)
         t, heads = x.shape[1], self.codebook.heads
-        last = self._last(positions, t)
         if self._batch is None:
             out, lse = np.zeros_like(x), np.full(x.shape[:3], -np.inf, np.float32)
         else:
-            out, lse = self._attend(self.host_batch, x, last, wanted, near)
+            batch = self.host_batch
+            newest = positions is None and t == 1  # seen by none of the queries that are attended to densely
+            last = batch.newest if newest else self._last(positions, t)
+            sparse = wanted.budget != 1 and batch.is_long and (newest or not batch.any_early(last))
+            out, lse = self._attend(batch, x, last, wanted if sparse else None, near)
         if near and self.sink_logits is not None:
             out, lse = self._with_sinks(out, lse, g)
-        shape = tuple(q.shape)
-        outs = out.reshape(self.batch, heads, t, g, -1).transpose(0, 1, 3, 2, 4).reshape(shape)
-        lses = lse.reshape(self.batch, heads, t, g).transpose(0, 1, 3, 2).reshape(shape[:-1])
+        shape: tuple[int, ...] = self.batch, heads * g
+        if len(q.shape) == 4:
+            out = out.reshape(self.batch, heads, t, g, -1).transpose(0, 1, 3, 2, 4)
+            lse = lse.reshape(self.batch, heads, t, g).transpose(0, 1, 3, 2)
+            shape = *shape, t
+        outs, lses = out.reshape(*shape, self.codebook.d), lse.reshape(shape)
         return returned(outs, q, own_precision=True), returned(lses, q)
 
     def _add_and_attend(
@@ -201,17 +212,16 @@ class AttentionIndex(AttentionStore):
             )
 
     def _attend(
-        self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
+        self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters | None, near: bool
     ) -> tuple[Floats, Floats]:
+        """Attend as `wanted`, or densely without it."""
         around = batch.near if near else batch.nothing_near
-        pages, code = batch.keeping.pool.pages, self.codebook.code.view
-        early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
-        if wanted.budget == 1 or not batch.is_long or early.any():
+        pages = batch.keeping.pool.pages
+        if wanted is None:
             return self.ops.attend_all(x, last, around, batch.lists, pages, self._scaling)
         lists = batch.lists if wanted.slopes is not False else batch.lists_without_slopes
-        return self.ops.attend_lists(
-            x, last, around, lists, pages, code, self._scaling, batch.reading(wanted)
-        )
+        code, reading = self.codebook.code.view, batch.reading(wanted)
+        return self.ops.attend_lists(x, last, around, lists, pages, code, self._scaling, reading)
 
     def select(
         self,
@@ -288,7 +298,15 @@ class AttentionIndex(AttentionStore):
         nprobe: int | None,
         top_p: float | None,
     ) -> AttendParameters:
-        params = self.params if params is None else params
+        asked = self.params if params is None else params, budget, nprobe, top_p, self._device
+        if self._asked is None or any(map(operator.is_not, asked, self._asked[0])):
+            self._asked = asked, self._resolved(*asked[:4])
+        return self._asked[1]
+
+    def _resolved(
+        self, params: AttendParameters, budget: float | None, nprobe: int | None, top_p: float | None
+    ) -> AttendParameters:
+        """Return what to read, checked."""
         if not isinstance(params, AttendParameters):
             raise InvalidInputError(f"params is a {type(params).__name__}, expected AttendParameters")
         given = {"budget": budget, "nprobe": nprobe, "top_p": top_p}
@@ -306,11 +324,13 @@ class AttentionIndex(AttentionStore):
         """Return queries as (S, t, g, d), and `g`."""
         heads, d = self.codebook.heads, self.codebook.d
         single = len(getattr(q, "shape", ())) == 3
-        x = queries(q, "q", (self.batch, None, d) if single else (self.batch, None, None, d))
+        shape = (self.batch, None, d) if single else (self.batch, None, None, d)
+        x = queries(q, "q", shape, self.ops)
         self._check_heads(x)
-        x = x[:, :, None] if single else x
-        g, t = x.shape[1] // heads, x.shape[2]
-        x = x.reshape(self.batch * heads, g, t, d).transpose(0, 2, 1, 3)
+        streams, g = self.batch * heads, x.shape[1] // heads
+        if single:
+            return x.reshape(streams, 1, g, d), g
+        x = x.reshape(streams, g, x.shape[2], d).transpose(0, 2, 1, 3)
         return np.ascontiguousarray(x), g
 
     def _check_heads(self, q: ArrayLike) -> None:

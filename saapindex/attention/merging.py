@@ -50,10 +50,10 @@ def merge(
         raise InvalidInputError(
             f"{len(outs)} outputs and {len(lses)} lses, expected as many of both, and some"
         )
-    shape = tuple(outs[0].shape)
-    parts = np.stack([queries(out, f"outs[{i}]", shape) for i, out in enumerate(outs)])
+    ops, shape = get_ops(backend), tuple(outs[0].shape)
+    parts = np.stack([queries(out, f"outs[{i}]", shape, ops) for i, out in enumerate(outs)])
     logs = np.stack([_log_sums(lse, f"lses[{i}]", shape[:-1]) for i, lse in enumerate(lses)])
-    out, lse = get_ops(backend).merge(parts, logs)
+    out, lse = ops.merge(parts, logs)
     return returned(out, outs[0], own_precision=True), returned(lse, outs[0])
 
 

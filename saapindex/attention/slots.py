@@ -325,16 +325,16 @@ class _View(AttentionIndex):
         return found
 
     def _attend(
-        self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters, near: bool
+        self, batch: Batch, x: Floats, last: Ints, wanted: AttendParameters | None, near: bool
     ) -> tuple[Floats, Floats]:
-        early = (last < batch.first_of_streams[:, None] - 1) & (batch.long > 0)[:, None]
         recent = np.repeat(batch.lengths, self.codebook.heads) - batch.first_of_streams
         near_keys = batch.nothing_near
         if near:
             nowhere = np.empty((len(recent), 0), np.int32)
             near_keys = Near(nowhere, 0, batch._sinks, batch.first_of_streams, np.maximum(recent, 0))
-        sparse = wanted.budget != 1 and batch.is_long and not early.any()
-        lists = batch.lists if wanted.slopes is not False else batch.lists_without_slopes
+        lists = batch.lists
+        if wanted is not None and wanted.slopes is False:
+            lists = batch.lists_without_slopes
         return self.ops.attend_slots(
             x,
             last,
@@ -344,5 +344,5 @@ class _View(AttentionIndex):
             self._cache.of_sequences(self._slots),
             self.codebook.code.view,
             self._scaling,
-            batch.reading(wanted) if sparse else None,
+            None if wanted is None else batch.reading(wanted),
         )

@@ -95,6 +95,7 @@ class AttentionStore:
         self._dtype = dtype
         self._batch: Batch | DeviceBatch | None = None
         self._warned = False
+        self._asked: tuple[tuple[Any, ...], AttendParameters] | None = None  # how to attend, and what that is
 
     def __repr__(self) -> str:
         book = self.codebook

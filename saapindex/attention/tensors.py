@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.arrays import ArrayLike, as_numpy, give_back
+from saapindex.backends.attention_ops import AttentionOps
 from saapindex.errors import InvalidInputError
 
 __all__ = ["STORED", "all_finite", "element_type", "queries", "returned", "stored"]
@@ -92,9 +93,7 @@ def stored(value: ArrayLike, name: str, shape: tuple[int | None, ...], kind: str
     given = element_type(value, name)
     _check_shape(value, name, shape)
     if given == kind == "bfloat16":
-        import torch
-
-        array = as_numpy(value.detach().contiguous().view(torch.int16), name).view(np.uint16)
+        array = _bits(value, name)
     else:
         array = as_numpy(value, name)
         with np.errstate(over="ignore"):
@@ -113,15 +112,31 @@ def all_finite(x: NDArray[Any]) -> bool:
     return bool(((x & 0x7F80) != 0x7F80).all() if x.dtype == np.uint16 else np.isfinite(x).all())
 
 
-def queries(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> NDArray[np.float32]:
-    """Return `value` as float32 of `shape`.
+def queries(
+    value: ArrayLike, name: str, shape: tuple[int | None, ...], ops: AttentionOps
+) -> NDArray[np.float32]:
+    """Return `value` as float32 of `shape`, contiguous.
 
     Raises
     ------
     InvalidInputError
         On another shape, a dtype that is not floating, and values that are not finite.
     """
-    return stored(value, name, shape, "float32")
+    kind = _kind(value)
+    if kind not in STORED:
+        return np.ascontiguousarray(stored(value, name, shape, "float32"))
+    _check_shape(value, name, shape)
+    found, finite = ops.as_floats(_bits(value, name) if kind == "bfloat16" else as_numpy(value, name))
+    if not finite:
+        raise InvalidInputError(f"{name} holds NaN or infinity, expected finite values")
+    return found
+
+
+def _bits(value: ArrayLike, name: str) -> NDArray[np.uint16]:
+    """Return bfloat16 of torch as its bits."""
+    import torch
+
+    return as_numpy(value.detach().view(torch.int16), name).view(np.uint16)
 
 
 def _check_shape(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> None:

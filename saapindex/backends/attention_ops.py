@@ -7,18 +7,27 @@ Shapes: `H` KV heads, `S` streams (`H` for each sequence), `t` tokens, `g` query
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.backends.common import Floats, Ints
-from saapindex.backends.paged import Chosen, Code, Near, PagedLists, Pages, Reading, Scaling, Slots
+from saapindex.backends.paged import Chosen, Code, Near, PagedLists, Pages, Reading, Scaling, Slots, widened
 
 __all__ = ["AttentionOps"]
 
 
 class AttentionOps(ABC):
     """The part of a backend that attends; see `saapindex.backends.paged` for what it reads."""
+
+    def announce_step(self) -> None:  # noqa: B027, most backends have nothing to do
+        """Say that a step will be called in a moment: threads that help may wake up meanwhile."""
+
+    def as_floats(self, x: NDArray[Any]) -> tuple[Floats, bool]:
+        """Return stored elements (bfloat16 as its bits) as float32, and whether all are finite."""
+        floats = np.array(widened(x), np.float32)
+        return floats, bool(np.isfinite(floats).all())
 
     @abstractmethod
     def encode(self, residuals: Floats, code: Code) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:

@@ -8,6 +8,7 @@ none.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,7 +153,21 @@ class Pages(NamedTuple):
         return found
 
 
-class PagedLists(NamedTuple):
+class _PagedLists(NamedTuple):
+    """What `PagedLists` are made of."""
+
+    anchors: NDArray[np.int8]
+    anchor_scales: Floats
+    means: NDArray[np.int8]
+    mean_scales: Floats
+    spreads: Floats
+    slopes: Floats
+    sizes: Ints
+    starts: Ints
+    table: NDArray[np.int32]
+
+
+class PagedLists(_PagedLists):
     """The inverted lists of `S` streams, `L` lists each, with their statistics.
 
     Attributes
@@ -175,15 +190,10 @@ class PagedLists(NamedTuple):
         int32, page numbers.
     """
 
-    anchors: NDArray[np.int8]
-    anchor_scales: Floats
-    means: NDArray[np.int8]
-    mean_scales: Floats
-    spreads: Floats
-    slopes: Floats
-    sizes: Ints
-    starts: Ints
-    table: NDArray[np.int32]
+    @cached_property
+    def derived(self) -> dict[str, Any]:
+        """What a backend has made of the lists, and keeps as long as them; they never change."""
+        return {}
 
     def rows(self, stream: int, taken: Ints) -> tuple[Ints, Ints]:
         """Return the rows of the first ``taken[j]`` keys of each list of a stream, and their lists."""

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from numba import njit
 
 from saapindex.backends import get_ops
-from saapindex.backends.cpu.vector import code_sums, code_sums_portable
+from saapindex.backends.cpu.expected import byte_field_sums, float_field_sums
+from saapindex.backends.cpu.vector import estimate_page, estimate_page_portable
+from saapindex.backends.cpu.vector_bytes import HAS_BYTE_SUMS
 from saapindex.backends.paged import Code, Scaling
 from saapindex.backends.reference.codes import fields, pack, unpack
 from saapindex.codes import fit_codes
@@ -142,29 +144,60 @@ def test_backends_agree_to_rounding(paged, seed, words, g, span):
     np.testing.assert_allclose(found[0], known[0], atol=0.05)
 
 
-@given(widths=WIDTHS, heads=st.integers(1, 4), seed=st.integers(0, 99))
-def test_sums_of_codes_are_exact_with_and_without_the_instruction_for_it(widths, heads, seed):
+@given(widths=WIDTHS, heads=st.integers(1, 4), count=st.integers(1, 16), seed=st.integers(0, 99))
+def test_sums_of_codes_are_exact_with_and_without_the_instruction_for_it(widths, heads, count, seed):
     rng = np.random.default_rng(seed)
     words = rng.integers(0, 1 << 32, (16, len(widths)), dtype=np.uint32)
     levels = unpack(words, widths)
     queries = rng.integers(-127, 128, (heads, levels.shape[1])).astype(np.int8)
+    scales, factors = (
+        rng.integers(1, 4, 40).astype(np.float32),
+        rng.integers(1, 5, (3, heads)).astype(np.float32),
+    )
+    centers, f = rng.integers(-9, 9, heads).astype(np.float32), scales[8:24]
     page, bytes_ = np.ascontiguousarray(words.T), queries.view(np.int32)
-    for sums in (summed, summed_portably):
-        found = np.full((heads, 40), -1, np.int32)
-        sums(page.ctypes.data, np.ascontiguousarray(widths), bytes_, found, 8)
-        np.testing.assert_array_equal(found[:, 8:24], queries.astype(int) @ levels.T)
+    factor, offset, kappa = factors[:, :, None]
+    known = (
+        factor * f * (queries.astype(int) @ levels.T - offset)
+        + np.minimum(kappa * f**2, 3)
+        + centers[:, None]
+    )
+    known[:, count:] = -np.inf
+    for estimate in (estimated, estimated_portably):
+        found = np.full((heads, 40), -1, np.float32)
+        arguments = np.ascontiguousarray(widths), bytes_, scales, factors, centers, count, np.float32(3)
+        estimate(page.ctypes.data, *arguments, found, 8)
+        np.testing.assert_array_equal(found[:, 8:24], known)
         assert (found[:, :8] == -1).all()
         assert (found[:, 24:] == -1).all()
 
 
 @njit
-def summed(words, widths, queries, out, first):
-    code_sums(words, widths, queries, out, first)
+def estimated(words, widths, queries, scales, factors, centers, count, cap, out, first):
+    estimate_page(words, widths, queries, scales, factors, centers, count, cap, out, first)
 
 
 @njit
-def summed_portably(words, widths, queries, out, first):
-    code_sums_portable(words, widths, queries, out, first)
+def estimated_portably(words, widths, queries, scales, factors, centers, count, cap, out, first):
+    estimate_page_portable(words, widths, queries, scales, factors, centers, count, cap, out, first)
+
+
+@given(widths=WIDTHS, heads=st.integers(1, 7), n=st.integers(1, 70), seed=st.integers(0, 99))
+@pytest.mark.skipif(not HAS_BYTE_SUMS, reason="the machine has no instruction for products of bytes")
+def test_sums_over_keys_by_products_of_bytes_are_those_by_floats_to_rounding(widths, heads, n, seed):
+    rng, widths = np.random.default_rng(seed), np.asarray(widths, np.int64)
+    codes = rng.integers(0, 1 << 32, (n, len(widths), 16), dtype=np.uint32)
+    addresses, pages = np.zeros((5, 1), np.int64), rng.permutation(n).astype(np.int32)
+    addresses[2, 0] = codes.ctypes.data
+    weights = np.zeros((heads, -(-n // 4) * 64), np.float32)
+    weights[:, : n * 16] = rng.random((heads, n * 16), np.float32) ** 6
+    sums = np.empty((2, heads, int((32 // widths).sum())), np.float32)
+    rounded = weights.copy()
+    float_field_sums(pages, addresses, 1 << 20, 20, widths, weights, sums[0])
+    byte_field_sums(pages, addresses, 1 << 20, 20, widths, rounded, sums[1])
+    np.testing.assert_allclose(rounded, weights, atol=weights.max() / 0xFFFF * 0.51)
+    float_field_sums(pages, addresses, 1 << 20, 20, widths, rounded, sums[0])
+    np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
 
 
 def test_nothing_is_visited(backend, paged):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
 import time
+import warnings
 
 import numpy as np
+import pytest
+from numba import cfunc, types
 
 from saapindex.backends import get_ops
 from saapindex.backends.cpu import helpers, step
+from saapindex.backends.cpu.record import longs_at
+from saapindex.backends.cpu.tasks import ASLEEP, STAGES
 from saapindex.backends.paged import Reading, Scaling
 
 
@@ -20,46 +27,68 @@ def arguments(made, t=9):
     return queries, positions, made.near, made.lists, made.pages, made.code, Scaling(0.25), reading
 
 
-def test_helpers_are_called_and_started_once():
-    done = threading.Semaphore(0)
-    threads = set()
+@cfunc(types.void(types.int64, types.int64, types.int64))
+def count(address, stage, task):
+    """Note down that a task was done, and that none is of an earlier stage than one that was done before."""
+    seen = longs_at(address, (STAGES + 1, 64))
+    if seen[STAGES, 0] > stage:
+        seen[STAGES, 1] = 1
+    seen[STAGES, 0] = stage
+    seen[stage, task] += 1
 
-    def work():
-        threads.add(threading.current_thread().name)
+
+def test_every_task_is_done_once_and_stage_after_stage():
+    rng, before = np.random.default_rng(0), {thread.name for thread in threading.enumerate()}
+    for helping in (0, 1, 3, 3, 1):
+        for _ in range(300):
+            counts, seen = rng.integers(0, 40, STAGES), np.zeros((STAGES + 1, 64), np.int64)
+            counts[rng.integers(STAGES)] = 0
+            helpers.announce_job()
+            helpers.run_job(count.address, seen, counts, helping)
+            np.testing.assert_array_equal(seen[:STAGES], np.arange(64) < counts[:, None])
+            assert not seen[STAGES, 1]
+    started = {thread.name for thread in threading.enumerate()} - before
+    assert {name.rpartition("-")[0] for name in started} <= {"saapindex"}
+    assert len(helpers._team.helpers) >= 3
+
+
+def test_helpers_sleep_when_there_is_nothing_to_do():
+    seen = np.zeros((STAGES + 1, 64), np.int64)
+    helpers.run_job(count.address, seen, np.ones(STAGES, np.int64), 2)
+    helpers.announce_job()  # and nothing comes
+    words = [helper.word for helper in helpers._team.helpers]
+    deadline = time.monotonic() + 10
+    while any(helpers._team.board[word] != ASLEEP for word in words) and time.monotonic() < deadline:
         time.sleep(0.01)
-        done.release()
-
-    for _ in range(3):
-        helpers.call_helpers(2, work)
-        assert all(done.acquire(timeout=10) for _ in range(2))
-    assert {name.rpartition("-")[0] for name in threads} == {"saapindex"}
-    assert len(helpers._started) >= 2
-    assert sum(thread.name.startswith("saapindex-") for thread in threading.enumerate()) == len(
-        helpers._started
-    )
+    assert all(helpers._team.board[word] == ASLEEP for word in words)
 
 
-def test_jobs_do_not_pile_up_behind_helpers_that_are_busy():
-    going, blocked = threading.Event(), threading.Semaphore(0)
+def test_a_forked_process_has_helpers_of_its_own():
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    seen, counts = np.zeros((STAGES + 1, 64), np.int64), np.full(STAGES, 9)
+    helpers.run_job(count.address, seen, counts, 2)
+    context = multiprocessing.get_context("fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+        child = context.Process(target=in_child, args=(counts,))
+        child.start()
+    child.join(30)
+    assert child.exitcode == 0
 
-    def block():
-        blocked.release()
-        going.wait(10)
 
-    count = max(2, len(helpers._started))
-    helpers.call_helpers(count, block)
-    assert all(blocked.acquire(timeout=10) for _ in range(count))
-    for _ in range(50):
-        helpers.call_helpers(count, int)
-    assert helpers._jobs.qsize() <= count
-    going.set()
+def in_child(counts):
+    seen = np.zeros((STAGES + 1, 64), np.int64)
+    helpers.run_job(count.address, seen, counts, 2)
+    assert (seen[:STAGES] == (np.arange(64) < 9)).all()
+    assert helpers._team.process == os.getpid()
 
 
 def test_helpers_that_never_come_are_not_waited_for(monkeypatch, paged):
     made, ops = paged(n=2000, nlist=16), get_ops("cpu")
     case = arguments(made)
     known = ops.attend_lists(*case)
-    monkeypatch.setattr(step, "call_helpers", lambda *_: None)
+    monkeypatch.setattr(helpers._Team, "call", lambda *_: None)
     monkeypatch.setattr(step, "get_num_threads", lambda: 8)
     for found, truth in zip(ops.attend_lists(*case), known, strict=True):
         np.testing.assert_array_equal(found, truth)

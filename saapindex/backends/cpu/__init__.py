@@ -6,6 +6,7 @@ from saapindex.backends.cpu.assign import accumulate, assign
 from saapindex.backends.cpu.attend import attend_rows, estimate_rest, merge
 from saapindex.backends.cpu.coded import range_scan_coded, scan_coded
 from saapindex.backends.cpu.codes import encode, scan_codes
+from saapindex.backends.cpu.helpers import announce_job
 from saapindex.backends.cpu.rescore import rescore
 from saapindex.backends.cpu.rope import rotate
 from saapindex.backends.cpu.route import route
@@ -13,6 +14,7 @@ from saapindex.backends.cpu.scan import range_scan, scan
 from saapindex.backends.cpu.search import prepare, search
 from saapindex.backends.cpu.select import rank_lists, select_keys, select_lists
 from saapindex.backends.cpu.step import attend_all, attend_lists, attend_slots
+from saapindex.backends.cpu.widen import as_floats
 from saapindex.backends.reference import ReferenceOps
 
 __all__ = ["CpuOps"]
@@ -41,6 +43,8 @@ class CpuOps(ReferenceOps):
     attend_rows = staticmethod(attend_rows)
     estimate_rest = staticmethod(estimate_rest)
     merge = staticmethod(merge)
+    announce_step = staticmethod(announce_job)
+    as_floats = staticmethod(as_floats)
     attend_all = staticmethod(attend_all)
     attend_lists = staticmethod(attend_lists)
     attend_slots = staticmethod(attend_slots)

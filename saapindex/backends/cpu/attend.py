@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 
 from saapindex.backends.base import LANES, Floats, Ints
-from saapindex.backends.cpu.codes import addressed, code_arrays, place_of, rotated
-from saapindex.backends.cpu.expected import expect_keys, expect_lists
+from saapindex.backends.cpu.codes import addressed, code_arrays, key_scales, place_of, rotated
+from saapindex.backends.cpu.expected import add_slopes, expect_keys, expect_lists, room_of
 from saapindex.backends.cpu.functions import capped, exp
 from saapindex.backends.cpu.memory import padded, plain
 from saapindex.backends.cpu.select import largest
@@ -27,14 +27,14 @@ _LANE_BITS = LANES.bit_length() - 1
 
 @njit(cache=True, nogil=True)
 def locate(rows, addresses, span, shift, row_bytes, keys, values):  # type: ignore[no-untyped-def]
-    """Write where the keys and values of rows lie in memory; `keys` up to a multiple of `KEYS`."""
+    """Write where the keys and values of rows lie in memory, up to a multiple of `KEYS`."""
     n = rows.shape[0]
     for i in range(n):
         chunk, page = place_of(rows[i] >> _LANE_BITS, span, shift)
         offset = (page * LANES + (rows[i] & (LANES - 1))) * row_bytes
         keys[i], values[i] = addresses[0, chunk] + offset, addresses[1, chunk] + offset
     for i in range(n, (n + KEYS - 1) // KEYS * KEYS):
-        keys[i] = keys[n - 1]
+        keys[i], values[i] = keys[n - 1], values[n - 1]
 
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
@@ -50,15 +50,17 @@ def _exponentials(row, peak):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def attend_chunk(  # type: ignore[no-untyped-def]
-    query, rows, addresses, span, shift, kind, d, scale, softcap, out, sums, peaks
+    query, rows, addresses, span, shift, kind, d, scale, softcap, ahead, out, sums, peaks
 ):
-    """Attend exactly to at most `CHUNK` rows: a part of (g, padded d), (g,) and (g,)."""
+    """Attend exactly to at most `CHUNK` rows, which lie scattered if `ahead` is 1 and not 0: a part of (g,
+    padded d), (g,) and (g,).
+    """
     g, n = query.shape[0], rows.shape[0]
     keys, values = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
     logits = np.empty((g, CHUNK), np.float32)
     locate(rows, addresses, span, shift, d * (4 if kind == 0 else 2), keys, values)
     for h in range(0, g, HEADS):
-        dots(kind, query[h : h + HEADS], keys, n, d, logits[h : h + HEADS])
+        dots(kind, query[h : h + HEADS], keys, values, n, d, ahead, logits[h : h + HEADS])
     for h in range(g):
         row = logits[h, :n]
         for i in range(n):
@@ -96,7 +98,7 @@ def rest_of_lists(  # type: ignore[no-untyped-def]
 ):
     """Let the `rest` keys of each list count by the logit of the list, (g, L): a part."""
     out[:] = 0
-    weights = np.empty(rest.shape[0], np.float32)
+    weights, y = np.empty(rest.shape[0], np.float32), np.zeros(u.shape, np.float32)
     for h in range(logits.shape[0]):
         peak = np.float32(-np.inf)
         for j in range(rest.shape[0]):
@@ -111,7 +113,8 @@ def rest_of_lists(  # type: ignore[no-untyped-def]
                 weights[j] = np.float32(rest[j]) * exp(min(logits[h, j], bounds[h]) - peak)
                 sums[h] += weights[j]
                 add_mean(weights[j], means[j], mean_scales[j], out[h])
-        expect_lists(weights, spreads, u[h], spread, scale, slopes, out[h])
+        expect_lists(weights, spreads, u[h], spread, scale, y[h])
+    add_slopes(y, slopes, out)
 
 
 @njit(cache=True, nogil=True)
@@ -158,7 +161,7 @@ def _attend_rows(  # type: ignore[no-untyped-def]
             for p in range(parts):
                 attend_chunk(
                     queries[s, i], seen[p * CHUNK : (p + 1) * CHUNK], addresses, span, shift, kind, d, scale,
-                    softcap, outs[p], sums[p], part_peaks[p],
+                    softcap, 1, outs[p], sums[p], part_peaks[p],
                 )  # fmt: skip
                 for h in range(g):
                     peaks[s, i, h] = max(peaks[s, i, h], part_peaks[p, h])
@@ -208,7 +211,7 @@ def _estimate_rest(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             outs[1] = 0
             # Each key as if it were alone in its page.
-            weights, pages = np.zeros((g, n * LANES), np.float32), np.zeros(n, np.int32)
+            weights, pages = np.zeros((g, room_of(n)), np.float32), np.zeros(n, np.int32)
             for k in range(n):
                 pages[k] = max(rows[s, i, k], 0) // LANES
             for h in range(g):
@@ -224,8 +227,10 @@ def _estimate_rest(  # type: ignore[no-untyped-def]
                         add_mean(weight, means[s, label], mean_scales[s, label], outs[1, h])
                         weights[h, k * LANES + rows[s, i, k] % LANES] = weight
                 sums[1, h], peaks[1, h] = total, peak
+            f = np.empty(n * LANES, np.float32)
+            key_scales(pages, addresses, span, shift, base[head], f)
             expect_keys(
-                pages, addresses, span, shift, widths[head], base[head], step[head], u, distortion[head],
+                pages, addresses, span, shift, widths[head], f, step[head], u, distortion[head],
                 scale, slopes[s], weights, outs[1],
             )  # fmt: skip
             merge_parts(outs, sums, peaks, d, out[s, i], lse[s, i])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.functions import capped, exp
 from saapindex.backends.cpu.memory import padded, plain, pointer
-from saapindex.backends.cpu.vector import HEADS, code_sums
+from saapindex.backends.cpu.vector import HEADS, estimate_page, prefetch
 from saapindex.backends.paged import Code, PagedLists, Pages, Scaling
 from saapindex.backends.reference.codes import CORRECTION, coded, fields
 
@@ -92,8 +92,9 @@ def rotated(query, inverse, u):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def prepare(u, step, widths, distortion, scale, bytes_, factors, offsets, kappas):  # type: ignore[no-untyped-def]
-    """Round queries to the bytes that `code_sums` takes, (g, groups), with what makes sums logits, (g,).
+def prepare(u, step, widths, distortion, scale, bytes_, factors):  # type: ignore[no-untyped-def]
+    """Round queries to the bytes that `estimate_page` takes, (g, groups), with what makes sums logits, (3,
+    g).
 
     An estimate is ``factor * f * (sum - offset) + min(kappa * f^2, CORRECTION)``.
     """
@@ -113,7 +114,7 @@ def prepare(u, step, widths, distortion, scale, bytes_, factors, offsets, kappas
                 bytes_[h, r // 4] |= np.int32((np.int32(rounded) & 255) << (8 * (r % 4)))
                 offset += rounded * high
                 r += 1
-        factors[h], offsets[h], kappas[h] = factor, offset, scale * scale * _HALF * kappa
+        factors[0, h], factors[1, h], factors[2, h] = factor, offset, scale * scale * _HALF * kappa
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -136,36 +137,38 @@ def key_scales(pages, addresses, span, shift, base, f):  # type: ignore[no-untyp
         f[i] = base * exp((f[i] - _MIDDLE) * _EXPONENT_STEP)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@njit(cache=True, nogil=True, inline="always")
+def ask_for_codes(page, addresses, span, shift, words):  # type: ignore[no-untyped-def]
+    """Let the codes of a page come from memory."""
+    chunk, at = place_of(page, span, shift)
+    prefetch(addresses[2, chunk] + 4 * LANES * at * words, 4 * LANES * words)
+    prefetch(addresses[3, chunk] + at * LANES, LANES)
+
+
+@njit(cache=True, nogil=True)
 def scan_pages(  # type: ignore[no-untyped-def]
-    pages, labels, counts, addresses, span, shift, widths, bytes_, factors, offsets, kappas, base,
-    list_centers, softcap, estimates,
+    pages, labels, counts, addresses, span, shift, widths, bytes_, factors, base, list_centers, softcap, f,
+    estimates,
 ):  # fmt: skip
     """Write the estimates of all keys in some pages, (g, n pages of `LANES`), minus infinity where there is
-    none.
+    none, and the scales of their codes, (n pages of `LANES`).
     """
-    g, n, words = factors.shape[0], pages.shape[0], widths.shape[0]
-    sums = np.empty((g, n * LANES), np.int32)
-    f = np.empty(n * LANES, np.float32)
+    g, n, words = factors.shape[1], pages.shape[0], widths.shape[0]
+    for p in range(n):
+        ask_for_codes(pages[p], addresses, span, shift, words)
+    key_scales(pages, addresses, span, shift, base, f)
     for p in range(n):
         chunk, at = place_of(pages[p], span, shift)
         code = addresses[2, chunk] + at * words * LANES * 4
         for h in range(0, g, HEADS):
-            code_sums(code, widths, bytes_[h : h + HEADS], sums[h : h + HEADS], p * LANES)
-    key_scales(pages, addresses, span, shift, base, f)
-    for h in range(g):
-        row, whole = estimates[h, : n * LANES], sums[h]
-        factor, offset, kappa = factors[h], offsets[h], kappas[h]
-        for i in range(n * LANES):
-            second = min(kappa * f[i] * f[i], _CORRECTION)
-            row[i] = factor * f[i] * (np.float32(whole[i]) - offset) + second
-        for p in range(n):
-            lanes, center = row[p * LANES : (p + 1) * LANES], list_centers[h, labels[p]]
-            for lane in range(LANES):
-                lanes[lane] += center
-            for lane in range(counts[p], LANES):
-                lanes[lane] = -np.inf
-        if softcap > 0:
+            estimate_page(
+                code, widths, bytes_[h : h + HEADS], f, factors[:, h : h + HEADS],
+                list_centers[h : h + HEADS, labels[p]], counts[p], _CORRECTION, estimates[h : h + HEADS],
+                p * LANES,
+            )  # fmt: skip
+    if softcap > 0:
+        for h in range(g):
+            row = estimates[h, : n * LANES]
             for i in range(n * LANES):
                 row[i] = capped(row[i], softcap) if row[i] > -np.inf else row[i]
 
@@ -204,7 +207,7 @@ def _scan_codes(  # type: ignore[no-untyped-def]
     list_centers = np.empty((g, nlist), np.float32)
     u = np.empty((g, inverse.shape[2]), np.float32)
     bytes_ = np.empty((g, 8 * widths.shape[1]), np.int32)
-    factors, offsets, kappas = np.empty(g, np.float32), np.empty(g, np.float32), np.empty(g, np.float32)
+    factors = np.empty((3, g), np.float32)
     for s in range(streams):
         head = s % heads
         for i in range(t):
@@ -214,11 +217,11 @@ def _scan_codes(  # type: ignore[no-untyped-def]
             visited_pages(taken[s, i], starts[s], table, pages, of, counts)
             centers(query, anchors[s], anchor_scales[s], scale, list_centers)
             rotated(query, inverse[head], u)
-            prepare(u, step[head], widths[head], distortion[head], scale, bytes_, factors, offsets, kappas)
-            found = np.empty((g, most * LANES), np.float32)
+            prepare(u, step[head], widths[head], distortion[head], scale, bytes_, factors)
+            found, f = np.empty((g, most * LANES), np.float32), np.empty(most * LANES, np.float32)
             scan_pages(
-                pages, of, counts, addresses, span, shift, widths[head], bytes_, factors, offsets, kappas,
-                base[head], list_centers, softcap, found,
+                pages, of, counts, addresses, span, shift, widths[head], bytes_, factors, base[head],
+                list_centers, softcap, f, found,
             )  # fmt: skip
             n = 0
             for p in range(most):

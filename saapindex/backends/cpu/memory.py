@@ -48,6 +48,18 @@ def atomic_write(typingctx, counters, i, value):  # type: ignore[no-untyped-def]
     return types.void(counters, types.int64, types.int64), codegen
 
 
+@intrinsic
+def atomic_replace(typingctx, counters, i, known, value):  # type: ignore[no-untyped-def]
+    """Set ``counters[i]``, int64, if it still is `known`; return whether it was."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = _element(context, builder, signature, args)
+        found = builder.cmpxchg(place, args[2], args[3], "seq_cst", "seq_cst")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(counters, types.int64, types.int64, types.int64), codegen
+
+
 def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     """Pointer to an element of an array of int64."""
     array = context.make_array(signature.args[0])(context, builder, args[0])
@@ -75,6 +87,18 @@ def call_at(typingctx, function, record, stage, task):  # type: ignore[no-untype
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def wait_at(typingctx, function, lock):  # type: ignore[no-untyped-def]
+    """Take a lock of Python, and wait for it, by the address of ``PyThread_acquire_lock``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(_I32, [_I64, _I32])
+        taken = builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], ir.Constant(_I32, 1)])
+        return builder.zext(taken, _I64)
+
+    return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -12,7 +12,7 @@ from numba import carray, njit
 from saapindex.backends.base import LANES
 from saapindex.backends.cpu.memory import pointer
 
-SCANNED = 32
+SCANNED = 64
 """Pages whose codes a task scans."""
 
 _NUMBERS = (
@@ -32,13 +32,19 @@ _READ = (
 )
 _WRITTEN = (
     "rotations logits norms centers bytes factors taken page_counts page_numbers labels counts estimates "
-    "scores kept_counts kept_rows outs sums peaks out lse"
+    "scales scores kept_counts kept_rows outs sums peaks out lse"
 )
 STEP = np.dtype(
     [(name, np.int64) for name in (_NUMBERS + _READ + _WRITTEN).split()]
     + [("scale", np.float32), ("softcap", np.float32), ("top_p", np.float64)]
 )
 """The record: sizes, addresses of what is read and written, and how to scale."""
+
+
+@njit(cache=True, nogil=True, inline="always")
+def record_at(address):  # type: ignore[no-untyped-def]
+    """Return the record at an address."""
+    return carray(pointer(address), 1, STEP)[0]
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -131,6 +137,13 @@ def estimates_of(step, r, part):  # type: ignore[no-untyped-def]
     """Of the pages of one task: (g, its slots), side by side so that loops over them are SIMD."""
     slots = SCANNED * LANES
     return floats_at(step.estimates + 4 * (r * step.slots + part * slots) * step.g, (step.g, slots))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def scales_of(step, r, part):  # type: ignore[no-untyped-def]
+    """Scales of the codes of the keys of one task."""
+    slots = SCANNED * LANES
+    return floats_at(step.scales + 4 * (r * step.slots + part * slots), (slots,))
 
 
 @njit(cache=True, nogil=True, inline="always")

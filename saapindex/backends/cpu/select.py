@@ -13,6 +13,7 @@ from saapindex.backends.cpu.codes import centers, code_arrays, rotated
 from saapindex.backends.cpu.functions import capped, exp, log
 from saapindex.backends.cpu.heap import replace_root, sort_heap, worse
 from saapindex.backends.cpu.memory import padded, plain
+from saapindex.backends.cpu.vector import extremes
 from saapindex.backends.paged import Code, PagedLists, Reading, Scaling
 from saapindex.backends.reference.codes import CORRECTION
 
@@ -22,6 +23,7 @@ POLICIES = {"sum": SUM, "max": MAX, "union": UNION}
 BINS = 1024
 """Of the histogram of scores."""
 _CORRECTION = np.float32(CORRECTION)
+_ONE = np.float32(1)
 _LOWEST, _NOBODY = np.float32(-3.4e38), np.int64(1) << 62
 # Scores further than this from the best share the last bin: they weigh nothing.
 _REACH = np.float32(64)
@@ -103,19 +105,26 @@ def pool(logits, norms, policy, scores):  # type: ignore[no-untyped-def]
     g, n = logits.shape[0], scores.shape[0]
     for i in range(n):
         scores[i] = logits[0, i] - norms[0]
+    if policy != SUM:
+        for h in range(1, g):
+            row, norm = logits[h], norms[h]
+            for i in range(n):
+                scores[i] = max(scores[i], row[i] - norm)
+        return
+    if g == 1:
+        return
+    totals = np.ones(n, np.float32)  # of weights, relative to the largest so far
     for h in range(1, g):
         row, norm = logits[h], norms[h]
         for i in range(n):
-            scores[i] = max(scores[i], row[i] - norm)
-    if policy != SUM or g == 1:
-        return
-    totals = np.zeros(n, np.float32)
-    for h in range(g):
-        row, norm = logits[h], norms[h]
-        for i in range(n):
-            totals[i] += exp(row[i] - norm - max(scores[i], _LOWEST))
+            score, known = row[i] - norm, scores[i]
+            larger = max(max(score, known), _LOWEST)
+            weight = exp(min(score, known) - larger)
+            total = totals[i]
+            totals[i] = total * weight + _ONE if score > known else total + weight
+            scores[i] = max(score, known)
     for i in range(n):
-        scores[i] = scores[i] + log(max(totals[i], np.float32(1)))
+        scores[i] = scores[i] + log(totals[i])
 
 
 @njit(cache=True, nogil=True)
@@ -199,22 +208,10 @@ def select_lists(logits: Floats, norms: Floats, sizes: Ints, reading: Reading) -
     return taken
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@njit(cache=True, nogil=True, inline="always")
 def largest(row):  # type: ignore[no-untyped-def]
-    """Return the maximum, minus infinity of nothing."""
-    peak = np.float32(-np.inf)
-    for i in range(row.shape[0]):
-        peak = max(peak, row[i])
-    return peak
-
-
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
-def _lowest(row, above):  # type: ignore[no-untyped-def]
-    """Return the minimum of what is above `above`, and infinity where nothing is."""
-    low = np.float32(np.inf)
-    for i in range(row.shape[0]):
-        low = min(low, row[i] if row[i] > above else np.float32(np.inf))
-    return low
+    """Return the maximum of what lies side by side, minus infinity of nothing."""
+    return extremes(row)[0]
 
 
 @njit(cache=True, nogil=True, fastmath={"nsz"})
@@ -222,11 +219,11 @@ def cut(scores, limit, bins):  # type: ignore[no-untyped-def]
     """Sort scores into bins, best first, `BINS` for minus infinity; return the bin where `limit` falls, and
     how many of it belong to the best.
     """
-    high = largest(scores)
+    high, lowest = extremes(scores)
     if high == -np.inf:
         bins[:] = BINS
         return 0, 0
-    low = max(_lowest(scores, np.float32(-np.inf)), high - _REACH)
+    low = max(lowest, high - _REACH)
     factor = np.float32(BINS - 1) / max(high - low, np.float32(1e-30))
     for i in range(scores.shape[0]):
         place = np.int32(min((high - scores[i]) * factor, np.float32(BINS - 1)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit, types
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cpu.attend import (
@@ -20,13 +20,12 @@ from saapindex.backends.cpu.attend import (
     merge_parts,
     rest_of_lists,
 )
-from saapindex.backends.cpu.codes import place_of, prepare, rotated, scan_pages, visited_pages
-from saapindex.backends.cpu.expected import expect_keys
+from saapindex.backends.cpu.codes import ask_for_codes, place_of, prepare, rotated, scan_pages, visited_pages
+from saapindex.backends.cpu.expected import expect_keys, room_of
 from saapindex.backends.cpu.heap import worse
-from saapindex.backends.cpu.memory import integer_at, pointer
+from saapindex.backends.cpu.memory import integer_at
 from saapindex.backends.cpu.record import (
     SCANNED,
-    STEP,
     bytes_of,
     cache_of,
     estimates_of,
@@ -38,16 +37,21 @@ from saapindex.backends.cpu.record import (
     parts_of,
     pool_of,
     query_of,
+    record_at,
     rotation_of,
     row_of_stream,
+    scales_of,
     scores_of,
     slot_row_of,
     small_at,
     visited_of,
 )
 from saapindex.backends.cpu.select import BINS, UNION, cut, largest, pool, rank, visit, worst_kept
+from saapindex.backends.cpu.tasks import STAGES
+from saapindex.backends.cpu.vector import lanes_equal, lowest_bit
 
-STAGES = 6
+EARLY = 3
+"""One of so many chunks of near keys is attended to early."""
 PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)
 
 
@@ -84,7 +88,6 @@ def _plan(step, r):  # type: ignore[no-untyped-def]
             step.refine != 0, taken,
         )  # fmt: skip
         if step.refine:
-            factors = factors_of(step, r)
             prepare(
                 u,
                 floats_at(step.steps + 4 * head * coded, (coded,)),
@@ -92,9 +95,7 @@ def _plan(step, r):  # type: ignore[no-untyped-def]
                 floats_at(step.distortion + 4 * head * coded, (coded,)),
                 step.scale,
                 bytes_of(step, r),
-                factors[0],
-                factors[1],
-                factors[2],
+                factors_of(step, r),
             )
     at = 4 * r * step.pages
     longs_at(step.page_counts, (r + 1,))[r] = visited_pages(
@@ -115,8 +116,14 @@ def _attend(step, r, part, rows):  # type: ignore[no-untyped-def]
         return
     attend_chunk(
         query_of(step, r), rows, cache_of(step), step.cache_span, step.cache_shift, step.kind, step.d,
-        step.scale, step.softcap, outs[part], sums[part], peaks[part],
+        step.scale, step.softcap, 1 if part >= step.near_parts else 0, outs[part], sums[part], peaks[part],
     )  # fmt: skip
+
+
+@njit(cache=True, nogil=True, inline="always")
+def early_near(step):  # type: ignore[no-untyped-def]
+    """Return how many chunks of near keys are attended to while lists are chosen, and not while keys are."""
+    return step.rows * step.near_parts // EARLY if step.scan_parts else step.rows * step.near_parts
 
 
 @njit(cache=True, nogil=True)
@@ -147,7 +154,7 @@ def _scan(step, r, part):  # type: ignore[no-untyped-def]
     start, stop = part * SCANNED, min((part + 1) * SCANNED, pages.shape[0])
     if start >= stop:
         return
-    head, factors, g = r // step.tokens % step.heads, factors_of(step, r), step.g
+    head, g = r // step.tokens % step.heads, step.g
     estimates = estimates_of(step, r, part)
     scan_pages(
         pages[start:stop],
@@ -158,12 +165,11 @@ def _scan(step, r, part):  # type: ignore[no-untyped-def]
         step.shift,
         longs_at(step.widths + 8 * head * step.words, (step.words,)),
         bytes_of(step, r),
-        factors[0],
-        factors[1],
-        factors[2],
+        factors_of(step, r),
         floats_at(step.base, (step.heads,))[head],
         list_floats_of(step, step.centers, r),
         step.softcap,
+        scales_of(step, r, part),
         estimates,
     )
     if step.policy != UNION:
@@ -180,25 +186,29 @@ def _id(step, page, lane):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _keep(step, pages, scores, limit, kept):  # type: ignore[no-untyped-def]
-    """Mark the slots of the `limit` best scores."""
+    """Set the bits of the `limit` best scores, those of a page in each of `kept`."""
     bins = np.empty(scores.shape[0], np.int32)
     last, need = cut(scores, limit, bins)
     crowd = 0
-    for i in range(scores.shape[0]):
-        kept[i] |= bins[i] < last
-        crowd += bins[i] == last
+    for p in range(pages.shape[0]):
+        equal, better = lanes_equal(bins, p * LANES, np.int32(last))
+        kept[p] |= better
+        while equal:
+            crowd, equal = crowd + 1, equal & (equal - 1)
     if last == BINS or need == 0:
         return
     slots, ids, close = np.empty(crowd, np.int64), np.empty(crowd, np.int64), np.empty(crowd, np.float32)
     n = 0
-    for i in range(scores.shape[0]):
-        if bins[i] == last:
-            slots[n], ids[n], close[n] = i, _id(step, pages[i // LANES], i % LANES), scores[i]
-            n += 1
+    for p in range(pages.shape[0]):
+        equal, _ = lanes_equal(bins, p * LANES, np.int32(last))
+        while equal:
+            lane = lowest_bit(equal)
+            slots[n], ids[n], close[n] = p * LANES + lane, _id(step, pages[p], lane), scores[p * LANES + lane]
+            n, equal = n + 1, equal & (equal - 1)
     score, id_ = worst_kept(close, ids, need)
     for i in range(crowd):
         if not worse(close[i], ids[i], score, id_):
-            kept[slots[i]] = True
+            kept[slots[i] // LANES] |= 1 << (slots[i] % LANES)
 
 
 @njit(cache=True, nogil=True)
@@ -220,7 +230,7 @@ def _choose(step, r):  # type: ignore[no-untyped-def]
     for keys in longs_at(step.taken + 8 * r * step.nlist, (step.nlist,)):
         scanned += keys
     limit = max(longs_at(step.left, (s + 1,))[s] - scanned * step.code_bytes, 0) // step.row_bytes
-    kept, scores, block = np.zeros(slots, np.bool_), scores_of(step, r)[:slots], SCANNED * LANES
+    kept, scores, block = np.zeros(pages.shape[0], np.int64), scores_of(step, r)[:slots], SCANNED * LANES
     for h in range(step.g if step.policy == UNION else 1):
         if step.policy == UNION:  # each head by its own estimates
             limit = limit // step.g if h == 0 else limit
@@ -228,14 +238,14 @@ def _choose(step, r):  # type: ignore[no-untyped-def]
                 end = min(block, slots - part * block)
                 scores[part * block : part * block + end] = estimates_of(step, r, part)[h, :end]
         _keep(step, pages, scores, limit, kept)
-    for part in range((slots + block - 1) // block):
-        estimates = estimates_of(step, r, part)
-        for i in range(min(block, slots - part * block)):
-            if kept[part * block + i]:
-                rows[n] = np.int64(pages[part * SCANNED + i // LANES]) * LANES + i % LANES
-                n += 1
-                for h in range(step.g):
-                    estimates[h, i] = -np.inf
+    for p in range(pages.shape[0]):
+        bits, estimates, first = kept[p], estimates_of(step, r, p // SCANNED), p % SCANNED * LANES
+        while bits:
+            lane = lowest_bit(bits)
+            rows[n], bits = np.int64(pages[p]) * LANES + lane, bits & (bits - 1)
+            n += 1
+            for h in range(step.g):
+                estimates[h, first + lane] = -np.inf
     longs_at(step.kept_counts, (r + 1,))[r] = n
 
 
@@ -247,8 +257,11 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
     all_outs, all_sums, all_peaks = parts_of(step, r)
     out, sums, peaks = all_outs[at], all_sums[at], all_peaks[at]
     bounds = np.empty(g, np.float32)  # the largest exact logits; infinity where there are none
+    bounds[:] = -np.inf
+    for p in range(exact):
+        for h in range(g):
+            bounds[h] = max(bounds[h], all_peaks[p, h])
     for h in range(g):
-        bounds[h] = largest(all_peaks[:exact, h])
         if bounds[h] == -np.inf:
             bounds[h] = np.inf
     means = small_at(step.means + s * nlist * step.d, (nlist, step.d))
@@ -269,9 +282,11 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
     peaks[:] = -np.inf
     if first >= last:
         return
+    for p in range(first, last):
+        ask_for_codes(pages[p], pool_of(step), step.span, step.shift, step.words)
     out[:] = 0
     sums[:] = 0
-    weights = np.zeros((g, (last - first) * LANES), np.float32)
+    weights = np.zeros((g, room_of(last - first)), np.float32)
     for h in range(g):
         row = estimates_of(step, r, part)[h, : (last - first) * LANES]
         peaks[h] = min(bounds[h], largest(row))
@@ -292,7 +307,7 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
         step.span,
         step.shift,
         longs_at(step.widths + 8 * head * step.words, (step.words,)),
-        floats_at(step.base, (step.heads,))[head],
+        scales_of(step, r, part)[: (last - first) * LANES],
         floats_at(step.steps + 4 * head * coded, (coded,)),
         u,
         floats_at(step.distortion + 4 * head * coded, (coded,)),
@@ -305,14 +320,18 @@ def _rest(step, r, part):  # type: ignore[no-untyped-def]
 
 def _do(address: int, stage: int, task: int) -> None:
     """Do one task of a stage of the step whose record is at `address`."""
-    step = carray(pointer(address), 1, STEP)[0]
-    if stage == PLAN and task % (step.near_parts + 1) == 0:
-        _plan(step, task // (step.near_parts + 1))
-    elif stage in (PLAN, FETCH):
+    step = record_at(address)
+    alone = step.rows if stage in (PLAN, CHOOSE) else 0  # these wait for others, which near keys fill
+    if stage == PLAN and task < alone:
+        _plan(step, task)
+    elif stage == CHOOSE and task < alone:
+        _choose(step, task)
+    elif stage in (PLAN, CHOOSE, FETCH):
         # One call for both, since all that it calls is compiled at every place that calls it.
         rows = np.empty(CHUNK, np.int64)
-        if stage == PLAN:
-            r, part = task // (step.near_parts + 1), task % (step.near_parts + 1) - 1
+        if stage != FETCH:
+            number = task - alone + (early_near(step) if stage == CHOOSE else 0)
+            r, part = number // step.near_parts, number % step.near_parts
             n = _near_rows(step, r, part, rows)
         else:
             r, part = task // step.kept_parts, task % step.kept_parts
@@ -327,8 +346,6 @@ def _do(address: int, stage: int, task: int) -> None:
         _attend(step, r, part, rows[: max(n, 0)])
     elif stage == SCAN:
         _scan(step, task // step.scan_parts, task % step.scan_parts)
-    elif stage == CHOOSE:
-        _choose(step, task)
     elif stage == REST:
         _rest(step, task // (step.scan_parts + 1), task % (step.scan_parts + 1))
     else:
