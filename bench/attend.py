@@ -178,7 +178,8 @@ def by_stage(layer: Layer, dtype: str, repeats: int) -> dict[str, Any]:
     index, queries = layer.index(dtype), layer.queries.to(TYPES[dtype])
     jobs: list[Any] = []
     held: list[Any] = []
-    run_job, attend_once = step.run_job, step.attend_once
+    module: Any = step
+    run_job, attend_once = module.run_job, module.attend_once
 
     def keep(*job: Any) -> None:
         jobs.append(job)
@@ -189,10 +190,10 @@ def by_stage(layer: Layer, dtype: str, repeats: int) -> dict[str, Any]:
         held.extend((arguments, step.take_memory()))  # what the stages read and write from now on
 
     try:
-        step.run_job, step.attend_once = keep, hold
+        module.run_job, module.attend_once = keep, hold
         index.attend(queries[:1], budget=BUDGET)
     finally:
-        step.run_job, step.attend_once = run_job, attend_once
+        module.run_job, module.attend_once = run_job, attend_once
     do, record, counts, _ = jobs[0]
     threads = numba.get_num_threads()
     one_stage = {name: np.where(np.arange(tasks.STAGES) == i, counts, 0) for i, name in enumerate(STAGES)}

@@ -81,6 +81,11 @@ class Case:
 
         return lambda limits: build(limits.policy if self.macros["G"] > 1 else "sum")
 
+    def wanted(self, x, params, near=True):
+        """What the host attends to, by the reference."""
+        last, sparse = self.index._last(None, x.shape[1]), None if params.budget == 1 else params
+        return self.index._attend(self.index._batch, x, last, sparse, near)
+
     def limits(self, way):
         """A way as the reference takes it, and as the kernel does."""
         params = AttendParameters(slopes=False, **way)
@@ -102,7 +107,7 @@ class Case:
     def compare_on_device(self, cupy, blocks, ways):
         """The same on a GPU, with queries as keys are stored and in float32."""
         x, group = self.index._grouped(self.q)
-        batch, tokens = self.index._batch, x.shape[1]
+        tokens = x.shape[1]
         streams, code = (
             type(held)(*(cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in held))
             for held in (self.streams, self.code)
@@ -117,9 +122,7 @@ class Case:
             params, limits, how = self.limits(way)
             for kind in {"float32", self.index.dtype}:
                 asked, plain = queries_as(x, kind)
-                want, want_lse = self.index._attend(
-                    batch, plain, self.index._last(None, tokens), params, True
-                )
+                want, want_lse = self.wanted(plain, params)
                 for _ in range(2):
                     out = cupy.full(x.shape, np.nan, np.float32) if kind == "float32" else None
                     out = cupy.full(x.shape, 0x7FFF, np.uint16).view(asked.dtype) if out is None else out
@@ -141,10 +144,9 @@ class Case:
         shared = launched.shared_bytes(
             x.shape[3], group, self.macros["WORDS"], lists, threads, self.streams.keys.dtype.itemsize
         )
-        batch = self.index._batch
         for way in ways:
             params, limits, how = self.limits(way)
-            want, want_lse = self.index._attend(batch, x, self.index._last(None, tokens), params, True)
+            want, want_lse = self.wanted(x, params)
             for _ in range(2):
                 out, lse = np.full_like(x, np.nan), np.full(x.shape[:3], np.nan, np.float32)
                 common = (x, self.streams, self.code, self.scaling, limits, space)
@@ -178,8 +180,7 @@ class Case:
             macros = {key: value for key, value in self.macros.items() if key != "WORDS"} | more
             run = whole_kernel(folder, **macros, POLICY=policy, **dict(zip(MACROS, shape, strict=True)))
             if holds is None:
-                last = self.index._last(None, 1)
-                want, want_lse = self.index._attend(self.index._batch, x, last, params, True)
+                want, want_lse = self.wanted(x, params)
             space = launched.Workspace.empty(self.streams, self.code, group, 1, (1, 32), np)
             before = None
             for _ in range(2):
@@ -342,7 +343,7 @@ def test_token_of_the_step(folder, n, near):
             np.testing.assert_array_equal(case.streams.near_keys, old[1])
     case.index.add(k, v)
     batch = case.index._batch
-    want, want_lse = case.index._attend(batch, x, case.index._last(None, 1), params, near)
+    want, want_lse = case.wanted(x, params, near)
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-4)
     now = to_streams(batch, fill=255)
