@@ -12,8 +12,8 @@ STATISTICS = ("sizes", "coded", "anchors", "anchor_scales", "sums", "means", "me
 def same_lists(one, other):
     """Both batches hold the same keys in the same lists, with the same statistics and nearly all codes.
 
-    Where rounding ties, few fields of codes may differ, and few exponents: by one step, or by what another field
-    makes of a scale. The sums of the squared scales then differ by what these exponents say.
+    Where rounding ties, few fields of codes may differ, and few exponents: by one step, or by what another
+    field makes of a scale. The sums of the squared scales then differ by what these exponents say.
     """
     np.testing.assert_array_equal(one.lengths, other.lengths)
     for a, c in zip(one.sequences, other.sequences, strict=True):
