@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saapindex.attention import AttendParameters, AttentionIndex, merge
+from saapindex.errors import InvalidInputError
 
 EVERYTHING = [{"budget": 1.0}, {"nprobe": 6}, {"top_p": 1.0}]
 
@@ -296,6 +297,38 @@ def test_tokens_one_by_one_are_a_prompt_at_once(make, data):
         for one, two in zip(other.attend(q, budget=1.0), whole.attend(q, budget=1.0), strict=True):
             close(one, two)
         assert (other.list_sizes <= whole.list_sizes + 16).all()
+
+
+@pytest.mark.parametrize("t", [1, 3])
+def test_keys_can_be_added_with_the_queries(make, data, t):
+    one, other = make(2, dtype="float32"), make(2, dtype="float32")
+    keys, values = data(np.random.default_rng(0), 2, 400)
+    for i in range(0, 300, 100):
+        k, v = (x[:, :, i : i + (100 if i else t)] for x in (keys, values))
+        q = ask(2, 6, k.shape[2], 16)
+        one.add(k, v)
+        for found, known in zip(other.attend(q, k=k, v=v), one.attend(q), strict=True):
+            np.testing.assert_array_equal(found, known)
+    assert other.lengths.tolist() == [200 + t] * 2
+
+
+def test_bad_queries_add_nothing(make, data):
+    index = make(2, dtype="float32")
+    keys, values = data(np.random.default_rng(0), 2, 9)
+    index.add(keys, values)
+    q = ask(2, 6, 16)
+    for wrong, named in (
+        ({"q": ask(2, 5, 16)}, "5 query heads"),
+        ({"q": np.full_like(q, np.nan)}, "q holds"),
+        ({"v": None}, "v is None"),
+        ({"v": values[:, :, :1, :8]}, "v has shape"),
+        ({"positions": np.zeros((2, 3), int)}, "positions"),
+        ({"budget": 2.0}, "budget"),
+    ):
+        given = {"q": q, "k": keys[:, :, :1], "v": values[:, :, :1], **wrong}
+        with pytest.raises(InvalidInputError, match=named):
+            index.attend(**given)
+        assert index.lengths.tolist() == [9, 9]
 
 
 def test_merge_takes_any_shape_and_precision():
