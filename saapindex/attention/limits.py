@@ -15,8 +15,9 @@ __all__ = ["check_by_head", "reading"]
 
 LIST_EXTRA = 8
 """Bytes of a list besides its anchor and mean value in int8: their scales, its size and its spread."""
-MATRIX_ELEMENT = 2
-"""Bytes of an element of the matrices that take queries into the space of the codes, and codes to values."""
+MATRIX_EXTRA = 4
+"""Bytes of a coded dimension besides its row of int8 in each of the matrices that take queries into the space
+of the codes, and codes to values: its scale."""
 
 
 def reading(
@@ -62,7 +63,7 @@ def reading(
     d, row = code.d, 2 * code.d * element
     matrices = 2 if params.remainder and params.slopes is not False else 1
     coded = np.tile(code.coded, len(long) // code.heads)
-    fixed = nlist * (2 * d + LIST_EXTRA) + matrices * MATRIX_ELEMENT * d * coded
+    fixed = nlist * (2 * d + LIST_EXTRA) + matrices * (d + MATRIX_EXTRA) * coded
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
     codes = np.full(len(long), params.scan_share)
     if check_by_head(params, shares) and shares is not None:

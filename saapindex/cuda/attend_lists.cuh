@@ -38,7 +38,7 @@ __device__ __forceinline__ Group corrected(const Step& p, const Shared& s, Group
 
 // The bytes of lists that a head may read: of a budget, after statistics, its weight in it.
 __device__ __forceinline__ double bytes_to_read(const Step& p, int in_lists, int coded, float weight) {
-    const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * coded, all = (double)in_lists * p.row_bytes;
+    const double fixed = (double)p.lists * (2 * D + 8) + (double)(D + 4) * coded, all = (double)in_lists * p.row_bytes;
     return floor(fmin(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.) * (double)weight, all));
 }
 

@@ -34,7 +34,7 @@ def test_the_mean_over_heads_is_the_budget(uneven):
     params = AttendParameters(budget=0.2)
     about = uneven.code, uneven.nlist, 2
     even, own = reading(params, long, *about), reading(params, long, *about, SHARES)
-    fixed = uneven.nlist * (2 * 16 + 8) + 2 * 2 * 16 * uneven.code.coded[[0, 1, 0, 1]]
+    fixed = uneven.nlist * (2 * 16 + 8) + 2 * (16 + 4) * uneven.code.coded[[0, 1, 0, 1]]
     left = 0.2 * long * row - fixed
     np.testing.assert_array_equal(own.left, (left * [0.5, 1.5, 0.5, 1.5]).astype(np.int64))
     assert abs(own.left.sum() - even.left.sum()) <= 4
