@@ -131,7 +131,7 @@ class LayerCodebook:
             views=layer.views,
             softcap=layer.softcap,
             max_position=layer.max_position,
-            shares=HeadShares.of(layer.extra),
+            shares=HeadShares.of(layer.extra, n),
         )
 
     @property

@@ -67,7 +67,8 @@ def reading(
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
     codes = np.full(len(long), params.scan_share)
     if check_by_head(params, shares) and shares is not None:
-        left, codes = shares.apply(left, (long * row).astype(np.float64), params.scan_share)
+        every, coded_keys = ((long * size).astype(np.float64) for size in (row, code.nbytes_per_key))
+        left, codes = shares.apply(left, every, coded_keys, params.scan_share)
     scan = codes * left / code.nbytes_per_key if params.reads_codes() else left / row
     return Reading(
         scan.astype(np.int64),

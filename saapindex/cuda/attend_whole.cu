@@ -143,8 +143,7 @@ attend_whole(const __grid_constant__ Step p) {
         for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
         fetch_anchors(p, row, min(own, ROOM), anchors);
         load_rows(p, head, first_row, last_row, rows);
-        const int in_lists = max(0, p.first[sequence] - p.sinks), coded = p.coded[head];
-        const float weight = p.by_head ? p.weights[head] : 1.f;
+        const int in_lists = max(0, p.first[sequence] - p.sinks);
         int first_sizes[PER];
         float first_squares[PER];
 #pragma unroll
@@ -163,7 +162,7 @@ attend_whole(const __grid_constant__ Step p) {
             s.deferred = 0;
             expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
         }
-        if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded, weight);  // while anchors are on their way
+        if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, head);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
 #pragma unroll 1

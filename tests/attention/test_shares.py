@@ -12,6 +12,7 @@ from saapindex.attention.limits import reading
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
 
+ASKS = np.float32([1.5, 1.8, 0.75])
 SHARES = HeadShares(np.float32([0.5, 1.5]), np.float32([0.0, 0.75]))
 SMALL = {"window": 20, "flush": 16, "dense_below": 0, "dtype": "float32"}
 
@@ -45,6 +46,29 @@ def test_the_mean_over_heads_is_the_budget(uneven):
     evenly = reading(AttendParameters(budget=0.2, by_head=False), long, *about, SHARES)
     np.testing.assert_array_equal(evenly.left, even.left)
     np.testing.assert_array_equal(evenly.scan, even.scan)
+
+
+def test_where_bytes_are_scarce_those_that_look_things_up_see_all_codes(uneven):
+    """The mean stays the budget, and nobody takes more than is needed or can be had."""
+    shares = SHARES._replace(scarce=np.float32([0.2, 1.8]), asks=np.float32([1.5, 1.8, 0.75]))
+    long, code = np.array([5000, 5000]), uneven.code
+    ends = []
+    for budget in (0.03, 0.12, 0.125, 0.2, 0.5):
+        params = AttendParameters(budget=budget)
+        even = reading(params, long, code, uneven.nlist, 2)
+        plain = reading(params, long, code, uneven.nlist, 2, SHARES)
+        own = reading(params, long, code, uneven.nlist, 2, shares)
+        if (code.coded == code.coded[0]).all():
+            assert abs(int(own.left.sum()) - int(even.left.sum())) <= 4
+        weight = own.left[1] / even.left[1]
+        ends.append(weight)
+        enough = own.scan[1] >= 5000 - 1
+        assert own.left[1] >= plain.left[1]
+        assert enough or weight > 1.799
+        if plain.scan[1] >= 5000:
+            np.testing.assert_array_equal(own.left, plain.left)
+    assert max(ends) > 1.799
+    assert min(ends) < 1.501
 
 
 def test_no_head_reads_more_than_all(uneven):
@@ -101,6 +125,10 @@ def test_what_is_refused(make_codebook, uneven, data):
         ),
         (HeadShares(np.float32([1.0, 0.0]), np.float32([0.0, 0.0])), "expected numbers above 0"),
         (HeadShares(np.float32([1.0, 1.0]), np.float32([0.0, 1.0])), r"expected some in \[0, 1\)"),
+        (SHARES._replace(scarce=np.float32([1.0, 1.0])), "given alone, expected both or neither"),
+        (SHARES._replace(scarce=np.float32([0.0, 1.0]), asks=ASKS), "scarce are .* expected numbers above 0"),
+        (SHARES._replace(scarce=SHARES.weights, asks=ASKS[:2]), "asks of the shares are"),
+        (SHARES._replace(scarce=SHARES.weights, asks=ASKS[::-1].copy()), "expected two rising weights"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             dataclasses.replace(make_codebook(), shares=shares)
