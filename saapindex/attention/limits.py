@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saapindex.attention.shares import HeadShares
+from saapindex.attention.shares import MOST_SEEN, HeadShares
 from saapindex.backends.base import Ints
 from saapindex.backends.paged import Reading
 from saapindex.codes import TransformCode
@@ -67,8 +67,9 @@ def reading(
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
     codes = np.full(len(long), params.scan_share)
     if check_by_head(params, shares) and shares is not None:
-        every, coded_keys = ((long * size).astype(np.float64) for size in (row, code.nbytes_per_key))
-        left, codes = shares.apply(left, every, coded_keys, params.scan_share)
+        seen = np.minimum(long, MOST_SEEN) * code.nbytes_per_key
+        every = (long * row).astype(np.float64)
+        left, codes = shares.apply(left, every, seen.astype(np.float64), params.scan_share)
     scan = codes * left / code.nbytes_per_key if params.reads_codes() else left / row
     return Reading(
         scan.astype(np.int64),

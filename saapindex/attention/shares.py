@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from saapindex.backends.base import Floats
 from saapindex.errors import InvalidInputError
 
-__all__ = ["HeadShares"]
+__all__ = ["MOST_SEEN", "HeadShares"]
 
 CODES, WEIGHTS = "shares.codes", "shares.weights"
 SCARCE, ASKS, LENGTHS = "shares.scarce", "shares.asks", "shares.lengths"
 """Names of the tensors in a codebook: of each head a row, for every length in tokens."""
+MOST_SEEN = 16384
+"""Heads that look things up need not see the codes of more keys: in long contexts lists lose less."""
 
 
 class HeadShares(NamedTuple):
@@ -30,8 +32,8 @@ class HeadShares(NamedTuple):
         float32, (H,): at least this share of it goes to codes, below 1.
     scarce
         float32, (H,): weights of mean 1 too, which leave as much as can be to the heads that look things up.
-        Between these and `weights` a step goes so far as such heads need to see the codes of all keys; None
-        for never.
+        Between these and `weights` a step goes so far as such heads need to see the codes of all keys, or of
+        as many as 16,384; None for never.
     asks
         float32, (3,), of the heads of the model that look things up: their least weight in `weights` and in
         `scarce`, and their share of codes.
@@ -114,7 +116,7 @@ class HeadShares(NamedTuple):
         most
             (S,), of all keys and values: more is of no use.
         codes
-            (S,), of the codes of all keys.
+            (S,), of the codes of all keys, or of as many as are to be seen.
         scan_share
             Of heads that ask for no more.
         """

@@ -9,6 +9,7 @@ import pytest
 
 from saapindex.attention import AttentionIndex, HeadShares
 from saapindex.attention.limits import reading
+from saapindex.attention.shares import MOST_SEEN
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
 
@@ -69,6 +70,18 @@ def test_where_bytes_are_scarce_those_that_look_things_up_see_all_codes(uneven):
             np.testing.assert_array_equal(own.left, plain.left)
     assert max(ends) > 1.799
     assert min(ends) < 1.501
+
+
+def test_in_long_contexts_so_many_codes_are_enough(uneven):
+    """The floor rises with the keys up to a number of them."""
+    shares = SHARES._replace(scarce=np.float32([0.01, 1.99]), asks=np.float32([1.5, 1.99, 0.75]))
+    size, row = uneven.code.nbytes_per_key, 2 * 16 * 2
+    for long in (MOST_SEEN, 2 * MOST_SEEN, 4 * MOST_SEEN):
+        budget = MOST_SEEN * size / 0.75 / 1.75 / (long * row)  # about 1.75 even parts are enough
+        found = reading(
+            AttendParameters(budget=budget), np.full(2, long), uneven.code, uneven.nlist, 2, shares
+        )
+        assert abs(found.scan[1] - MOST_SEEN) <= 1
 
 
 def test_no_head_reads_more_than_all(uneven):
