@@ -240,7 +240,7 @@ def test_a_copy_may_read_more(model, new_cache, prompts):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", [0.6, 1.0])
-def test_an_index_on_a_device_is_that_of_the_host(budget, tiny, new_cache, prompts):
+def test_an_index_on_a_device_is_that_of_the_host(budget, tiny, new_cache, prompts, cupy):
     tokens, found = prompts(1, 80).to("cuda"), {}
     params = AttendParameters(budget=budget, slopes=False, refine=True)
     model = tiny("Qwen3").to("cuda")
