@@ -197,7 +197,8 @@ class Bench:
             "layers": list(SaapCache(self.codebook, self.model.config).served),
             "context": self.context,
             "rope_scaling": self.rope_scaling,
-            **self.settings,
+            **{name: value for name, value in self.settings.items() if name != "device"},
+            "index": self.settings["device"],
             "methods": {name: asdict(params) for name, params in self.methods.items()},
         }
         path = self.out or RESULTS / f"generate-{name}.json"
@@ -236,7 +237,8 @@ def common(
     read_on: Annotated[str | None, typer.Option(help="Device that reads prompts; default: the same.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Folder that keeps what prompts became.")] = None,
     dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help="Of the index.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="Of the index, on the host.")] = "cpu",
+    index_on: Annotated[str, typer.Option(help="Device of the index, cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
     """Load what all commands need."""
@@ -249,7 +251,7 @@ def common(
         loaded.model,
         loaded.tokenizer,
         Codebook.load(codebook),
-        {"window": window, "dense_below": dense_below, "backend": backend},
+        {"window": window, "dense_below": dense_below, "backend": backend, "device": index_on},
         methods,
         context,
         rope_scaling,

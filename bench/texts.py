@@ -55,11 +55,13 @@ def main(
     reference: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
     out: Path = Path("texts"),
 ) -> None:
-    """Write ``OUT/{train,valid,test,shift,train-long,test-long,train-mix,valid-mix}/NAME.txt.gz``."""
+    """Write ``OUT/PART/NAME.txt.gz``; parts are those of `wanted`, before the slash."""
     rst = (".rst", ".txt")
     wanted = {
         **{f"train/{name}": (kernel / name, rst, SHORT) for name in TRAIN},
         **{f"valid/{name}": (kernel / name, rst, SHORT) for name in VALID},
+        "valid-short/usb": (kernel / "usb", rst, SHORT),
+        "valid-short/python-logging": (sources / "logging", (".py",), SHORT),
         **{f"test/{name}": (kernel / name, rst, SHORT) for name in KERNEL_TEST},
         **{f"test/python-{name}": (python / name, rst, SHORT) for name in PYTHON_TEST},
         **{f"train-long/{name}": (kernel / name, rst, LONG) for name in TRAIN_LONG},

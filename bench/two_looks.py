@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from saapindex.attention.limits import MATRIX_EXTRA
 from saapindex.learn.peers.base import Context, Queries, Read
 from saapindex.learn.peers.ladder import Ladder
 from saapindex.learn.peers.select import best, fill
@@ -71,7 +72,10 @@ class TwoLooks(Ladder):
         lists = (means + counts).masked_fill(empty, -torch.inf)
         total = torch.logsumexp(lists, -1, keepdim=True)
         ranked = torch.logsumexp(means - total, 0).masked_fill(empty, -torch.inf)
-        fixed = float(len(self._anchors) * (2 * context.keys.shape[1] + 8) + code.inverse.numel() * 2)
+        fixed = float(
+            len(self._anchors) * (2 * context.keys.shape[1] + 8)
+            + (code.inverse.shape[0] + MATRIX_EXTRA) * code.inverse.shape[1]
+        )
         one = 4 * min(self.first, self._words) + 1
         more = code.bytes - one
         coarse, fine = self._coarse(projected, queries, squares), self._estimates(projected, queries, squares)

@@ -61,9 +61,10 @@ def test_the_transform_keeps_inner_products_and_evens_out_queries(d):
     code = fit_codes(residuals, metric, 8)
     queries = np.random.default_rng(0).standard_normal((2, 7, d))
     u, y = queries @ code.inverse, residuals @ code.forward
-    np.testing.assert_allclose(u @ y.swapaxes(1, 2), queries @ residuals.swapaxes(1, 2), rtol=1e-3, atol=1e-3)
+    # To the 8 bits of the matrix of the queries.
+    np.testing.assert_allclose(u @ y.swapaxes(1, 2), queries @ residuals.swapaxes(1, 2), rtol=0, atol=0.1)
     evened = code.inverse.swapaxes(1, 2) @ metric @ code.inverse
-    np.testing.assert_allclose(evened, np.stack([np.eye(d)] * 2), atol=2e-3)
+    np.testing.assert_allclose(evened, np.stack([np.eye(d)] * 2), atol=0.1)
 
 
 def test_spread_and_distortion_are_those_of_training():

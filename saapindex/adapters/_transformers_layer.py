@@ -209,7 +209,7 @@ class SaapLayer(DynamicLayer):  # type: ignore[misc]
             )
         index = self._with_index(query, options)
         new = None if seen is None else _or_none(seen[:, self._columns :])
-        index.add(_host(self.keys), _host(self.values), mask=new)
+        index.add(self._placed(self.keys), self._placed(self.values), mask=new)
         self.keys = self.values = self.keys.new_empty(0)
         self._columns, self._stored = n, seen
         positions = None
@@ -217,8 +217,13 @@ class SaapLayer(DynamicLayer):  # type: ignore[misc]
             latest = new[:, new.shape[1] - t :]
             first = index.lengths - latest.sum(axis=1)
             positions = first[:, None] + np.cumsum(latest, axis=1) - 1
-        out: torch.Tensor = index.attend(_host(query), params=self.params, positions=positions)[0]
+        out: torch.Tensor = index.attend(self._placed(query), params=self.params, positions=positions)[0]
         return out.to(query.device).transpose(1, 2).contiguous()
+
+    def _placed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor where the index is."""
+        x = x.detach()
+        return x.cpu() if self.shared.index.get("device", "cpu") == "cpu" else x
 
     def _with_index(self, query: torch.Tensor, options: Mapping[str, Any]) -> AttentionIndex:
         """Return the index, made when it is first needed."""
@@ -301,15 +306,7 @@ class SaapLayer(DynamicLayer):  # type: ignore[misc]
         )
 
 
-def _host(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor where the index is."""
-    return x.detach().cpu()
-
-
 def _tensor(x: NDArray[Any]) -> torch.Tensor:
-    """Return what an index stores as a tensor; it holds bfloat16 as its bits."""
-    return (
-        torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-        if x.dtype == np.uint16
-        else torch.from_numpy(x)
-    )
+    """Return what an index stores as a tensor, where it is; it holds bfloat16 as its bits."""
+    make = torch.from_numpy if isinstance(x, np.ndarray) else torch.from_dlpack
+    return make(x.view(np.int16)).view(torch.bfloat16) if x.dtype == np.uint16 else make(x)

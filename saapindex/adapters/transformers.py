@@ -77,7 +77,9 @@ class SaapCache(Cache):  # type: ignore[misc]
     adapt
         Lloyd steps that fit the partition to the context.
     backend
-        ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy).
+        ``"cpu"`` (numba, all cores) or ``"reference"`` (NumPy): what works on the host.
+    device
+        Where keys are kept and attended to: ``"cpu"``, or ``"cuda"`` or ``"cuda:1"``, where the model is.
     model_id, weights_hash
         Of the model, compared with those in the codebook where both are known.
 
@@ -122,6 +124,7 @@ class SaapCache(Cache):  # type: ignore[misc]
         nlist: int | None = None,
         adapt: int = 3,
         backend: str = "cpu",
+        device: str = "cpu",
         model_id: str | None = None,
         weights_hash: str | None = None,
     ) -> None:
@@ -145,6 +148,7 @@ class SaapCache(Cache):  # type: ignore[misc]
             "flush": flush,
             "adapt": adapt,
             "backend": backend,
+            "device": device,
         }
         wanted = AttendParameters(budget=budget) if params is None else params
         first = layer_of(codebook, served[0], 1, nlist)

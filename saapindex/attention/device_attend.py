@@ -129,7 +129,7 @@ def limits_of(wanted: AttendParameters, batch: DeviceBatch, group: int, device: 
         refine=False,
         remainder=wanted.remainder,
         by_head=by_head,
-        weight=float(shares.weights.max()) if by_head and shares is not None else 1.0,
+        weight=shares.most if by_head and shares is not None else 1.0,
     )
     whole = shape_of(limits, batch.streams, group, 1, device) is not None
     return limits._replace(refine=wanted.reads_codes(default=not whole))

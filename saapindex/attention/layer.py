@@ -124,14 +124,14 @@ class LayerCodebook:
             )
         return cls(
             centroids=layer.centroids[nlist].astype(np.float32),
-            code=TransformCode(**{name: layer.extra[f"codes.{nlist}.{name}"] for name in names}),
+            code=TransformCode(**{name: layer.extra[f"codes.{nlist}.{name}"] for name in names}).rounded(),
             scale=layer.scale,
             metric=None if layer.metric is None else layer.metric.astype(np.float64),
             spherical=layer.spherical,
             views=layer.views,
             softcap=layer.softcap,
             max_position=layer.max_position,
-            shares=HeadShares.of(layer.extra),
+            shares=HeadShares.of(layer.extra, n),
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saapindex.attention.shares import HeadShares
+from saapindex.attention.shares import MOST_SEEN, HeadShares
 from saapindex.backends.base import Ints
 from saapindex.backends.paged import Reading
 from saapindex.codes import TransformCode
@@ -15,8 +15,9 @@ __all__ = ["check_by_head", "reading"]
 
 LIST_EXTRA = 8
 """Bytes of a list besides its anchor and mean value in int8: their scales, its size and its spread."""
-MATRIX_ELEMENT = 2
-"""Bytes of an element of the matrices that take queries into the space of the codes, and codes to values."""
+MATRIX_EXTRA = 4
+"""Bytes of a coded dimension besides its row of int8 in each of the matrices that take queries into the space
+of the codes, and codes to values: its scale."""
 
 
 def reading(
@@ -62,11 +63,13 @@ def reading(
     d, row = code.d, 2 * code.d * element
     matrices = 2 if params.remainder and params.slopes is not False else 1
     coded = np.tile(code.coded, len(long) // code.heads)
-    fixed = nlist * (2 * d + LIST_EXTRA) + matrices * MATRIX_ELEMENT * d * coded
+    fixed = nlist * (2 * d + LIST_EXTRA) + matrices * (d + MATRIX_EXTRA) * coded
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)
     codes = np.full(len(long), params.scan_share)
     if check_by_head(params, shares) and shares is not None:
-        left, codes = shares.apply(left, (long * row).astype(np.float64), params.scan_share)
+        seen = np.minimum(long, MOST_SEEN) * code.nbytes_per_key
+        every = (long * row).astype(np.float64)
+        left, codes = shares.apply(left, every, seen.astype(np.float64), params.scan_share)
     scan = codes * left / code.nbytes_per_key if params.reads_codes() else left / row
     return Reading(
         scan.astype(np.int64),

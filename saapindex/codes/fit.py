@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from saapindex.backends.base import Floats
 from saapindex.backends.paged import Code
 from saapindex.backends.reference import codes as definition
+from saapindex.codes.rows import rounded_rows
 from saapindex.codes.transform import MOST_WORDS, TransformCode
 from saapindex.errors import InvalidInputError
 from saapindex.params import check_integer
@@ -29,7 +30,8 @@ def fit_codes(residuals: Floats, metric: Floats, words: int = 3) -> TransformCod
 
     With ``M = E[q q^T]`` and ``T = M^(1/2)``, the directions are the eigenvectors of ``E[t t^T]``, ``t = T
     r / |T r|`` (the Karhunen-Loeve transform of what a query sees of a residual). Each word takes fields of
-    4, 2 or 1 bits, whichever leaves the least error.
+    4, 2 or 1 bits, whichever leaves the least error. The matrix of the queries is rounded to int8, a scale
+    for each direction, since every step reads it.
 
     Parameters
     ----------
@@ -105,7 +107,7 @@ def _fit_head(residuals: Floats, metric: Floats, words: int) -> dict[str, NDArra
     relative = y[used] / scale[used, None]
     return {
         "forward": forward,
-        "inverse": inverse,
+        "inverse": rounded_rows(inverse.T).T,
         "step": step,
         "widths": widths,
         "base": np.float32(max(base, 1e-20)),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["quantise_rows"]
+__all__ = ["quantise_rows", "rounded_rows"]
 
 
 def quantise_rows(x: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -33,3 +33,16 @@ def quantise_rows(x: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int8], NDArr
     inverse = np.divide(1, scales, where=scales > 0, out=np.zeros_like(scales))
     rows = np.clip(np.rint(x * inverse[..., None]), -127, 127).astype(np.int8)
     return rows, scales
+
+
+def rounded_rows(x: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Return what is left of rows once they were in int8.
+
+    Examples
+    --------
+    >>> rounded_rows(np.array([[127.0, 1.4, -0.2]])).round(4).tolist()
+    [[127.0, 1.0, 0.0]]
+    """
+    rows, scales = quantise_rows(x)
+    rounded: NDArray[np.float32] = rows.astype(np.float32) * scales[..., None]
+    return rounded

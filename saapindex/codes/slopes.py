@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saapindex.backends.base import Floats
+from saapindex.codes.rows import rounded_rows
 
 __all__ = ["SLOPE_KEYS", "fit_slopes"]
 
@@ -35,7 +36,8 @@ def fit_slopes(y: Floats, residuals: Floats) -> NDArray[np.float32]:
     Returns
     -------
     ndarray
-        float32, (R, d); zero where there are fewer than 16 keys for a dimension.
+        float32, (R, d), rounded to int8 with a scale for each row; zero where there are fewer than 16 keys
+        for a dimension.
 
     Notes
     -----
@@ -57,7 +59,4 @@ def fit_slopes(y: Floats, residuals: Floats) -> NDArray[np.float32]:
     if not penalty > 0:
         return np.zeros((dimensions, residuals.shape[1]), np.float32)
     products = exact.T @ residuals.astype(np.float64)
-    slopes: NDArray[np.float32] = np.linalg.solve(squares + penalty * np.eye(dimensions), products).astype(
-        np.float32
-    )
-    return slopes
+    return rounded_rows(np.linalg.solve(squares + penalty * np.eye(dimensions), products))

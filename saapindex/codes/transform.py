@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from saapindex.backends.base import FieldCode, Floats, Ops
 from saapindex.backends.paged import Code
 from saapindex.backends.reference import codes as definition
+from saapindex.codes.rows import rounded_rows
 from saapindex.errors import InvalidInputError
 
 __all__ = ["MOST_WORDS", "TransformCode"]
@@ -150,6 +151,11 @@ class TransformCode:
     def head(self, number: int) -> TransformCode:
         """Return the codes of one head."""
         return TransformCode(**{name: array[number : number + 1] for name, array in self.tensors().items()})
+
+    def rounded(self) -> TransformCode:
+        """Return codes whose matrix of the queries is one of int8, as `fit_codes` makes it."""
+        inverse = rounded_rows(self.inverse.swapaxes(1, 2)).swapaxes(1, 2)
+        return replace(self, inverse=np.ascontiguousarray(inverse))
 
     def tensors(self) -> Mapping[str, NDArray[Any]]:
         """Return the arrays by name."""

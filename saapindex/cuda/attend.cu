@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(const __g
     if (thread < G) s.peaks[thread] = s.largest[thread] = 0;
     if (thread == 0) s.visited = s.deferred = s.gathered = 0;
     if (thread == THREADS - 1) {  // what may be read
-        s.left = bytes_to_read(p, in_lists, p.coded[head], p.by_head ? p.weights[head] : 1.f);
+        s.left = bytes_to_read(p, in_lists, head);
         const double share = p.by_head ? fmax(p.share, (double)p.least_codes[head]) : p.share;
         const double visited = p.refine ? share * s.left / p.code_bytes : s.left / p.row_bytes;
         s.scan = (int)fmin((double)((i64)visited / RANKERS), 2147483647.);

@@ -18,10 +18,17 @@ __device__ __forceinline__ Group corrected(const Step& p, const Shared& s, Group
     return dots;
 }
 
-// The bytes of lists that a head may read: of a budget, after statistics, its weight in it.
-__device__ __forceinline__ double bytes_to_read(const Step& p, int in_lists, int coded, float weight) {
-    const double fixed = (double)p.lists * (2 * D + 8) + (double)D * 2 * coded, all = (double)in_lists * p.row_bytes;
-    return floor(fmin(fmax(p.budget * in_lists * p.row_bytes - fixed, 0.) * (double)weight, all));
+#define MOST_SEEN 16384  // keys whose codes are to be seen by heads that look things up
+
+// The bytes of lists that a head may read: of a budget, after statistics, its weight in it. That is more of what it takes
+// where bytes are scarce, the less of all codes those see that look things up.
+__device__ __forceinline__ double bytes_to_read(const Step& p, int in_lists, int head) {
+    const double fixed = (double)p.lists * (2 * D + 8) + (double)(D + 4) * p.coded[head];
+    const double all = (double)in_lists * p.row_bytes, left = fmax(p.budget * in_lists * p.row_bytes - fixed, 0.);
+    if (!p.by_head) return floor(fmin(left, all));
+    const double least = p.asks[0], needed = (double)min(in_lists, MOST_SEEN) * p.code_bytes / fmax((double)p.asks[2] * left, 1.);
+    const double lack = fmin(fmax((needed - least) / fmax((double)p.asks[1] - least, 1e-9), 0.), 1.);
+    return floor(fmin(left * (p.weights[head] + lack * ((double)p.scarce[head] - p.weights[head])), all));
 }
 
 // How much a list counts towards the limit: keys, itself, or its predicted mass in parts of 2^30. The masses of "sum" add

@@ -36,6 +36,7 @@ struct Step {
     const int *coded, *slots, *chunks;  // slots: (H, R), chunks: (H,), quads: (H, FIELDS)
     const u32* quads;
     const float *weights, *least_codes;  // (H,): of a budget, and which part of it goes to codes at least
+    const float *scarce, *asks;  // (H,), (3,): weights where bytes are scarce, and when they are
     const void* queries;
     const int* positions;  // (B, t), or none: the newest tokens
     void* out;

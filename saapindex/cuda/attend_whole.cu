@@ -177,8 +177,6 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
         for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
         commit_copies();
-        const int in_lists = max(0, p.first[sequence] - p.sinks), coded = p.coded[head];
-        const float weight = p.by_head ? p.weights[head] : 1.f;
         int first_sizes[PER];
         float first_squares[PER];
 #pragma unroll
@@ -196,7 +194,6 @@ attend_whole(const __grid_constant__ Step p) {
             expect(&s.exchanges[PEAK], CLUSTER * G * 4);
             expect(&s.exchanges[RESULT], CLUSTER * (max(0, min(SLICE, G * D - rank * SLICE)) + G) * 4);
         }
-        if (thread == CHOOSERS - 1) s.scan = keys_to_visit(p, in_lists, coded, weight);  // while anchors are on their way
         STAMP(1);
         clear_histogram(s);
         if (!lists_first) send_seconds(p, s, head, rank, 0, CHOOSERS);
@@ -267,6 +264,7 @@ attend_whole(const __grid_constant__ Step p) {
             adding && (old < p.sinks || old >= recent) ? all_near - 1 : -1
         };
         load_queries(p, s, unit);
+        if (thread == THREADS - 1) s.scan = keys_to_visit(p, max(0, from - p.sinks), head);
         split_queries(s);
         if (lists_first) {
             send_seconds(p, s, head, rank, CHOOSERS, THREADS - CHOOSERS);

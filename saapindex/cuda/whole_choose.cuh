@@ -130,8 +130,8 @@ __device__ __forceinline__ void find_norms(
 }
 
 // How many keys of lists may be fetched.
-__device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int coded, float weight) {
-    const i64 left = (i64)bytes_to_read(p, in_lists, coded, weight);
+__device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int head) {
+    const i64 left = (i64)bytes_to_read(p, in_lists, head);
     return (int)fmin((double)(left / p.row_bytes), 2147483647.);
 }
 

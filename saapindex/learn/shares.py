@@ -6,23 +6,26 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
-from saapindex.attention.shares import CODES, WEIGHTS
-from saapindex.backends.base import Floats
+from saapindex.attention.shares import ASKS, CODES, LENGTHS, SCARCE, WEIGHTS
+from saapindex.backends.base import Floats, Ints
 from saapindex.codebook_layer import CodebookLayer
 
-__all__ = ["ERRORS", "LEFT", "LOOKUPS", "best_weights", "share_out"]
+__all__ = ["ERRORS", "LEFT", "LOOKUPS", "TOKENS", "best_weights", "share_out"]
 
-ERRORS, LEFT, LOOKUPS = "shares.errors", "shares.left", "shares.lookups"
+ERRORS, LEFT, LOOKUPS, TOKENS = "shares.errors", "shares.left", "shares.lookups", "shares.tokens"
 """Names of the tensors in a codebook: error at two budgets, (H, 2); bytes that these leave, as a share of
 all, (H, 2); of each held-out sequence the share of queries that look something up, and their error, (H,
-n, 2)."""
+n, 2), and its length, (H, n)."""
 RATE, LOST = 0.02, 0.02
 """A head looks things up if in some held-out sequence so many of its queries do, and loses them if their mean
 error is so large."""
 LOOKUP_WEIGHT, LOOKUP_CODES = 2.2, 0.75
 """A head that loses what it looks up takes at least so many times an even part, and so much of it for codes:
 at 5 % of the bytes it reads the codes of all keys."""
+OTHERS = 0.15
+"""Of an even part, what the other heads keep at least where bytes are scarce."""
 _LEAST, _MOST = 0.3, 4.0
 _POWERS = 0.2, 2.5
 
@@ -32,26 +35,70 @@ def share_out(layers: Mapping[int, CodebookLayer]) -> dict[int, CodebookLayer]:
 
     The error of a head is taken for a power of the bytes that it reads after statistics, and the mean error
     over all heads is made as small as it can be. A head that loses what it looks up takes more: a key that is
-    wanted is no matter of means.
+    wanted is no matter of means. Where a budget leaves them too little to see the codes of all keys, they
+    take as much more as that needs of what the others have, but for a rest.
+
+    That is so for every length that was held out. Which heads look things up is another matter at each: at a
+    length it is those that do so in sequences that are no longer.
     """
     found = dict(layers)
-    if not all({ERRORS, LEFT, LOOKUPS} <= layer.extra.keys() for layer in layers.values()):
+    if not all({ERRORS, LEFT, LOOKUPS, TOKENS} <= layer.extra.keys() for layer in layers.values()):
         return found
     errors, left, lookups = (
         np.concatenate([layer.extra[name] for layer in layers.values()]).astype(np.float64)
         for name in (ERRORS, LEFT, LOOKUPS)
     )
+    tokens = next(iter(layers.values())).extra[TOKENS][0]
     powers = _powers(errors, left)
-    asks = ((lookups[..., 0] >= RATE) & (lookups[..., 1] >= LOST)).any(axis=1)
-    weights = best_weights(errors[:, 0], powers, np.where(asks, LOOKUP_WEIGHT, _LEAST))
-    codes = np.where(asks, LOOKUP_CODES, 0.0)
+    losing = (lookups[..., 0] >= RATE) & (lookups[..., 1] >= LOST)
+    lengths = _lengths(tokens)
+    rows: list[tuple[Floats, ...]] = []
+    for length in lengths:
+        asks: NDArray[np.bool_] = np.asarray(losing[:, tokens <= length].any(axis=1))
+        weights = best_weights(errors[:, 0], powers, np.where(asks, LOOKUP_WEIGHT, _LEAST))
+        rows.append((weights, np.where(asks, LOOKUP_CODES, 0.0), *_scarce(weights, asks)))
+    parts = [np.stack(part, axis=-1) for part in zip(*rows, strict=True)]
     start = 0
     for number, layer in layers.items():
         own = slice(start, start + layer.kv_heads)
         start = own.stop
-        shares = {WEIGHTS: weights[own].astype(np.float32), CODES: codes[own].astype(np.float32)}
+        shares = {
+            name: part[own].astype(np.float32)
+            for name, part in zip((WEIGHTS, CODES, SCARCE), parts[:3], strict=True)
+        }
+        for name, part in ((ASKS, parts[3].T.astype(np.float32)), (LENGTHS, np.array(lengths, np.int64))):
+            shares[name] = np.stack([part] * layer.kv_heads)
         found[number] = dataclasses.replace(layer, extra={**layer.extra, **shares})
     return found
+
+
+def _lengths(tokens: Ints) -> list[int]:
+    """Return the lengths of sequences, of those that are alike the longest.
+
+    Examples
+    --------
+    >>> _lengths(np.array([8192, 32768, 30000, 8000]))
+    [8192, 32768]
+    """
+    found: list[int] = []
+    for length in sorted(set(tokens.tolist()), reverse=True):
+        if not found or 2 * length <= found[-1]:
+            found.append(length)
+    return found[::-1]
+
+
+def _scarce(weights: Floats, asks: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Return weights of mean 1 that leave the most to heads that ask, and the least of both that they have.
+
+    Where no head asks, or too many do, that is what they have anyway.
+    """
+    found, ends = weights, (1.0, 1.0)
+    if 0 < asks.mean() < 1:
+        most = (1 - OTHERS * (~asks).mean()) / asks.mean()
+        if most > weights[asks].max():
+            found = np.where(asks, most, weights / weights[~asks].mean() * OTHERS)
+            ends = float(weights[asks].min()), float(most)
+    return found, np.array([*ends, LOOKUP_CODES])
 
 
 def _powers(errors: Floats, left: Floats) -> Floats:

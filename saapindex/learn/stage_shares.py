@@ -13,7 +13,7 @@ from saapindex.learn.evaluation.measures import query_errors
 from saapindex.learn.judging import LOOKUP, freeze
 from saapindex.learn.layer_job import LayerJob
 from saapindex.learn.peers.ladder import Ladder, Learned
-from saapindex.learn.shares import ERRORS, LEFT, LOOKUPS
+from saapindex.learn.shares import ERRORS, LEFT, LOOKUPS, TOKENS
 from saapindex.params import AttendParameters, default_nlist
 
 __all__ = ["LESS", "measure_heads"]
@@ -36,8 +36,8 @@ def measure_heads(job: LayerJob) -> None:
 
     Kept are the mean error of its output at two budgets and the bytes that these leave after statistics, over
     the longer sequences; and of each sequence the share of its queries that look something up, and the mean
-    error of these. From those of all layers `saapindex.learn.shares.share_out` makes what each head takes of
-    a budget. A sequence is served by as many lists as suit its length.
+    error of these, with its length. From those of all layers `saapindex.learn.shares.share_out` makes what
+    each head takes of a budget. A sequence is served by as many lists as suit its length.
     """
     settings = job.settings
     if settings.judge != "error":
@@ -60,6 +60,8 @@ def measure_heads(job: LayerJob) -> None:
         errors = [np.mean([found.errors for found in of_head], axis=0) for of_head in long]
         left = [np.mean([found.left for found in of_head], axis=0) for of_head in long]
         extra[ERRORS], extra[LEFT] = np.array(errors, np.float32), np.array(left, np.float32)
+        tokens = [int(context.key_positions[-1]) + 1 for context in job.held_out]
+        extra[TOKENS] = np.array([tokens] * per, np.int64)
         extra[LOOKUPS] = np.array([[found.lookups for found in of_head] for of_head in heads], np.float32)
 
 

@@ -36,6 +36,12 @@ def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def torch_close(ours, theirs):
+    import torch
+
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("how", ["greedy", "sampled", "beams", "assisted", "padded"])
 def test_generates_at_a_small_budget(how, family, tiny, new_cache, prompts):
     import torch
@@ -230,6 +236,24 @@ def test_a_copy_may_read_more(model, new_cache, prompts):
     with pytest.raises(InvalidInputError, match="params is a float, expected AttendParameters"):
         twin.params = 0.1
     assert twin.params.budget == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [0.6, 1.0])
+def test_an_index_on_a_device_is_that_of_the_host(budget, tiny, new_cache, prompts, cupy):
+    tokens, found = prompts(1, 80).to("cuda"), {}
+    params = AttendParameters(budget=budget, slopes=False, refine=True)
+    model = tiny("Qwen3").to("cuda")
+    try:
+        for device in ("cpu", "cuda"):
+            cache = new_cache("Qwen3", params=params, device=device)
+            read(model, tokens[:, :70], cache)
+            sparse = read(model, tokens[:, 70:], copy.deepcopy(cache), chunk=5)
+            found[device] = sparse, read(model, tokens[:, 70:], cache, sparse=False)
+    finally:
+        model.to("cpu")
+    for one, other in zip(found["cpu"], found["cuda"], strict=True):
+        torch_close(one, other)
 
 
 @pytest.mark.parametrize("left", [-3, -30, 40, 12, 70, -100, 0])

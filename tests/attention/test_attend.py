@@ -119,7 +119,7 @@ def test_codes_and_keys_stay_within_the_budget(filled):
         sizes, long = index.list_sizes, index.list_sizes.sum(axis=2)
         for b, h in np.ndindex(2, 2):
             visited = selection.partitions[b, h][selection.partitions[b, h] >= 0]
-            read = 6 * (2 * 16 + 8) + 2 * 16 * index.codebook.code.coded[h] * 2
+            read = 6 * (2 * 16 + 8) + 2 * (16 + 4) * index.codebook.code.coded[h]
             read += sizes[b, h, visited].sum() * 5 + selection.lengths[b, h] * 2 * 16 * 4
             assert read <= budget * long[b, h] * 2 * 16 * 4
             assert read >= (budget - 0.02) * long[b, h] * 2 * 16 * 4

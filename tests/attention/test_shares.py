@@ -9,9 +9,11 @@ import pytest
 
 from saapindex.attention import AttentionIndex, HeadShares
 from saapindex.attention.limits import reading
+from saapindex.attention.shares import MOST_SEEN
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
 
+ASKS = np.float32([1.5, 1.8, 0.75])
 SHARES = HeadShares(np.float32([0.5, 1.5]), np.float32([0.0, 0.75]))
 SMALL = {"window": 20, "flush": 16, "dense_below": 0, "dtype": "float32"}
 
@@ -34,7 +36,7 @@ def test_the_mean_over_heads_is_the_budget(uneven):
     params = AttendParameters(budget=0.2)
     about = uneven.code, uneven.nlist, 2
     even, own = reading(params, long, *about), reading(params, long, *about, SHARES)
-    fixed = uneven.nlist * (2 * 16 + 8) + 2 * 2 * 16 * uneven.code.coded[[0, 1, 0, 1]]
+    fixed = uneven.nlist * (2 * 16 + 8) + 2 * (16 + 4) * uneven.code.coded[[0, 1, 0, 1]]
     left = 0.2 * long * row - fixed
     np.testing.assert_array_equal(own.left, (left * [0.5, 1.5, 0.5, 1.5]).astype(np.int64))
     assert abs(own.left.sum() - even.left.sum()) <= 4
@@ -45,6 +47,41 @@ def test_the_mean_over_heads_is_the_budget(uneven):
     evenly = reading(AttendParameters(budget=0.2, by_head=False), long, *about, SHARES)
     np.testing.assert_array_equal(evenly.left, even.left)
     np.testing.assert_array_equal(evenly.scan, even.scan)
+
+
+def test_where_bytes_are_scarce_those_that_look_things_up_see_all_codes(uneven):
+    """The mean stays the budget, and nobody takes more than is needed or can be had."""
+    shares = SHARES._replace(scarce=np.float32([0.2, 1.8]), asks=np.float32([1.5, 1.8, 0.75]))
+    long, code = np.array([5000, 5000]), uneven.code
+    ends = []
+    for budget in (0.03, 0.12, 0.125, 0.2, 0.5):
+        params = AttendParameters(budget=budget)
+        even = reading(params, long, code, uneven.nlist, 2)
+        plain = reading(params, long, code, uneven.nlist, 2, SHARES)
+        own = reading(params, long, code, uneven.nlist, 2, shares)
+        if (code.coded == code.coded[0]).all():
+            assert abs(int(own.left.sum()) - int(even.left.sum())) <= 4
+        weight = own.left[1] / even.left[1]
+        ends.append(weight)
+        enough = own.scan[1] >= 5000 - 1
+        assert own.left[1] >= plain.left[1]
+        assert enough or weight > 1.799
+        if plain.scan[1] >= 5000:
+            np.testing.assert_array_equal(own.left, plain.left)
+    assert max(ends) > 1.799
+    assert min(ends) < 1.501
+
+
+def test_in_long_contexts_so_many_codes_are_enough(uneven):
+    """The floor rises with the keys up to a number of them."""
+    shares = SHARES._replace(scarce=np.float32([0.01, 1.99]), asks=np.float32([1.5, 1.99, 0.75]))
+    size, row = uneven.code.nbytes_per_key, 2 * 16 * 2
+    for long in (MOST_SEEN, 2 * MOST_SEEN, 4 * MOST_SEEN):
+        budget = MOST_SEEN * size / 0.75 / 1.75 / (long * row)  # about 1.75 even parts are enough
+        found = reading(
+            AttendParameters(budget=budget), np.full(2, long), uneven.code, uneven.nlist, 2, shares
+        )
+        assert abs(found.scan[1] - MOST_SEEN) <= 1
 
 
 def test_no_head_reads_more_than_all(uneven):
@@ -101,6 +138,10 @@ def test_what_is_refused(make_codebook, uneven, data):
         ),
         (HeadShares(np.float32([1.0, 0.0]), np.float32([0.0, 0.0])), "expected numbers above 0"),
         (HeadShares(np.float32([1.0, 1.0]), np.float32([0.0, 1.0])), r"expected some in \[0, 1\)"),
+        (SHARES._replace(scarce=np.float32([1.0, 1.0])), "given alone, expected both or neither"),
+        (SHARES._replace(scarce=np.float32([0.0, 1.0]), asks=ASKS), "scarce are .* expected numbers above 0"),
+        (SHARES._replace(scarce=SHARES.weights, asks=ASKS[:2]), "asks of the shares are"),
+        (SHARES._replace(scarce=SHARES.weights, asks=ASKS[::-1].copy()), "expected two rising weights"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             dataclasses.replace(make_codebook(), shares=shares)

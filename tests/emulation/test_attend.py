@@ -26,6 +26,7 @@ emulation = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(emulation)
 
 ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
+SCARCE = [0.5, 1.7], [0.0, 0.7], [0.2, 1.8], [0.3, 1.8, 0.7]
 MACROS = "CLUSTER", "THREADS", "CHOOSERS", "STAGES"
 WAYS = [
     {"budget": 0.2},
@@ -59,7 +60,7 @@ class Case:
         queries = near + 0.3 * rng.standard_normal(near.shape)
         book = fit_layer(k[0], queries, nlist, words=words, softcap=softcap, backend="reference")
         if shares is not None:
-            book = dataclasses.replace(book, shares=HeadShares(*np.float32(shares)))
+            book = dataclasses.replace(book, shares=HeadShares(*(np.float32(part) for part in shares)))
         small = {"window": 63, "sinks": 3, "dense_below": 0, "flush": 32, "backend": "reference"}
         self.index = AttentionIndex(book, batch=batch, dtype=dtype, **small)
         self.index.add(k, v)
@@ -100,7 +101,7 @@ class Case:
             reading.refine,
             reading.remainder,
             self.index.codebook.shares is not None,
-            1.0 if self.index.codebook.shares is None else float(self.index.codebook.shares.weights.max()),
+            1.0 if self.index.codebook.shares is None else self.index.codebook.shares.most,
         )
         return params, limits, {"everything": params.budget == 1}
 
@@ -258,7 +259,7 @@ def test_every_way(folder, monkeypatch, cached):
         ((80, 8, 1, 500, 8, 3, "bfloat16", 1), 2, 64, {}),
         ((16, 4, 1, 700, 8, 2, "float32", 1), 2, 128, {"softcap": 5.0}),
         ((16, 2, 2, 700, 8, 1, "float32", 1), 2, 128, {"batch": 2}),
-        ((16, 2, 2, 700, 8, 1, "float32", 1), 2, 128, {"shares": ([0.5, 1.7], [0.0, 0.7])}),
+        ((16, 2, 2, 700, 8, 1, "float32", 1), 2, 128, {"shares": SCARCE}),
     ],
     ids=["odd_group", "several_tokens", "eight_heads", "softcap", "lengths", "shares"],
 )
@@ -280,7 +281,11 @@ def test_shapes_and_types(folder, shape, blocks, threads, options):
         ((80, 8, 1, 500, 8, 3, "bfloat16", 1), (2, 64, 32, 2), {}),
         ((128, 4, 1, 500, 8, 3, "bfloat16", 1), (16, 96, 64, 2), {}),
         ((16, 1, 1, 60, 8, 1, "float16", 1), (4, 64, 32, 2), {}),
-        ((16, 2, 2, 700, 8, 1, "float32", 1), (2, 64, 32, 2), {"shares": ([0.5, 7], [0.0, 0.7])}),
+        (
+            (16, 2, 2, 700, 8, 1, "float32", 1),
+            (2, 64, 32, 2),
+            {"shares": ([0.5, 7], [0.0, 0.7], [0.2, 9], [7, 9, 0.7])},
+        ),
     ],
     ids=[
         "every_way",
@@ -423,7 +428,7 @@ def test_rows_of_any_bits(folder, most, everything):
         ((64, 3, 1, 2000, 16, 3, "float32", 2), 5, {}),
         ((128, 8, 1, 2000, 16, 3, "float32", 1), 132, {}),
         ((16, 1, 1, 900, 8, 1, "float16", 1), 1, {"softcap": 5.0}),
-        ((64, 3, 2, 2000, 16, 3, "bfloat16", 1), 16, {"shares": ([0.5, 1.7], [0.0, 0.7])}),
+        ((64, 3, 2, 2000, 16, 3, "bfloat16", 1), 16, {"shares": SCARCE}),
     ],
     ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else "",
 )

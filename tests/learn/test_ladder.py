@@ -97,7 +97,7 @@ def test_everything_is_read_at_a_large_budget(problem):
     asked = Queries(torch.from_numpy(queries), torch.tensor([N]))
     read = peer.read(asked, 3 * N * peer.context.row)
     assert read.keys.all()
-    statistics = NLIST * (2 * D + 8) + 2 * codebook.code.coded[0] * D * 2
+    statistics = NLIST * (2 * D + 8) + 2 * codebook.code.coded[0] * (D + 4)
     assert float(read.bytes[0]) == statistics + N * (4 * 2 + 1) + N * peer.context.row
 
 

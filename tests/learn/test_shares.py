@@ -18,7 +18,9 @@ from saapindex.learn.shares import (
     LOOKUP_WEIGHT,
     LOOKUPS,
     LOST,
+    OTHERS,
     RATE,
+    TOKENS,
     best_weights,
     share_out,
 )
@@ -103,11 +105,35 @@ def test_heads_that_look_things_up_take_more(codebook):
         number: dataclasses.replace(layer, extra={**layer.extra, LOOKUPS: asks[number]})
         for number, layer in layers.items()
     }
-    found = {number: HeadShares.of(layer.extra) for number, layer in share_out(plain).items()}
+    found = {number: HeadShares.of(layer.extra, 400) for number, layer in share_out(plain).items()}
     assert found[1].weights[1] >= LOOKUP_WEIGHT - 1e-3
     assert found[1].codes.tolist() == [0.0, LOOKUP_CODES]
     assert not found[4].codes.any()
     assert np.concatenate([shares.weights for shares in found.values()]).mean() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_length_has_the_heads_that_look_things_up_in_what_is_no_longer(codebook):
+    """A head that does so in a short sequence also counts at greater lengths, and not the other way round."""
+    plain = {}
+    for number in codebook.layers:
+        extra = dict(codebook.layer(number).extra)
+        extra[TOKENS] = np.array([[400, 100]] * 2, np.int64)
+        extra[LOOKUPS] = np.zeros((2, 2, 2), np.float32)
+        if number == 1:
+            extra[LOOKUPS][0, 0] = extra[LOOKUPS][1, 1] = (
+                0.3  # the first in the long one, the second in the short
+            )
+        plain[number] = dataclasses.replace(codebook.layer(number), extra=extra)
+    layer = share_out(plain)[1]
+    named = {n: (HeadShares.of(layer.extra, n).codes > 0).tolist() for n in (10, 199, 200, 1000)}
+    assert named == {10: [False, True], 199: [False, True], 200: [True, True], 1000: [True, True]}
+    every = [HeadShares.of(layer.extra, 100) for layer in share_out(plain).values()]
+    for name in ("weights", "scarce"):
+        assert np.concatenate([getattr(one, name) for one in every]).mean() == pytest.approx(1, abs=1e-3)
+    least, most, _ = every[0].asks
+    assert every[0].weights[1] == least >= LOOKUP_WEIGHT - 1e-3
+    assert every[0].scarce[1] == most == max(one.scarce.max() for one in every)
+    assert most == pytest.approx(4 - 3 * OTHERS)
 
 
 def test_without_the_measurement_all_take_the_same(folder, codebook, by_error):

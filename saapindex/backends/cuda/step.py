@@ -37,7 +37,7 @@ _POINTERS = (
     "lengths", "first", "near_keys", "near_values", "keys", "values", "codes", "exponents", "ids",
     "pages", "labels", "orders", "counts", "sizes", "anchors", "anchor_scales", "means", "mean_scales",
     "squares", "inverse", "steps", "base", "spread", "distortion", "coded", "slots", "chunks", "quads",
-    "weights", "least_codes",
+    "weights", "least_codes", "scarce", "asks",
     "queries", "positions", "out", "lse", "bits", "dots", "rotated", "estimates", "masses", "visited",
     "bins", "kept", "rows", "histogram", "candidates", "counters", "partial",
     "new_keys", "new_values", "moved", "tickets", "stamps",
@@ -82,6 +82,9 @@ class DeviceCode(NamedTuple):
         in the four bytes of a word.
     weights, least_codes
         (H,) float32: what each head takes of a budget, and which part of it goes to codes at least.
+    scarce, asks
+        (H,) and (3,) float32: what each head takes where bytes are scarce, and when they are; see
+        `saapindex.attention.shares.HeadShares`.
     """
 
     inverse: Array
@@ -95,9 +98,11 @@ class DeviceCode(NamedTuple):
     quads: Array
     weights: Array
     least_codes: Array
+    scarce: Array
+    asks: Array
 
     @classmethod
-    def of(cls, code: Code, coded: Any, xp: Any, shares: tuple[Any, Any] | None = None) -> DeviceCode:
+    def of(cls, code: Code, coded: Any, xp: Any, shares: tuple[Any, ...] | None = None) -> DeviceCode:
         """Return a code of the host, and the shares of its heads, in arrays of `xp`."""
         most = 32 * code.widths.shape[1]
         rows, (steps, spread, distortion) = (
@@ -111,8 +116,10 @@ class DeviceCode(NamedTuple):
         plan = (np.stack([one[i] for one in plans]) for i in range(3))
         whole = [np.ascontiguousarray(array, np.int32) for array in (coded, *plan)]
         heads = len(code.base)
-        even = np.ones(heads), np.zeros(heads)
-        own = [np.ascontiguousarray(array, np.float32) for array in (even if shares is None else shares)]
+        given = (np.ones(heads), np.zeros(heads), None, None) if shares is None else shares
+        weights, least, scarce, asks = given
+        scarce, asks = (weights, np.ones(3)) if scarce is None else (scarce, asks)
+        own = [np.ascontiguousarray(array, np.float32) for array in (weights, least, scarce, asks)]
         return cls(*(xp.asarray(array) for array in (*floats, *whole, *own)))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from saapindex.attention import LayerCodebook
-from saapindex.attention.limits import MATRIX_ELEMENT
+from saapindex.attention.limits import MATRIX_EXTRA
 from saapindex.codebook import Codebook
 from saapindex.codes import TransformCode, fit_codes
 from saapindex.codes.slopes import SLOPE_KEYS, fit_slopes
@@ -208,7 +208,8 @@ class Ladder(Peer):
         total = torch.logsumexp(lists, -1, keepdim=True)
         ranked = self._pooled(means - total).masked_fill(empty, -torch.inf)
         fixed = float(len(self._anchors) * (2 * context.keys.shape[1] + _LIST_EXTRA))
-        fixed += float(code.inverse.numel() * MATRIX_ELEMENT * (1 + (self.slopes and self.remainder)))
+        d, coded = code.inverse.shape
+        fixed += float((d + MATRIX_EXTRA) * coded * (1 + (self.slopes and self.remainder)))
         if not self.refine:
             for budget in budgets:
                 count = affordable(budget - fixed, context.row)
