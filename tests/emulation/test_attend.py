@@ -303,7 +303,8 @@ def test_whole_lists(folder, shape, launch, options):
     ways = [way for way in WAYS if way.get("refine") is not False and way.get("budget") != 1]
     ways = [way for way in ways if way.get("policy") != "union" and (shape[1] > 1 or "policy" not in way)]
     case.compare_whole(folder, Shape(*launch), ways if shape[0] == 16 else ways[:3])
-    case.compare_whole(folder, Shape(*launch), ways[:1], FIRST=0)  # as if there were many lists
+    if shape[-2] == "float32":  # as if there were many lists
+        case.compare_whole(folder, Shape(*launch), ways[:1], FIRST=0)
 
 
 def test_equal_ranks(folder):
@@ -311,15 +312,15 @@ def test_equal_ranks(folder):
     case = Case(16, 2, 2, 900, 17, 1, "float32", 1)
     case.q[:] = 0
     for room in (1, 17):
-        ways = [{"budget": 0.2}, {"budget": 0.5, "remainder": False}, {"nprobe": 3}, {"top_p": 0.6}]
-        case.compare_whole(folder, Shape(3, 64, 32, 2), ways, OWN=room)
+        ways = [{"budget": 0.2}, {"nprobe": 3}, {"top_p": 0.6}]
+        case.compare_whole(folder, Shape(2, 64, 32, 2), ways, OWN=room)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_queries_that_are_no_numbers(folder, value):
     """The blocks of a cluster wait for each other: they must agree whatever a query holds."""
     case = Case(16, 2, 2, 900, 17, 1, "float32", 1)
-    case.compare_whole(folder, Shape(3, 64, 32, 2), [{"budget": 0.2}, {"top_p": 0.6}], holds=value)
+    case.compare_whole(folder, Shape(2, 64, 32, 2), [{"budget": 0.2}, {"top_p": 0.6}], holds=value)
 
 
 @pytest.mark.parametrize(("n", "near"), [(900, True), (900, False), (60, True)])
