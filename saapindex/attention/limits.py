@@ -58,7 +58,7 @@ def reading(
     >>> code = fit_codes(np.random.default_rng(0).standard_normal((1, 200, 64)), np.eye(64)[None], words=3)
     >>> found = reading(AttendParameters(budget=0.05), np.array([30_000]), code, nlist=128, element=2)
     >>> found.scan.tolist(), found.keep(found.scan[:, None]).tolist()
-    ([10775], [[820]])
+    ([11011], [[838]])
     """
     d, row = code.d, 2 * code.d * element
     matrices = 2 if params.remainder and params.slopes is not False else 1

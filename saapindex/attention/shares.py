@@ -46,7 +46,7 @@ class HeadShares(NamedTuple):
     ([80.0, 150.0], [0.4, 0.75])
     >>> shares = shares._replace(scarce=np.float32([0.2, 1.8]), asks=np.float32([1.2, 1.8, 0.75]))
     >>> shares.apply(np.array([50, 50]), np.array([150, 150]), np.array([60, 60]), 0.4)[0].round(2).tolist()
-    [20.0, 95.0]
+    [20.0, 93.33]
     """
 
     weights: NDArray[np.float32]
