@@ -175,12 +175,10 @@ class AttentionIndex(AttentionStore):
         """Add, when all that is given is known to be right, and attend."""
         if self._device is not None and self._batch is not None:
             with self._current(k):
-                looks, dtype = self._looks(k), str(self._dtype)
-                keys = self._stored(k, "k", None, dtype, looks)
-                values = self._stored(v, "v", keys.shape[2], dtype, looks)
+                new = self._new(k, v, str(self._dtype))
                 if self._batch.known:
-                    self._check_end(self._batch.lengths + keys.shape[2])
-            return self._attend_on_device(q, wanted, positions, near, (keys, values, looks))
+                    self._check_end(self._batch.lengths + new[0].shape[2])
+            return self._attend_on_device(q, wanted, positions, near, new)
         x, _ = self._grouped(q)
         if positions is not None:
             integers(positions, "positions", (self.batch, x.shape[1]))

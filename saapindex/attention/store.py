@@ -256,9 +256,7 @@ class AttentionStore:
         """
         dtype = self._dtype or element_type(k, "k")
         with self._current(k):
-            looks = self._looks(k)
-            keys = self._stored(k, "k", None, dtype, looks)
-            values = self._stored(v, "v", keys.shape[2], dtype, looks)
+            keys, values, looks = self._new(k, v, dtype)
             wanted = self._wanted(keys.shape[2], lengths, mask)
             batch = self._start(dtype)
             if batch.known:
@@ -267,6 +265,12 @@ class AttentionStore:
             self._batch, self._dtype = batch.added(keys, values, wanted, *later), dtype
             if self._model is None and type(k).__module__.partition(".")[0] == "torch":
                 self._model = k.new_empty(0) if device_of(k) == self._device is not None else None
+
+    def _new(self, k: ArrayLike, v: ArrayLike, dtype: str) -> tuple[Any, Any, Any]:
+        """Return new keys and values as the index stores them, and what finds out whether they are finite."""
+        looks = self._looks(k)
+        keys = self._stored(k, "k", None, dtype, looks)
+        return keys, self._stored(v, "v", keys.shape[2], dtype, looks), looks
 
     def _looks(self, k: ArrayLike) -> Any:
         """Return what finds out whether new keys and values are finite; None where they are not looked at."""

@@ -1,9 +1,9 @@
 // Append keys and values to the ring of each stream and, where a flush is due, move the oldest into lists.
 //
 // One launch for any number of new keys. Without a flush a block copies its rows and leaves (or just leaves, where a step
-// of attention adds the token itself). With one, all blocks
-// of the grid go through the phases below, with a barrier of the grid between them; so there may be no more blocks
-// than fit on the device at once. Whether a flush is due is decided here, from counters on the device.
+// of attention adds the token itself). With one, all blocks of the grid go through the phases below, with a barrier of the
+// grid between them; so there may be no more blocks than fit on the device at once. Whether a flush is due is decided
+// here, from counters on the device.
 //
 // A flush must be the same as in saapindex/attention/table.py: `Table.entered`. Sums are formed in double precision
 // in an order that does not depend on the schedule, so a flush gives the same bits each time it is run.

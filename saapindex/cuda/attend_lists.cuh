@@ -38,6 +38,11 @@ __device__ __forceinline__ int list_weight(const Step& p, float weight, int size
     return p.top_p > 0.f ? (int)(fminf(weight * (float)size, (float)G) * ((float)(1 << 30) / G)) : size;
 }
 
+// The same, from the rank of a list.
+__device__ __forceinline__ int rank_weight(const Step& p, float rank, int size) {
+    return list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size);
+}
+
 // What the lists that are visited may count: after all have written to the histogram.
 __device__ __forceinline__ int limit_of(const Step& p, Shared& s) {
     meet_choosers();

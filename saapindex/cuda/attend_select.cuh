@@ -239,9 +239,6 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, Lists& lists
     const int limit = limit_of(p, s);
     find_bin(s, limit);
     const int boundary = s.boundary, reached = s.reached;
-    const auto weight_of = [&](float rank, int size) {
-        return list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size);
-    };
 #pragma unroll TOGETHER
     for (int list = threadIdx.x; list < p.lists; list += CHOOSERS) {
         const float rank = lists.rank(list);
@@ -250,7 +247,7 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, Lists& lists
             if (own < OWN) {
                 s.rows[own] = list;
                 s.rows[OWN + own] = __float_as_int(rank);
-                s.rows[2 * OWN + own] = weight_of(rank, lists.size(list));
+                s.rows[2 * OWN + own] = rank_weight(p, rank, lists.size(list));
             }
         }
     }
@@ -290,9 +287,9 @@ __device__ __forceinline__ void cut_lists(const Step& p, Shared& s, Lists& lists
             for (int j = 0; j < p.lists; ++j) {
                 const float other = lists.rank(j);
                 if (other > -INFINITE && bin_of_weight(other) == boundary && (other > rank || (other == rank && j < list)))
-                    before += weight_of(other, lists.size(j));
+                    before += rank_weight(p, other, lists.size(j));
             }
-            look(list, rank, weight_of(rank, lists.size(list)), before);
+            look(list, rank, rank_weight(p, rank, lists.size(list)), before);
         }
     }
     if (first) atomicMax(&s.cut, first);

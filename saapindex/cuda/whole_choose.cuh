@@ -140,9 +140,6 @@ __device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int head)
 #define NONE -1
 
 __device__ __forceinline__ int pages_of(int keys) { return (keys + LANES - 1) / LANES; }
-__device__ __forceinline__ int weight_of(const Step& p, float rank, int size) {
-    return list_weight(p, p.by_mass ? __fdividef(rank, (float)size) : rank, size);
-}
 
 // Of lists that count from `before` on: how many keys are visited.
 __device__ __forceinline__ int keys_visited(const Step& p, int limit, int before, int weight, int size) {
@@ -167,9 +164,9 @@ __device__ __noinline__ int decide_of_many(const Step& p, Shared& s, int limit, 
 #pragma unroll 1
         for (int j = 0; j < p.lists; ++j) {
             const float other = __int_as_float(table[j].x);
-            if (other > rank || (other == rank && j < list)) before += weight_of(p, other, table[j].y);
+            if (other > rank || (other == rank && j < list)) before += rank_weight(p, other, table[j].y);
         }
-        const int visit = keys_visited(p, limit, before, weight_of(p, rank, table[list].y), table[list].y);
+        const int visit = keys_visited(p, limit, before, rank_weight(p, rank, table[list].y), table[list].y);
         const u64 place = (u64)__float_as_uint(rank) << 32 | (u32)~list;
         if (visit < table[list].y && place > first) first = place, left = visit;
     }
@@ -220,8 +217,8 @@ __device__ __forceinline__ int select(
 #pragma unroll 4
     for (int i = threadIdx.x; i < pairs; i += CHOOSERS) {
         const int4 x = two[i];
-        if (x.y) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.x)), weight_of(p, __int_as_float(x.x), x.y));
-        if (x.w) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.z)), weight_of(p, __int_as_float(x.z), x.w));
+        if (x.y) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.x)), rank_weight(p, __int_as_float(x.x), x.y));
+        if (x.w) atomicAdd(s.histogram + bin_of_weight(__int_as_float(x.z)), rank_weight(p, __int_as_float(x.z), x.w));
     }
     const int limit = limit_of(p, s);
     find_bin(s, limit);
@@ -252,7 +249,7 @@ __device__ __forceinline__ int select(
             const int own = atomicAdd(&s.owned, 1), rank = table[list].x, size = table[list].y;
             if (own >= OWN) continue;
             s.rows[own] = list, s.rows[OWN + own] = rank, s.rows[3 * OWN + own] = size;
-            s.rows[2 * OWN + own] = weight_of(p, __int_as_float(rank), size);
+            s.rows[2 * OWN + own] = rank_weight(p, __int_as_float(rank), size);
         }
     }
     meet_choosers();
