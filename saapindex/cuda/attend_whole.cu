@@ -23,12 +23,14 @@
 #define CHOOSING (CHOOSERS / WARP)      // warps that do
 #define ATTENDING (WARPS - CHOOSING)
 #define SLICE (((G * D / 4 + CLUSTER - 1) / CLUSTER) * 4)  // numbers of the output that each block merges
-#define PER ((D <= 128 ? 2 : 1))        // lists of a thread whose sizes it asks for at once
 #define ROOM (ATTENDING * TILE_BYTES * (STAGES - 1) / D / 8 * 8)  // lists whose anchors fit where the last stage is
 #ifndef FIRST
 #define FIRST 256  // lists of a block from which on these come before near keys, of which large clusters have few
 #endif
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
+#ifndef ROUNDS
+#define ROUNDS 11  // pages that each block gets before some get another
+#endif
 #ifndef OWN
 #define OWN 512
 #endif
@@ -175,16 +177,12 @@ attend_whole(const __grid_constant__ Step p) {
             if (bytes) fetch_many(anchors, p.anchors + row * D, bytes, &s.exchanges[ANCHORS]);
         }
 #pragma unroll 1
-        for (int list = thread; list < own; list += CHOOSERS) copy_4(scales + list, p.anchor_scales + row + list);
-        commit_copies();
-        int first_sizes[PER];
-        float first_squares[PER];
-#pragma unroll
-        for (int k = 0; k < PER; ++k) {
-            const int list = thread + k * CHOOSERS;
-            first_sizes[k] = list < own ? p.sizes[row + list] : 0;
-            first_squares[k] = list < own ? p.squares[row + list] : 0.f;
+        for (int list = thread; list < own; list += CHOOSERS) {
+            copy_4(scales + list, p.anchor_scales + row + list);
+            copy_4(&sent[list].x, p.sizes + row + list);
+            copy_4(&sent[list].y, p.squares + row + list);
         }
+        commit_copies();
         load_queries(p, s, unit);
         if (thread == 0) {
             expect(&s.exchanges[SECOND], CLUSTER * G * 4);
@@ -226,12 +224,12 @@ attend_whole(const __grid_constant__ Step p) {
         meet_choosers();
         if (thread == 0) expect(&s.exchanges[ROUTED], 0);
         STAMP(2);
-        find_norms(p, s, row, own, rank, first_sizes, first_squares, logits, sizes);
+        find_norms(p, s, own, rank, sent, logits, sizes);
         STAMP(3);
         const int total = select(p, s, rank, first_list, own, logits, sizes, table, sent);
         STAMP(4);
         if (thread == 0) {
-            s.dealt = (total - rank + CLUSTER - 1) / CLUSTER;
+            s.dealt = dealt_to(rank, total);
             expect(&s.exchanges[PAGE], s.dealt * 4);
         }
         deal_pages(p, s, unit, rank, count, some, table, pages);

@@ -76,19 +76,21 @@ __device__ __forceinline__ void send_seconds(const Step& p, Shared& s, int head,
 
 // Logits of this block's lists, and the norms of all lists.
 __device__ __forceinline__ void find_norms(
-    const Step& p, Shared& s, i64 row, int own, int rank, const int* first_sizes, const float* first_squares, float* logits, int* sizes
+    const Step& p, Shared& s, int own, int rank, const int2* sizes_and_squares, float* logits, int* sizes
 ) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float peak[G], sum[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) peak[g] = -INFINITE, sum[g] = 0.f;
-    const auto add = [&](int i, int size, float squares) {
-        sizes[i] = size;
-        if (!size) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < own; i += CHOOSERS) {
+        const int2 of_list = sizes_and_squares[i];
+        const int size = sizes[i] = of_list.x;
+        if (!size) continue;
         Group group;
 #pragma unroll
         for (int g = 0; g < G; ++g) group.x[g] = logits[i * G + g];
-        group = corrected(p, s, group, squares, size);
+        group = corrected(p, s, group, __int_as_float(of_list.y), size);
 #pragma unroll
         for (int g = 0; g < G; ++g) {
             logits[i * G + g] = group.x[g];
@@ -96,12 +98,7 @@ __device__ __forceinline__ void find_norms(
             sum[g] = sum[g] * exponential(peak[g] - top) + (float)size * exponential(group.x[g] - top);
             peak[g] = top;
         }
-    };
-#pragma unroll
-    for (int k = 0; k < PER; ++k)
-        if (threadIdx.x + k * CHOOSERS < own) add(threadIdx.x + k * CHOOSERS, first_sizes[k], first_squares[k]);
-#pragma unroll 1
-    for (int i = threadIdx.x + PER * CHOOSERS; i < own; i += CHOOSERS) add(i, p.sizes[row + i], p.squares[row + i]);
+    }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         const float top = warp_max(peak[g]);
@@ -135,9 +132,10 @@ __device__ __noinline__ int keys_to_visit(const Step& p, int in_lists, int head)
     return (int)fmin((double)(left / p.row_bytes), 2147483647.);
 }
 
-// What stands in the place of a rank when it is known that a list is visited whole, or not: no numbers.
-#define WHOLE 0x7fffffff
-#define NONE -1
+// What stands in the place of a rank when it is known how much of a list is visited: not a number above -infinity, but
+// how many pages its thread's lists before it have.
+#define DECIDED 0xff800000u
+__device__ __forceinline__ int decided(int pages) { return (int)(DECIDED | (u32)pages); }
 
 __device__ __forceinline__ int pages_of(int keys) { return (keys + LANES - 1) / LANES; }
 
@@ -152,10 +150,10 @@ __device__ __forceinline__ int keys_visited(const Step& p, int limit, int before
     for (int list = 2 * threadIdx.x; list < p.lists; list += list % 2 ? 2 * CHOOSERS - 1 : 1)
 
 // Decide about the lists in the bin of the cut where there is no room to note them: nearly all ranks are the same. Of
-// the lists that stay ranked each thread decides about its own, and adds up their pages.
-__device__ __noinline__ int decide_of_many(const Step& p, Shared& s, int limit, int2* table) {
+// the lists that stay ranked each thread decides about its own, and adds their pages to what it has.
+__device__ __noinline__ int decide_of_many(const Step& p, Shared& s, int limit, int2* table, int pages) {
     u64 first = 0;  // rank and number of the first list that is not visited whole
-    int left = 0, pages = 0;
+    int left = 0;
 #pragma unroll 1
     FOR_OWN_LISTS {
         const float rank = __int_as_float(table[list].x);
@@ -180,17 +178,20 @@ __device__ __noinline__ int decide_of_many(const Step& p, Shared& s, int limit, 
         const float rank = __int_as_float(table[list].x);
         if (!(rank > -INFINITE)) continue;
         const u64 place = (u64)__float_as_uint(rank) << 32 | (u32)~list;
-        if (place == cut) table[list].y = left;
-        table[list].x = place >= cut ? WHOLE : NONE;
-        pages += place >= cut ? pages_of(table[list].y) : 0;
+        if (place <= cut) table[list].y = place == cut ? left : 0;
+        table[list].x = decided(pages);
+        pages += pages_of(table[list].y);
     }
     meet_choosers();
     return pages;
 }
 
+// Of the lists of each thread: how many pages the threads before it have.
+__device__ __forceinline__ int* pages_before(Shared& s) { return s.histogram; }
+
 // Tell all blocks the ranks of this block's lists; when all have come, cut their order. Returns how many pages all
-// blocks fetch; `table`, first ranks and sizes, then says how many of them come before each list, and how many keys of
-// the list are visited.
+// blocks fetch; `table`, first ranks and sizes, then says how many of them come before each list, after those of the
+// threads before, and how many keys of the list are visited.
 __device__ __forceinline__ int select(
     const Step& p, Shared& s, int rank, int first, int own, const float* logits, const int* sizes, int2* table,
     int2* sent  // stays as it is sent, while `table` changes
@@ -224,11 +225,12 @@ __device__ __forceinline__ int select(
     find_bin(s, limit);
     const int boundary = s.boundary;
     int pages = 0;
-    const auto decide = [&](int& rank, int size) {
+    const auto decide = [&](int& rank, int& size) {
         const int bin = size ? bin_of_weight(__int_as_float(rank)) : -2;
         if (bin == boundary) return 1u;
-        pages += bin > boundary ? pages_of(size) : 0;
-        rank = bin > boundary ? WHOLE : NONE;
+        rank = decided(pages);
+        size = bin > boundary ? size : 0;
+        pages += pages_of(size);
         return 0u;
     };
     // Lists in the bin of the cut are noted afterwards: few of a warp's, which would hold up all others one by one.
@@ -254,31 +256,12 @@ __device__ __forceinline__ int select(
     }
     meet_choosers();
     const int owned = s.owned;
-    if (owned > OWN) pages += decide_of_many(p, s, limit, table);
+    if (owned > OWN) pages = decide_of_many(p, s, limit, table, pages);
     // Thread by thread, the pages of lists make up a row that is dealt out to the blocks.
-    int before = sum_before(s, pages);
+    const int before = sum_before(s, pages);
     const int lane = threadIdx.x % WARP, certain = warp_sum_int(lane < CHOOSING ? ((int*)s.reduced)[lane] : 0);
-    const auto place = [&](int& rank, int& size) {
-        if (rank != WHOLE && rank != NONE) return;
-        const int visit = rank == WHOLE ? size : 0;
-        rank = before, size = visit;
-        before += pages_of(visit);
-    };
     if (threadIdx.x == 0) s.total = certain;
-    if (owned > OWN) {
-#pragma unroll 1
-        FOR_OWN_LISTS place(table[list].x, table[list].y);
-    } else {
-#pragma unroll 2
-        for (int i = threadIdx.x; i < pairs; i += CHOOSERS) {
-            int4 x = two[i];
-            const bool first = x.x == WHOLE || x.x == NONE, second = x.z == WHOLE || x.z == NONE;
-            place(x.x, x.y);
-            place(x.z, x.w);
-            if (first) table[2 * i] = make_int2(x.x, x.y);
-            if (second) table[2 * i + 1] = make_int2(x.z, x.w);
-        }
-    }
+    pages_before(s)[threadIdx.x] = before;
     meet_choosers();
     if (owned > OWN) return certain;
     // In the bin of the cut, lists come one after another, those of equal rank in their own order: eight lanes look at
@@ -301,13 +284,32 @@ __device__ __forceinline__ int select(
         }
         const int size = s.rows[3 * OWN + i], visit = keys_visited(p, limit, s.reached + weights, s.rows[2 * OWN + i], size);
         if (at < owned && threadIdx.x % 8 == 0) {
-            table[list] = make_int2(certain + come, visit);
+            table[list] = make_int2(decided(certain + come - pages_before(s)[list / 2 % CHOOSERS]), visit);
             if (visit) atomicMax(&s.total, certain + come + pages_of(visit));
         }
     }
     meet_choosers();
     return s.total;
 }
+
+// The block that the page of an index goes to, where it stands there, and how many of `total` pages a block gets. Four of the
+// eight blocks of a cluster are on multiprocessors that share their way to memory with each other (a CPC of an H100 has
+// six, and clusters are spread over three), the other four do with one: these get a page more for every ROUNDS.
+#if CLUSTER == 8
+#define PERIOD (8 * ROUNDS + 4)
+__device__ __forceinline__ bool gets_more(int rank) { return (rank + 2) / 4 == 1; }
+__device__ __forceinline__ int2 place_of(int index) {
+    const int turn = index / PERIOD, i = index % PERIOD, rank = i < 8 * ROUNDS ? i % 8 : i - 8 * ROUNDS + 2;
+    return make_int2(rank, turn * (ROUNDS + gets_more(rank)) + i / 8);
+}
+__device__ __forceinline__ int dealt_to(int rank, int total) {
+    const int turn = total / PERIOD, i = total % PERIOD;
+    return turn * (ROUNDS + gets_more(rank)) + (min(i, 8 * ROUNDS) - rank + 7) / 8 + (gets_more(rank) && i - 8 * ROUNDS > rank - 2);
+}
+#else
+__device__ __forceinline__ int2 place_of(int index) { return make_int2(index % CLUSTER, index / CLUSTER); }
+__device__ __forceinline__ int dealt_to(int rank, int total) { return (total - rank + CLUSTER - 1) / CLUSTER; }
+#endif
 
 // Deal out the pages of visited lists: a block looks through its share of all pages of the stream, of which the first
 // are at hand. A page is told as its place in the pool and, in the lowest five bits, how many of its keys are fetched.
@@ -323,9 +325,11 @@ __device__ __forceinline__ void deal_pages(
         for (int k = 0; k < PAGES_AHEAD; ++k) {
             if (start + k * step >= count) break;
             const int2 list = table[some.labels[k] >> 5];
-            const int keys = min(some.labels[k] & 31, list.y - some.orders[k] * LANES), index = list.x + some.orders[k];
-            if (keys > 0)
-                send_4(pages + index / CLUSTER, index % CLUSTER, (u32)(some.places[k] << 5 | keys), &s.exchanges[PAGE]);
+            const int keys = min(some.labels[k] & 31, list.y - some.orders[k] * LANES);
+            if (keys <= 0) continue;
+            const int index = list.x - (int)DECIDED + pages_before(s)[some.labels[k] / 64 % CHOOSERS] + some.orders[k];
+            const int2 place = place_of(index);
+            send_4(pages + place.y, place.x, (u32)(some.places[k] << 5 | keys), &s.exchanges[PAGE]);
         }
         some = next;
     }

@@ -276,7 +276,7 @@ def test_shapes_and_types(folder, shape, blocks, threads, options):
     [
         ((16, 2, 2, 900, 8, 1, "float32", 1), (2, 128, 64, 2), {}),
         ((64, 3, 1, 900, 17, 3, "float16", 1), (3, 96, 32, 3), {}),
-        ((32, 4, 1, 700, 8, 2, "float32", 1), (5, 64, 32, 2), {"softcap": 5.0}),
+        ((32, 4, 1, 700, 8, 2, "float32", 1), (8, 64, 32, 2), {"softcap": 5.0}),
         ((16, 2, 2, 700, 8, 1, "float32", 1), (1, 128, 64, 2), {"batch": 2}),
         ((80, 8, 1, 500, 8, 3, "bfloat16", 1), (2, 64, 32, 2), {}),
         ((128, 4, 1, 500, 8, 3, "bfloat16", 1), (16, 96, 64, 2), {}),
@@ -304,7 +304,7 @@ def test_whole_lists(folder, shape, launch, options):
     ways = [way for way in ways if way.get("policy") != "union" and (shape[1] > 1 or "policy" not in way)]
     case.compare_whole(folder, Shape(*launch), ways if shape[0] == 16 else ways[:3])
     if shape[-2] == "float32":  # as if there were many lists
-        case.compare_whole(folder, Shape(*launch), ways[:1], FIRST=0)
+        case.compare_whole(folder, Shape(*launch), ways[:1], FIRST=0, ROUNDS=1)
 
 
 def test_equal_ranks(folder):

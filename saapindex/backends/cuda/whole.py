@@ -18,8 +18,9 @@ Array = Any  # cupy.ndarray
 # Blocks of a cluster, and how many of 132 multiprocessors do not fit into such clusters: those of an H100
 # come in groups of different sizes.
 _CLUSTERS = ((16, 20), (8, 12), (4, 12), (2, 0))
-# Lists in the bin of a cut, as in cuda/attend_whole.cu.
-_OWN = 512
+# Lists in the bin of a cut, and pages that each of eight blocks gets before some get another, as in
+# cuda/attend_whole.cu.
+_OWN, _ROUNDS = 512, 11
 # Warps that choose and that attend, as many as there are registers and shared memory for.
 _WARPS = tuple((8, attending) for attending in (8, 7, 6, 5, 4, 3, 2))
 _FEW_WARPS = tuple((4, attending) for attending in (4, 3, 2))
@@ -77,7 +78,9 @@ def whole_shared(
     )
     tile = 32 * (16 * steps * itemsize + 16)
     tiles = max(attending * shape.stages * tile, 4 * warps * group * (d + 4))
-    return fixed + tiles + 16 * pairs + 4 * own * (group + 3) + 16 + 4 * -(-fetched // cluster) + 16
+    even, some = -(-fetched // cluster), -(-fetched // (8 * _ROUNDS + 4)) * (_ROUNDS + 1)
+    dealt = some if cluster == 8 else even
+    return fixed + tiles + 16 * pairs + 4 * own * (group + 3) + 16 + 4 * dealt + 16
 
 
 def most_fetched(limits: Limits, lists: int, most_pages: int) -> int:
