@@ -166,6 +166,12 @@ def steps(book: LayerCodebook, dtype: str, context: int) -> dict[str, Any]:
             target.copy_(source[:, :, FLUSH * i : FLUSH * (i + 1)])
         flushes.append(elapsed(large.replay))
     renewed = float((coded != streams.coded).sum()) / len(flushes)
+    pieces = [[x[:, :, FLUSH * i : FLUSH * (i + 1)].contiguous() for x in (more, values)] for i in range(8)]
+    several = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(several):
+        for piece in pieces:
+            index.add(*piece)
+    in_a_row = [elapsed(several.replay) / len(pieces) for _ in range(4)]
     pairs = torch.cuda.CUDAGraph()
     with torch.cuda.graph(pairs):
         for _ in range(20):
@@ -183,6 +189,7 @@ def steps(book: LayerCodebook, dtype: str, context: int) -> dict[str, Any]:
         "another kernel in a graph of one": float(np.median(empty)),
         "token with a flush of 256": times[-2:],
         "256 tokens with a flush of 256": [round(x, 1) for x in sorted(flushes)],
+        "256 tokens with a flush of 256, one of 8 in a graph": [round(x, 1) for x in sorted(in_a_row)],
         "lists coded anew in a flush (mean)": renewed,
         "phases (assign, sort, keys and codes, values and lists coded anew, end)": phases,
     }

@@ -13,6 +13,7 @@ from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.streams import as_host, kept_near
 from saapindex.backends.base import LANES, Ints
 from saapindex.backends.cuda.append import (
+    COUNTERS,
     STATUS,
     AppendRules,
     AppendSpace,
@@ -53,7 +54,7 @@ class DeviceArrays:
         xp = keeping.xp
         self.keeping, self.centroids = keeping, centroids
         self._own = {name: array for name, array in streams._asdict().items() if name not in POOLED}
-        self._counters = xp.zeros(6, np.int32)
+        self._counters = xp.zeros(COUNTERS, np.int32)
         self._tickets = xp.zeros(len(centroids), np.uint32)
         self._known: tuple[Ints, Ints] | None = None
         self._captured_once = False

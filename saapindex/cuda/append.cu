@@ -22,14 +22,16 @@
 #define AHEAD (WORDS > 4 ? 2 : WORDS > 2 ? 4 : 8)   // rows that a warp has in flight
 #define KEYS 64                                     // of a tile of the assignment
 #define LISTS (WARPS * 32)
-#define PITCH ((D + 15) / 16 % 2 ? (D + 15) / 16 * 16 : (D + 15) / 16 * 16 + 16)  // keeps rows on different banks
-#define TILES 12                                    // of 8 fields of a code, that a warp multiplies at once
+#define DEEP_KEY ((D + 15) / 16 * 16)               // dimensions of a key, with those that fill a product
+#define PITCH (2 * DEEP_KEY + 16)                   // of two rows; keeps them on different banks
+#define FORMS_AHEAD 4                               // products of the assignment whose lists are asked for before
 #define SLABS ((D + 31) / 32)                       // of 32 dimensions of the forward matrix
 #define FORWARD_BYTES ((D <= 128 ? 64 : 56) << 10)  // of it, that are held in shared memory at once
 #define LISTS_EACH 4                                // of a thread that places keys
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
 #define MOVING ((D + 63) / 64 * 16 * THREADS + 8 * WINDOW + 16)  // bytes that a block moves a list with
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
+#define WALK 3                                      // pages of a list that are found one after another
 #define TINY 1e-30f
 
 #include "halves.cuh"
@@ -38,6 +40,8 @@
 #include "append_sort.cuh"
 #include "append_move.cuh"
 #include "append_codes.cuh"
+#include "append_enter.cuh"
+#include "append_pages.cuh"
 
 // Copy the new keys that stay near into the ring, as warp `w` of `n`.
 __device__ void store_near(const State& a, const Plan* plans, int w, int n) {
@@ -101,6 +105,9 @@ __device__ __forceinline__ void append_to(const State& a, u8* memory) {
     STAMP(0);
     if (due) {
         u32 target = blocks;
+        int again = 0;  // whether places in the ring that keys leave are taken by new ones
+        for (int b = 0; b < a.batch; ++b) again |= plans[b].now - plans[b].first > a.ring;
+        ask_for_later(a, plans, stream_of_block(streams, blocks));
         if (BLOCKS == 1 && !a.labels_in) {
             const int columns = (a.lists + LISTS - 1) / LISTS;
             int skip = blockIdx.x;  // tiles until the next one of this block
@@ -117,48 +124,57 @@ __device__ __forceinline__ void append_to(const State& a, u8* memory) {
         STAMP(1);
         for (int s = blockIdx.x; s < streams; s += blocks)
             if (plans[s / a.heads].until > plans[s / a.heads].first) place(a, plans[s / a.heads], s, rest);
-        grid_barrier(a, target);
+        come(a);
+        // Perhaps of the head that this block encodes keys of.
+        int held = stream_of_block(streams, blocks) % a.heads * SLABS;
+        uint4* forward = (uint4*)(rest + MOVING);
+        ask_forward(a, held / SLABS, 0, forward);
+        wait_for(a, target);
         target += blocks;
 
         STAMP(2);
+        Room& room = *(Room*)rest;
+        const Task first = a.heavy[min((int)blockIdx.x, streams * min(a.most, a.lists) - 1)];  // if there are so many
         const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
+        Amount amount = amount_of(a, plans, streams, false);
         for (int i = blockIdx.x; i < heavies;) {
-            if (tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
-            enter_by_block(a, plans, a.heavy[i], rest);
-            i = blocks + begun;
+            if (heavies > blocks && tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
+            enter_by_block(a, plans, i == blockIdx.x ? first : a.heavy[i], room, forward, held);
+            __syncthreads();
+            i = heavies > blocks ? blocks + begun : heavies;
             __syncthreads();
         }
-        const int spared = heavies < blocks / 2 ? heavies : 0;  // blocks that have enough to do
-        const int first = warp - spared * WARPS, stride = warps - spared * WARPS;
-        Task next;
-        if (first >= 0 && first < tasks) next = a.tasks[first];
-        for (int i = first; i >= 0 && i < tasks; i += stride) {
-            const Task task = next;
-            if (i + stride < tasks) next = a.tasks[i + stride];
-            if (task.heavy) continue;
-            double values[MINE] = {};
-            float before[MINE];
-            load_sums(a, task, before);
-            copy_in<false>(a, plans[task.stream / a.heads], task, 0, 1, values, values);
-            set_mean(a, task, before, values);
-        }
-        // Perhaps of the head that this block encodes keys of.
-        const int tiles = (a.coded_dimensions + 7) / 8, head = (int)((i64)blockIdx.x * streams / blocks) % a.heads;
-        uint4* forward = (uint4*)(rest + MOVING);
-        ask_forward(a, head, 0, tiles, forward);
-        grid_barrier(a, target);
-        target += blocks;
-
-        STAMP(3);
-        encode(a, plans, streams, forward, head * SLABS);
-        grid_barrier(a, target);
-        STAMP(4);
-        for (int i = warp; i < tasks; i += warps) add_squares(a, a.tasks[i]);
-        if (!a.labels_in)
-            for (i64 i = (i64)blockIdx.x * THREADS + tid; i < (i64)streams * a.most; i += (i64)blocks * THREADS) {
-                const Plan& plan = plans[i / a.most / a.heads];
-                if (i % a.most < plan.until - plan.first) a.best[i] = 0;
+        const int spared = heavies < blocks / 2 ? heavies : 0;  // blocks that have had enough to do
+        Task task;
+        Squares known;
+#pragma unroll 1
+        for (int pages = 0; pages < 2; ++pages) {  // keys that enter, then those that are coded anew
+            if (pages) {
+                amount = amount_of(a, plans, streams, true);
+                if (!amount.all) break;
             }
+            const int block = (int)blockIdx.x - (pages ? 0 : spared), others = blocks - (pages ? 0 : spared);
+            if (BLOCKS == 2 && pages)
+                encode_pages(a, plans, streams, amount, forward, held);
+            else
+                encode_share(a, plans, streams, pages, amount, block, others, sixteen_of(room), forward, held);
+            come(a);
+            if (!pages) {
+                STAMP(3);
+                enter_values(a, plans, tasks, warp, warps);
+                if (again) come(a, ENTERED);
+                if (BLOCKS == 1 && warp < tasks) task = a.tasks[warp], known = squares_of(a, task);
+            }
+            wait_for(a, target);
+            target += blocks;
+        }
+        STAMP(4);
+        for (int i = warp; i < tasks; i += warps) {
+            if (BLOCKS == 2 || i != warp) task = a.tasks[i], known = squares_of(a, task);
+            if (task.heavy) task = a.tasks[i], known = squares_of(a, task);  // they have a segment now
+            add_squares(a, task, known);
+        }
+        if (again) wait_for(a, blocks, ENTERED);
     }
     STAMP(5);
 

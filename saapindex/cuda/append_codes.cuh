@@ -1,70 +1,108 @@
-// Phases 4 and 5 of a flush: codes of keys that entered, or whose list has a new anchor; squared scales.
+// Codes of keys that entered a list, or whose list has a new anchor: of sixteen at once, by a block.
 
-// Eight elements of a key less those of its anchor.
-__device__ __forceinline__ void residual(const element* key, const i8* anchor, float scale, float* out) {
-    const uint2 steps = *(const uint2*)anchor;
-#if ELEMENT == 2
-    widen_vector(*(const uint4*)key, out);
-    widen_vector(*(const uint4*)(key + 4), out + 4);
+#define DEEP (SLABS * 32)                           // dimensions of a residual, with those that fill a slab
+#define PIECE (TOGETHER * PART)                     // elements of a lane that lie together
+#define TILES ((D / 8 + WARPS - 1) / WARPS)         // of 8 fields of a code, that a warp multiplies
+#if TOGETHER == 4 && ELEMENT != 2
+typedef u64 piece;
+#elif TOGETHER == 4 || (TOGETHER == 2 && ELEMENT != 2)
+typedef u32 piece;
+#elif TOGETHER == 2 || ELEMENT != 2
+typedef u16 piece;
 #else
-    widen_vector(*(const uint4*)key, out);
+typedef u8 piece;
 #endif
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const i8 step = (i8)((i < 4 ? steps.x : steps.y) >> (i % 4 * 8));
-        out[i] = __fsub_rn(out[i], __fmul_rn((float)step, scale));
-    }
-}
 
-// Sixteen keys of a stream that a warp encodes. Lane 4 g + t has rows g and g + 8, and of every 8 fields t and t + 4:
-// so of each word the byte t. The other lanes of a quad have the rest of these rows.
+// Sixteen keys in shared memory. Warp w has keys w and w + 8 until they are multiplied; then it has fields of all.
 struct Sixteen {
+    // Residuals, in the range of tensor cores: of keys k and k + 8, high and low parts; of every four dimensions two of
+    // k, two of k + 8, and so again.
+    u32 parts[LANES / 2][2 * DEEP + 16];
+    float squares[LANES][WARPS], products[LANES][WARPS], lengths[LANES][WARPS];
+    float factors[LANES];             // what brought them into that range
+    int rows[LANES];                  // below zero: no key
+    u32 codes[LANES * (D / 8)];
+};
+static_assert(sizeof(Sixteen) <= MOVING - 4 * WINDOW, "sixteen keys fit beside the pages that are looked up");
+
+// Two of them as a warp holds them; row and list (of all streams) are known later than the key.
+struct Two {
+    u32 key[2][WORDS];
     int row[2];
-    const element* key[2];
-    const i8* anchor[2];
-    float scale[2], factor[2];  // of the anchor; what brings the residual into the range of tensor cores
-    bool any;
+    i64 list[2];  // below zero: no key
 };
 
-// What a lane has of 32 dimensions, less the anchor; zero where there is no key.
-__device__ __forceinline__ void residuals(const Sixteen& x, int slab, float (*rest)[8]) {
-    const bool inside = D % 32 == 0 || slab * 32 + threadIdx.x % 4 * 8 < D;
+// Put the residuals of two keys where all warps find them.
+__device__ __forceinline__ void set_residuals(const State& a, const Two& two, Sixteen& x) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    piece steps[2][WORDS / TOGETHER] = {};
+    float scale[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+        if (two.list[i] < 0) continue;
+        scale[i] = a.anchor_scales[two.list[i]];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) rest[i][e] = 0.f;
-        if (inside && x.row[i] >= 0) residual(x.key[i] + slab * 32, x.anchor[i] + slab * 32, x.scale[i], rest[i]);
+        for (int w = 0; w < WORDS; w += TOGETHER) {
+            const int at = element_of(lane, w * PART);
+            if (at < D) steps[i][w / TOGETHER] = *(const piece*)(a.anchors + two.list[i] * D + at);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float rest[MINE + 1] = {}, largest = 0.f;
+#pragma unroll
+        for (int e = 0; e < MINE; ++e) {
+            const i8 step = (i8)(steps[i][e / PIECE] >> (e % PIECE * 8));
+            if (two.list[i] >= 0 && element_of(lane, e) < D)
+                rest[e] = __fsub_rn(part_of(two.key[i][e / PART], e % PART), __fmul_rn((float)step, scale[i]));
+            largest = fmaxf(largest, fabsf(rest[e]));
+        }
+        const float factor = power(exponent_for(__uint_as_float(__reduce_max_sync(FULL, __float_as_uint(largest)))));
+        u32* high = x.parts[warp] + i;
+#pragma unroll
+        for (int e = 0; e < MINE; e += PAIRED) {
+            const int at = element_of(lane, e), word = at / 2 * 2;
+            if (at >= D) continue;
+            const float u = rest[e] * factor, v = rest[e + 1] * factor;
+            const u32 pair = to_float16_pair(u, v), low = rest_of_pair(u, v, pair);
+            if (PAIRED == 2) {
+                high[word] = pair;
+                high[DEEP + word] = low;
+            } else {
+                ((u16*)(high + word))[at % 2] = (u16)pair;
+                ((u16*)(high + DEEP + word))[at % 2] = (u16)low;
+            }
+        }
+        if (lane == 0) x.factors[warp + i * WARPS] = factor;
+    }
+    for (int i = threadIdx.x; i < LANES / 2 * (DEEP - D); i += THREADS) {
+        u32* high = x.parts[i % (LANES / 2)] + D + i / (LANES / 2);
+        high[0] = high[DEEP] = 0;
     }
 }
 
-// As lanes 0 to 15 name them: the row of a key, below zero for none, and its list.
-__device__ __forceinline__ Sixteen sixteen(const State& a, int s, int list, int row) {
-    Sixteen x;
-    const int lane = threadIdx.x % WARP;
-    x.any = __any_sync(FULL, lane < LANES && row >= 0);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        x.row[i] = __shfl_sync(FULL, row, lane / 4 + 8 * i);
-        const i64 at = (i64)s * a.lists + __shfl_sync(FULL, list, lane / 4 + 8 * i);
-        x.key[i] = a.keys + (i64)max(x.row[i], 0) * D + lane % 4 * 8;
-        x.anchor[i] = a.anchors + at * D + lane % 4 * 8;
-        x.scale[i] = a.anchor_scales[at];
+// How much of the forward matrix of a head fits in shared memory, in slabs of 32 dimensions.
+__device__ __forceinline__ int slabs_held(int tiles) { return min(SLABS, FORWARD_BYTES / (tiles * 2 * WARP * 16)); }
+
+// Ask for slabs of the forward matrix of a head in shared memory.
+__device__ __forceinline__ void ask_forward(const State& a, int h, int slab, uint4* forward) {
+    const int tiles = (a.coded_dimensions + 7) / 8;
+    const int count = min(slabs_held(tiles), SLABS - slab) * 2 * tiles * WARP;
+    const uint4* from = a.forward + (i64)(h * SLABS + slab) * 2 * tiles * WARP;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += THREADS) copy_async(forward + i, from + i);
+    asm volatile("cp.async.commit_group;");
+}
+
+// Have them there; `held` says which are, or were asked for.
+__device__ __forceinline__ void hold_forward(const State& a, int h, int slab, uint4* forward, int& held) {
+    if (held != h * SLABS + slab) {
+        held = h * SLABS + slab;
+        __syncthreads();
+        ask_forward(a, h, slab, forward);
     }
-    float largest[2] = {};
-    if (x.any)
-#pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab) {
-            float rest[2][8];
-            residuals(x, slab, rest);
-#pragma unroll
-            for (int i = 0; i < 16; ++i) largest[i / 8] = fmaxf(largest[i / 8], fabsf(rest[i / 8][i % 8]));
-        }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        largest[i] = fmaxf(largest[i], __shfl_xor_sync(FULL, largest[i], 1));
-        x.factor[i] = power(exponent_for(fmaxf(largest[i], __shfl_xor_sync(FULL, largest[i], 2))));
-    }
-    return x;
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
@@ -72,236 +110,139 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(FULL, x, 2);
 }
 
-// How much of the forward matrix of a head fits in shared memory, in slabs of 32 dimensions.
-__device__ __forceinline__ int slabs_held(int tiles) { return min(SLABS, FORWARD_BYTES / (tiles * 2 * WARP * 16)); }
-
-// Ask for slabs of the forward matrix of a head in shared memory.
-__device__ __forceinline__ void ask_forward(const State& a, int h, int slab, int tiles, uint4* forward) {
-    const int count = min(slabs_held(tiles), SLABS - slab) * 2 * tiles * WARP;
-    const uint4* from = a.forward + (i64)(h * SLABS + slab) * 2 * tiles * WARP;
-    for (int i = threadIdx.x; i < count; i += THREADS) copy_async(forward + i, from + i);
-    asm volatile("cp.async.commit_group;");
+__device__ __forceinline__ float sum_of_warps(const float* x) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += x[w];
+    return sum;
 }
 
-// Have them there; `held` says which are.
-__device__ __forceinline__ void hold_forward(const State& a, int h, int slab, int tiles, uint4* forward, int& held) {
-    if (held == h * SLABS + slab) return;
-    held = h * SLABS + slab;
-    __syncthreads();
-    ask_forward(a, h, slab, tiles, forward);
-    asm volatile("cp.async.wait_group 0;");
-    __syncthreads();
-}
-
-// Products of the residuals with `count` tiles of 8 fields from `tile0` on. All warps of a block come here together.
-__device__ void project(const State& a, const Sixteen& x, int h, int tile0, int count, float (*sums)[4],
-                        uint4* forward, int& held) {
-    const int tiles = (a.coded_dimensions + 7) / 8, lane = threadIdx.x % WARP, held_slabs = slabs_held(tiles);
+// Round the keys of all warps to codes. Lane 4 g + t has keys g and g + 8, and of every 8 fields t and t + 4: so of
+// each word the byte t. A warp has fields 8 n to 8 n + 7 for every n that is its number modulo WARPS.
+__device__ void encode(const State& a, int h, const Two& two, Sixteen& x, uint4* forward, int& held) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int R = a.coded_dimensions, tiles = (R + 7) / 8, held_slabs = slabs_held(tiles);
+    if (!__syncthreads_or(two.list[0] >= 0 || two.list[1] >= 0)) return;
+    const int width = lane < a.words ? __ldg(a.widths + h * a.words + lane) : 0;
+    float4 steps[TILES][2];
+    auto load_steps = [&]() {
 #pragma unroll
-    for (int n = 0; n < TILES; ++n)
+        for (int i = 0; i < TILES; ++i)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[n][i] = 0.f;
+            for (int e = 0; e < 2; ++e) {
+                const int field = (warp + i * WARPS) * 8 + t + 4 * e;
+                steps[i][e] = field < R ? __ldg(a.step + h * R + field) : make_float4(0.f, 0.f, 0.f, 0.f);
+            }
+    };
+    if (BLOCKS == 1) load_steps();  // where there are registers for them
+    for (int i = threadIdx.x; i < LANES * (D / 8); i += THREADS) x.codes[i] = 0;
+    set_residuals(a, two, x);
+    float sums[TILES][4] = {}, rests[TILES][4] = {};
 #pragma unroll 1
     for (int slab = 0; slab < SLABS; ++slab) {
-        if (slab % held_slabs == 0) hold_forward(a, h, slab, tiles, forward, held);
-        if (!x.any) continue;
-        float rest[2][8];
-        residuals(x, slab, rest);
-        u32 high[2][4], low[2][4];
+        if (slab % held_slabs == 0) hold_forward(a, h, slab, forward, held);
+        u32 parts[2][2][4];  // high and low, halves
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {  // of a half the first pairs of both rows, then the second ones
-            const float* two = rest[e % 2] + e / 2 * 2;
-            const float u = two[0] * x.factor[e % 2], v = two[1] * x.factor[e % 2];
-            high[e / 4][e % 4] = to_float16_pair(u, v);
-            low[e / 4][e % 4] = rest_of_pair(u, v, high[e / 4][e % 4]);
+        for (int i = 0; i < 4; ++i) {
+            const uint4 four = *(const uint4*)(x.parts[g] + i / 2 * DEEP + slab * 32 + 8 * t + i % 2 * 4);
+            u32* to = parts[i / 2][i % 2];
+            to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         }
-        const uint4* here = forward + (slab % held_slabs * 2 * tiles + tile0) * WARP + lane;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < TILES; ++i) {
+            if (warp + i * WARPS >= tiles) continue;
 #pragma unroll
-            for (int n = 0; n < TILES; ++n)
-                if (n < count) {
-                    const uint4 f = here[(half * tiles + n) * WARP];
-                    multiply(sums[n], low[half], f.x, f.y);
-                    multiply(sums[n], high[half], f.z, f.w);
-                    multiply(sums[n], high[half], f.x, f.y);
-                }
+            for (int half = 0; half < 2; ++half) {
+                const uint4 f = forward[((slab % held_slabs * 2 + half) * tiles + warp + i * WARPS) * WARP + lane];
+                multiply(rests[i], parts[1][half], f.x, f.y);
+                multiply(sums[i], parts[0][half], f.x, f.y);
+                multiply(rests[i], parts[0][half], f.z, f.w);
+            }
+        }
+    }
+    if (BLOCKS == 2) load_steps();
+    // Which word a tile belongs to; words have 1, 2 or 4 tiles.
+    int ends = width ? 4 / width : 0;
+#pragma unroll
+    for (int step = 1; step < WARP; step <<= 1) {
+        const int left = __shfl_up_sync(FULL, ends, step);
+        if (lane >= step) ends += left;
+    }
+    int word[TILES], bits[TILES], shift[TILES];
+    float square[2] = {};
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        const int n = warp + i * WARPS;
+        word[i] = __popc(__ballot_sync(FULL, ends <= n));
+        bits[i] = __shfl_sync(FULL, width, word[i] % WARP);
+        shift[i] = 8 * t + 2 * bits[i] * (n - (word[i] ? __shfl_sync(FULL, ends, (word[i] + WARP - 1) % WARP) : 0));
+        if (word[i] == WARP || bits[i] == 0) word[i] = -1;  // no word has these fields
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            sums[i][j] = word[i] >= 0 ? (sums[i][j] + rests[i][j]) * steps[i][j % 2].z : 0.f;
+            square[j / 2] = fmaf(sums[i][j], sums[i][j], square[j / 2]);
+        }
     }
 #pragma unroll
-    for (int n = 0; n < TILES; ++n)
+    for (int k = 0; k < 2; ++k) {
+        square[k] = quad_sum(square[k]);
+        if (t == 0) x.squares[g + 8 * k][warp] = square[k];
+        if (lane == 0) x.rows[warp + k * WARPS] = two.list[k] >= 0 ? two.row[k] : -1;
+    }
+    __syncthreads();
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int field = (tile0 + n) * 8 + lane % 4 + 4 * e;
-            const float factor = n < count && field < a.coded_dimensions ? __ldg(a.step + h * a.coded_dimensions + field).z : 0.f;
-            sums[n][e] *= factor;
-            sums[n][2 + e] *= factor;
-        }
-}
-
-// Round what `project` found for words `word` to `end` to codes, and add up products and lengths.
-__device__ __forceinline__ void quantise_words(const State& a, const Sixteen& x, int h, int word, int end, int tile0,
-                                               int count, const float (*sums)[4], const float* inverse_norm,
-                                               float* product, float* length) {
-    const int t = threadIdx.x % 4, R = a.coded_dimensions;
-    int bits = a.widths[h * a.words + word], have = 0;  // bits of this lane's byte
-    u32 bytes[2] = {0, 0};
-    auto store = [&](int i, u32 code) {
-        const i64 page = x.row[i] / LANES;
-        if (t == i && x.row[i] >= 0) a.codes[(page * a.words + word) * LANES + x.row[i] % LANES] = code;
-    };
+    for (int k = 0; k < 2; ++k) {
+        const float inverse = __fdiv_rn(1.f, fmaxf(sqrtf(sum_of_warps(x.squares[g + 8 * k])), TINY));
+        float product = 0.f, length = 0.f;
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-        if (n >= count) continue;
-        const float high = (float)((1 << bits) - 1);
+        for (int i = 0; i < TILES; ++i) {
+            const float high = (float)((1 << bits[i]) - 1);
+            u32 code = 0;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int field = (tile0 + n) * 8 + t + 4 * e;
-            const float4 steps = field < R ? __ldg(a.step + h * R + field) : make_float4(0.f, 0.f, 0.f, 0.f);
-            const float step = steps.x, inverse = steps.y;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float y = sums[n][2 * i + e];
-                const float spot = step > 0.f ? fmaf(y * inverse_norm[i], inverse, high / 2) : 0.f;
+            for (int e = 0; e < 2; ++e) {
+                const float y = sums[i][2 * k + e], step = steps[i][e].x;
+                const float spot = step > 0.f ? fmaf(y * inverse, steps[i][e].y, high / 2) : 0.f;
                 const float rounded = fminf(fmaxf(rintf(spot), 0.f), high);
                 const float level = (rounded - high / 2) * step;
-                product[i] = fmaf(y, level, product[i]);
-                length[i] = fmaf(level, level, length[i]);
-                bytes[i] |= (u32)rounded << have;
+                product = fmaf(y, level, product);
+                length = word[i] >= 0 ? fmaf(level, level, length) : length;
+                code |= (u32)rounded << (shift[i] + e * bits[i]);
             }
-            have += bits;
-        }
-        if (have < 8 && n + 1 < count) continue;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            u32 code = bytes[i] << (8 * t);
             code |= __shfl_xor_sync(FULL, code, 1);
             code |= __shfl_xor_sync(FULL, code, 2);
-            store(i, code);
-            bytes[i] = 0;
+            if (t == 0 && word[i] >= 0) atomicOr(x.codes + (g + 8 * k) * (D / 8) + word[i], code);
         }
-        have = 0;
-        if (++word < end) bits = a.widths[h * a.words + word];
+        product = quad_sum(product), length = quad_sum(length);
+        if (t == 0) x.products[g + 8 * k][warp] = product, x.lengths[g + 8 * k][warp] = length;
     }
-    for (; word < end; ++word)  // words for which there are no dimensions
-        for (int i = 0; i < 2; ++i) store(i, 0);
+    __syncthreads();
+    for (int i = threadIdx.x; i < LANES * a.words; i += THREADS) {
+        const int row = x.rows[i % LANES], w = i / LANES;
+        u32* to = a.codes + ((i64)(row / LANES) * a.words + w) * LANES + row % LANES;
+        if (row >= 0) *to = w < D / 8 ? x.codes[i % LANES * (D / 8) + w] : 0;
+    }
+    if (threadIdx.x < LANES && x.rows[threadIdx.x] >= 0) {
+        const int k = threadIdx.x;
+        const float along = sum_of_warps(x.products[k]) / fmaxf(sum_of_warps(x.lengths[k]), TINY);
+        const float scale = fmaxf(__fdiv_rn(along, x.factors[k]), TINY);
+        const float exponent = rintf(16.f * log2f(__fdiv_rn(scale, a.base[h]))) + 128.f;
+        a.exponents[x.rows[k]] = (u8)(int)fminf(fmaxf(exponent, 0.f), 255.f);
+    }
 }
 
-// Codes of sixteen keys for each warp of the block, all of one stream. Words whose products do not fit in registers
-// together are multiplied twice: once for the norm of all.
-__device__ void encode_rows(const State& a, int s, const Sixteen& x, uint4* forward, int& held) {
-    const int h = s % a.heads, t = threadIdx.x % 4;
-    float sums[TILES][4], square[2] = {}, inverse_norm[2] = {}, product[2] = {}, length[2] = {};
-#pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
-        bool whole = false;
-#pragma unroll 1
-        for (int word = 0, tile0 = 0; word < a.words;) {
-            int end = word, count = 0;
-            while (end < a.words && count + 4 / a.widths[h * a.words + end] <= TILES)
-                count += 4 / a.widths[h * a.words + end++];
-            count = min(count, (a.coded_dimensions + 7) / 8 - tile0);
-            whole = end - word == a.words;
-            if (pass == 0 || !whole) project(a, x, h, tile0, count, sums, forward, held);
-            if (pass == 0) {
-#pragma unroll
-                for (int n = 0; n < TILES; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) square[i / 2] = fmaf(sums[n][i], sums[n][i], square[i / 2]);
-            } else if (x.any) {
-                quantise_words(a, x, h, word, end, tile0, count, sums, inverse_norm, product, length);
-            }
-            word = end;
-            tile0 += count;
-        }
-        if (pass == 0)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) inverse_norm[i] = __fdiv_rn(1.f, fmaxf(sqrtf(quad_sum(square[i])), TINY));
-    }
-    if (!x.any) return;
+// Two keys of a page with its label, that is coded anew.
+__device__ __forceinline__ void of_page(const State& a, int s, int page, int label, Two& two) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = page * LANES + warp;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const float along = quad_sum(product[i]) / fmaxf(quad_sum(length[i]), TINY);
-        const float scale = fmaxf(__fdiv_rn(along, x.factor[i]), TINY);
-        const float exponent = rintf(16.f * log2f(__fdiv_rn(scale, a.base[h]))) + 128.f;
-        if (t == i && x.row[i] >= 0) a.exponents[x.row[i]] = (u8)(int)fminf(fmaxf(exponent, 0.f), 255.f);
+        const bool any = warp + i * WARPS < (label & 31);
+        two.row[i] = row + i * WARPS;
+        two.list[i] = any ? (i64)s * a.lists + (label >> 5) : -1;
+        if (any) load_row(a.keys + (i64)two.row[i] * D, lane, two.key[i]);
     }
 }
 
-// How many tiles of sixteen keys a stream has: entering keys whose lists keep their anchors, and pages of the others.
-struct Tiles {
-    int entering, pages;
-};
-
-__device__ __forceinline__ Tiles tiles_of(const State& a, const Plan* plans, int s) {
-    const Plan& plan = plans[s / a.heads];
-    const int2 amounts = a.amounts[s];
-    return {amounts.y ? (plan.until - plan.first + LANES - 1) / LANES : 0, amounts.x};
-}
-
-// All of phase 4. Blocks have tiles of the same stream next to each other, as many for each warp as there must be.
-// `held` says what was asked for of the forward matrix.
-__device__ void encode(const State& a, const Plan* plans, int streams, uint4* forward, int held) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, blocks = gridDim.x;
-    asm volatile("cp.async.wait_group 0;");
-    __syncthreads();
-    int all = 0, groups = 0;
-    for (int s = lane; s < streams; s += WARP) {
-        const Tiles tiles = tiles_of(a, plans, s);
-        all += tiles.entering + tiles.pages;
-    }
-    all = warp_sum_int(all);
-    const int each = min(max((all + blocks - 1) / blocks, 1), WARPS);  // warps of a block that have a tile at once
-    for (int s = lane; s < streams; s += WARP) {
-        const Tiles tiles = tiles_of(a, plans, s);
-        groups += (tiles.entering + tiles.pages + each - 1) / each;
-    }
-    groups = warp_sum_int(groups);
-    int skip = (int)((i64)blockIdx.x * groups / blocks);
-    int left = (int)((i64)(blockIdx.x + 1) * groups / blocks) - skip;
-    for (int s = 0; s < streams && left; ++s) {
-        const Tiles tiles = tiles_of(a, plans, s);
-        const int here = (tiles.entering + tiles.pages + each - 1) / each;
-        for (; skip < here && left; ++skip, --left) {
-            const int tile = skip * each + warp;
-            int list = 0, row = -1;
-            if (warp < each && tile < tiles.entering) {
-                const int j = tile * LANES + lane;
-                if (lane < LANES && j < plans[s / a.heads].until - plans[s / a.heads].first) {
-                    const int2 place = a.rows[(i64)s * a.most + j];
-                    if (place.y >= 0) row = place.x, list = place.y;
-                }
-            } else if (warp < each && tile < tiles.entering + tiles.pages) {
-                const i64 slot = (i64)s * a.room + a.work[(i64)s * a.room + tile - tiles.entering];
-                const int label = a.labels[slot];
-                list = label >> 5;
-                if (lane < (label & 31)) row = a.pages[slot] * LANES + lane;
-            }
-            encode_rows(a, s, sixteen(a, s, list, row), forward, held);
-        }
-        skip -= here;
-    }
-}
-
-__device__ __forceinline__ double squared_scale(const State& a, int h, int row) {
+__device__ __forceinline__ double squared_scale(const State& a, int h, i64 row) {
     const float f = __fmul_rn(a.base[h], exp2f(((float)a.exponents[row] - 128.f) / 16.f));
     return (double)__fmul_rn(f, f);
-}
-
-// Phase 5: the squared scales of the codes of a list; a warp does it.
-__device__ void add_squares(const State& a, const Task& task) {
-    const int s = task.stream, h = s % a.heads, lane = threadIdx.x % WARP;
-    const i64 list = (i64)s * a.lists + task.list;
-    double sum = 0.0;
-    if (task.segment < 0) {
-        for (int j = lane; j < task.count; j += WARP)
-            sum += squared_scale(a, h, a.rows[(i64)s * a.most + task.start + j].x);
-    } else {
-        for (int j = lane; j < task.old + task.count; j += WARP) {
-            const int page = a.pages[(i64)s * a.room + a.work[(i64)s * a.room + task.segment + j / LANES]];
-            sum += squared_scale(a, h, page * LANES + j % LANES);
-        }
-    }
-#pragma unroll
-    for (int step = WARP / 2; step; step >>= 1) sum += __shfl_xor_sync(FULL, sum, step);
-    if (lane == 0) a.squares[list] = (task.segment < 0 ? a.squares[list] : 0.f) + (float)sum;
 }

@@ -1,48 +1,34 @@
-// Phase 3 of a flush: keys and values move to the pages of their lists, and sums of lists grow.
+// What phase 3 of a flush moves keys and values with, to the pages of their lists, and adds up sums with.
 
 __device__ __forceinline__ int slot_of(const Task& task, int q) {
     const int full = full_pages(task.old);
     return q < full ? task.open : task.base + q - full;
 }
 
-// Copy the entering keys of a list into its pages, as warp `w` of `n`, and sum up what this warp has copied. A lane for
-// each of the next keys finds out where it goes.
-template <bool RENEWED>
-__device__ void copy_in(const State& a, const Plan& plan, const Task& task, int w, int n, double* values, double* keys) {
+// Copy the entering keys or values of a list into its pages, as warp `w` of `n`, and sum up what this warp has copied.
+// A lane for each of the next rows finds out where it goes.
+template <bool OF_KEYS>
+__device__ __forceinline__ void copy_in(const State& a, const Plan& plan, const Task& task, int w, int n, double* sum) {
     const int s = task.stream, lane = threadIdx.x % WARP;
     const i64 sorted = (i64)s * a.most + task.start;
-    auto next_key = [&](int j0) { return lane < AHEAD && j0 + lane < task.count ? a.order[sorted + j0 + lane] : 0; };
-    int next = next_key(w * AHEAD);
+#pragma unroll 1
     for (int j0 = w * AHEAD; j0 < task.count; j0 += n * AHEAD) {
-        u32 key[AHEAD][WORDS], value[AHEAD][WORDS];
-        const int p = plan.first + next;
-        int row = 0;
-        if (lane < AHEAD && j0 + lane < task.count) {
-            const int at = task.old + j0 + lane;
-            row = a.pages[(i64)s * a.room + slot_of(task, at / LANES)] * LANES + at % LANES;
-        }
-        next = next_key(j0 + n * AHEAD);
+        const int j = min(j0 + lane % AHEAD, task.count - 1);
+        const int p = plan.first + a.order[sorted + j], row = a.rows[sorted + j].x;
+        const element* from = OF_KEYS ? entering_key(a, plan, s, p) : entering_value(a, plan, s, p);
+        u32 words[AHEAD][WORDS];
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
-            const int from = __shfl_sync(FULL, p, u);
-            if (j0 + u < task.count) {
-                load_row(entering_key(a, plan, s, from), lane, key[u]);
-                load_row(entering_value(a, plan, s, from), lane, value[u]);
-            }
+            const element* here = row_of_lane(from, u);
+            if (j0 + u < task.count) load_row(here, lane, words[u]);
         }
-        if (lane < AHEAD && j0 + lane < task.count) {
-            a.ids[row] = p;
-            a.rows[sorted + j0 + lane] = make_int2(row, RENEWED ? -1 : task.list);
-        }
+        if (OF_KEYS && lane < AHEAD && j0 + lane < task.count) a.ids[row] = p;
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
             const i64 to = __shfl_sync(FULL, row, u);
-            if (j0 + u < task.count) {
-                store_row(a.keys + to * D, lane, key[u]);
-                store_row(a.values + to * D, lane, value[u]);
-                add_row(value[u], values);
-                if (RENEWED) add_row(key[u], keys);
-            }
+            if (j0 + u >= task.count) continue;
+            store_row((OF_KEYS ? a.keys : a.values) + to * D, lane, words[u]);
+            add_row(words[u], sum);
         }
     }
 }
@@ -72,17 +58,20 @@ __device__ void set_mean(const State& a, const Task& task, const float* before, 
     quantise(mean, lane, a.means + list * D, a.mean_scales + list);
 }
 
-// Add up what the warps of a block hold, in the order of the warps; the first warp has the result.
-__device__ void block_sum(double* x, double* shared) {
+// Add up what the warps of a block hold, in the order of the warps; warp `to` has the result.
+__device__ __forceinline__ void block_sum(double* x, double* shared, int to) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < MINE; ++i) shared[(warp * MINE + i) * WARP + lane] = x[i];
     __syncthreads();
-    if (warp == 0)
+    if (warp == to)
 #pragma unroll
-        for (int i = 0; i < MINE; ++i)
+        for (int i = 0; i < MINE; ++i) {
+            x[i] = shared[i * WARP + lane];
+#pragma unroll
             for (int w = 1; w < WARPS; ++w) x[i] += shared[(w * MINE + i) * WARP + lane];
+        }
 }
 
 // Give a page that other streams hold too a copy of its own; false if no page is free. A block does it.
@@ -134,7 +123,13 @@ __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
     const i64 table = (i64)task.stream * a.room;
     __syncthreads();
     for (int q = max(full, from) + threadIdx.x; q < from + count; q += THREADS) slots[q - from] = task.base + q - full;
-    if (from < full) {
+    if (full <= WALK) {  // the pages before a page are soon found
+        if (from == 0 && threadIdx.x == 0)
+            for (int q = full - 1, slot = task.open; q >= 0; --q) {
+                slots[q] = slot;
+                if (q) slot = a.before[table + slot];
+            }
+    } else if (from < full) {
         const int held = a.counts[task.stream];
         constexpr int ONCE = 8 / BLOCKS;
         for (int first = threadIdx.x * 4; first < held; first += THREADS * 4 * ONCE) {
@@ -159,63 +154,4 @@ __device__ int look_up(const State& a, const Task& task, int from, int* slots) {
     }
     __syncthreads();
     return count;
-}
-
-// Phase 3 for a list with many new keys, or one that gets a new anchor, in a block.
-__device__ void enter_by_block(const State& a, const Plan* plans, int number, char* shared) {
-    double* sums = (double*)shared;                                  // [WARPS][MINE][WARP]
-    int* slots = (int*)(shared + MOVING - 8 * WINDOW - 16);          // [WINDOW]
-    int* fresh = slots + WINDOW;                                     // [WINDOW]
-    int* failed = fresh + WINDOW;                                    // and where the work begins
-    const Task task = a.tasks[number];
-    const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const i64 list = (i64)s * a.lists + task.list;
-    double values[MINE] = {}, keys[MINE] = {};
-    float before[MINE];
-    if (warp == 0) load_sums(a, task, before);
-    const int pages = full_pages(task.old + task.count), full = full_pages(task.old);
-    bool renewed = task.segment >= 0;
-    for (int from = 0; renewed && from < full; from += WINDOW) {
-        const int count = look_up(a, task, from, slots);
-        renewed = own_pages(a, s, slots, min(count, full - from), fresh, failed);
-    }
-    if (renewed) {
-        copy_in<true>(a, plans[s / a.heads], task, warp, WARPS, values, keys);
-        if (threadIdx.x == 0) failed[1] = atomicAdd(&a.amounts[s].x, pages);
-        __syncthreads();
-        for (int from = 0; from < pages; from += WINDOW) {
-            // They stand there from before where one look was enough.
-            const int count = full && pages <= WINDOW ? pages : look_up(a, task, from, slots);
-            for (int q = threadIdx.x; q < count; q += THREADS) a.work[(i64)s * a.room + failed[1] + from + q] = slots[q];
-            const int end = min(task.old - from * LANES, count * LANES);
-            for (int j0 = warp * AHEAD; j0 < end; j0 += THREADS / WARP * AHEAD) {
-                u32 key[AHEAD][WORDS];
-#pragma unroll
-                for (int u = 0; u < AHEAD; ++u)
-                    if (j0 + u < end) {
-                        const i64 page = a.pages[(i64)s * a.room + slots[(j0 + u) / LANES]];
-                        load_row(a.keys + (page * LANES + (j0 + u) % LANES) * D, lane, key[u]);
-                    }
-#pragma unroll
-                for (int u = 0; u < AHEAD; ++u)
-                    if (j0 + u < end) add_row(key[u], keys);
-            }
-        }
-        block_sum(keys, sums);
-        if (warp == 0) {
-#pragma unroll
-            for (int i = 0; i < MINE; ++i) keys[i] /= (double)(task.old + task.count);
-            quantise(keys, lane, a.anchors + list * D, a.anchor_scales + list);
-        }
-        if (threadIdx.x == 0) a.coded[list] = task.old + task.count;
-    } else {
-        copy_in<false>(a, plans[s / a.heads], task, warp, WARPS, values, keys);
-    }
-    block_sum(values, sums);
-    if (warp == 0) set_mean(a, task, before, values);
-    if (threadIdx.x == 0) {
-        if (!renewed && task.segment >= 0) atomicAdd(&a.amounts[s].y, task.count);
-        a.tasks[number].segment = renewed ? failed[1] : -1;
-    }
-    __syncthreads();
 }

@@ -1,7 +1,8 @@
 // What the phases of an addition share: the state, plans of sequences, rows of keys, barriers and sums.
 
-// Counters of a state; the last block of a launch leaves all but STATUS at zero. NEXT: heavy tasks that were begun.
-enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, NEXT };
+// Counters of a state; the last block of a launch leaves all but STATUS at zero. ENTERED: blocks that have read all
+// that leaves the ring. NEXT: heavy tasks that were begun.
+enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, ENTERED, NEXT };
 enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
 
 // Keys of one list that enter in this launch.
@@ -40,10 +41,10 @@ struct State {
     const int* labels_in;  // (S, M): lists of the entering keys where they are known; null where not
     u64* best;          // (S, M), zero between launches: score and list of each entering key
     int* order;         // (S, M): entering keys sorted by list
-    int2* rows;         // (S, M): the row that each of these went to, and the list, -1 if that is coded anew
+    int2* rows;         // (S, M): the row that each of these goes to, and its list, complemented if it is coded anew
     Task* tasks;        // (S * min(M, L))
-    int* heavy;         // (S * min(M, L)): tasks for whole blocks
-    int* work;          // (S, P): slots of the pages to be coded anew
+    Task* heavy;        // (S * min(M, L)): those for whole blocks, with their numbers in the place of `heavy`
+    int2* work;         // (S, P): pages to be coded anew, and their labels
     int2* amounts;      // (S), zero between launches: how many those are, and how many keys enter beside them
     int* counters;
     const int* moved;  // how often arrays have moved; `version` when this launch was prepared
@@ -88,7 +89,7 @@ __device__ __forceinline__ Plan plan_of(const State& a, int b) {
 __device__ __forceinline__ int most_pages(const State& a, int m) { return min(m, m / LANES + min(m, a.lists)); }
 
 __device__ __forceinline__ i64 near_row(const State& a, int s, int p) {
-    const int place = p < a.sinks ? p : a.sinks + (p - a.sinks) % a.ring;
+    const int place = p < a.sinks ? p : a.sinks + (u32)(p - a.sinks) % (u32)a.ring;
     return ((i64)s * (a.sinks + a.ring) + place) * D;
 }
 
@@ -128,6 +129,11 @@ __device__ __forceinline__ void load_row(const element* row, int lane, u32* word
         words[w] = inside ? *from : 0;
 #endif
     }
+}
+
+// The row that a lane of the warp found.
+__device__ __forceinline__ const element* row_of_lane(const element* row, int lane) {
+    return (const element*)__shfl_sync(FULL, (u64)row, lane);
 }
 
 __device__ __forceinline__ void store_row(element* row, int lane, const u32* words) {
@@ -182,25 +188,42 @@ __device__ void quantise(const double* x, int lane, i8* row, float* scale) {
     if (lane == 0) *scale = unit;
 }
 
+// Ask for memory that is read later: to find out where it lies takes a while by itself.
+__device__ __forceinline__ void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+__device__ __forceinline__ double warp_sum_double(double x) {
+#pragma unroll
+    for (int step = WARP / 2; step; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
+    return x;
+}
+
 __device__ __forceinline__ u32 load_acquire(const u32* p) {
     u32 x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
 
-// All threads of the grid have come here; what they wrote before can be read behind it.
-__device__ void grid_barrier(const State& a, u32 target) {
+// A block has come to a barrier of the grid: what its threads wrote before can be read by who has waited for it.
+__device__ __forceinline__ void come(const State& a, int barrier = BARRIER) {
+    int* counter = a.counters + barrier;
     __syncthreads();
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// Wait until blocks have come `target` times.
+__device__ __forceinline__ void wait_for(const State& a, u32 target, int barrier = BARRIER) {
     if (threadIdx.x == 0) {
-        u32* counter = (u32*)a.counters + BARRIER;
-        __threadfence();
-        atomicAdd(counter, 1u);
         u32 seen;
-        do seen = load_acquire(counter);
+        do seen = load_acquire((const u32*)a.counters + barrier);
         while (seen < target);
-        __threadfence();
     }
     __syncthreads();
+}
+
+// All threads of the grid have come here.
+__device__ __forceinline__ void grid_barrier(const State& a, u32 target) {
+    come(a);
+    wait_for(a, target);
 }
 
 // Exclusive sum over the block, and the total; every thread must call it.

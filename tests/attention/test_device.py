@@ -260,10 +260,10 @@ class TestGraphs:
     def test_cupy(self, make_codebook, data, cupy):
         host, device = pair(make_codebook(), "float16", adapt=0)
         k, v = data(np.random.default_rng(1), 1, 300 + self.STEPS)
-        for index in (host, device):
-            index.add(k[:, :, :300], v[:, :, :300])
+        host.add(k[:, :, :300], v[:, :, :300])
         stream = cupy.cuda.Stream(non_blocking=True)
-        with stream:
+        with stream:  # which does not wait for the default one
+            device.add(k[:, :, :300], v[:, :, :300])
             device.reserve(self.STEPS)
             keys, values = (cupy.zeros((1, 2, 1, 16), np.float16) for _ in range(2))
             stream.synchronize()
@@ -296,9 +296,9 @@ class TestGraphs:
     def test_going_past_what_was_reserved_is_said(self, make_codebook, data, cupy):
         _, device = pair(make_codebook(), "float16", adapt=0)
         k, v = data(np.random.default_rng(1), 1, 300)
-        device.add(k, v)
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
+            device.add(k, v)
             device.reserve(16)
             keys = cupy.asarray(k[:, :, :1].astype(np.float16))
             stream.synchronize()
@@ -317,10 +317,10 @@ class TestGraphs:
     def test_a_graph_of_arrays_that_moved_does_nothing(self, make_codebook, data, cupy):
         host, device = pair(make_codebook(), "float16", adapt=0)
         k, v = data(np.random.default_rng(1), 1, 2000)
-        for index in (host, device):
-            index.add(k[:, :, :300], v[:, :, :300])
+        host.add(k[:, :, :300], v[:, :, :300])
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
+            device.add(k[:, :, :300], v[:, :, :300])
             device.reserve(16)
             keys = cupy.asarray(k[:, :, :1].astype(np.float16))
             stream.synchronize()

@@ -30,16 +30,16 @@ __all__ = [
 Array = Any  # cupy.ndarray, or numpy.ndarray where there is no device
 
 THREADS = 256
-COUNTERS = 6
+COUNTERS = 7
 """int32 counters of a state. The first is its status: 0, or what `STATUS` names."""
 STATUS = {
     1: "keys that were due stayed out of the lists, for want of pages",
     2: "keys were lost, for want of room",
     4: "nothing was added, since the arrays of the index have moved",
 }
-_KEYS, _WINDOW = 64, 2048  # as in append.cu
+_KEYS, _WINDOW, _LISTS_AT_ONCE = 64, 2048, 1024  # as in append.cu
 _TABLES = 48 * 1024
-_SHARED_MOST = 96 * 1024
+_SHARED_MOST = 99 * 1024
 _TASK = np.dtype([("numbers", np.int32, 9)])
 
 _STREAMS = [
@@ -208,11 +208,11 @@ class AppendSpace(NamedTuple):
     tasks, heavy
         Of lists that keys enter.
     work
-        (S, pages) int32, of pages that are coded anew.
+        (S, pages, 2) int32, of pages that are coded anew.
     amounts
         (S, 2) int32, zero before and after: how many those are, and keys that enter other lists.
     counters
-        (6,) int32, zero before; the first is the status, the others are zero after.
+        (7,) int32, zero before; the first is the status, the others are zero after.
     """
 
     best: Array
@@ -235,8 +235,8 @@ class AppendSpace(NamedTuple):
             order=xp.empty((count, most), np.int32),
             rows=xp.empty((count, most, 2), np.int32),
             tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
-            heavy=xp.empty(tasks, np.int32),
-            work=xp.empty((count, room), np.int32),
+            heavy=xp.zeros((tasks, _TASK.itemsize // 4), np.int32),
+            work=xp.empty((count, room, 2), np.int32),
             amounts=xp.zeros((count, 2), np.int32),
             counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
         )
@@ -412,8 +412,8 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
     """
     elements = -(-d // 64) * 2  # of a lane, at most
     steps, tiles, slabs = -(-d // 16), -(-coded // 8), -(-d // 32)
-    assign = 4 * _KEYS * (16 * (steps if steps % 2 else steps + 1) + 1)
-    place = 80 + 4 * _tables(lists) * lists
+    assign = 2 * _KEYS * (32 * steps + 16) + 4 * _KEYS * (1 + 2 * THREADS // 32)
+    place = 80 + 12 * _LISTS_AT_ONCE + 4 * _tables(lists) * lists
     enter = 8 * elements * THREADS + 8 * _WINDOW + 16
     encode = 1024 * tiles * min(slabs, (64 if d <= 128 else 56) // tiles)
     shared = max(assign, place, enter + encode) + 16 * (batch + 1)
