@@ -36,7 +36,15 @@ RESULTS = Path(__file__).parent / "results" / "decode.json"
 HEADS, GROUP, D, WINDOW = 8, 4, 128, 2047
 WORDS = 6
 """Words of a code: 1.5 bits a dimension, as for smaller heads."""
-CASES = {(1, 32_768): 24, (1, 131_072): 16, (1, 524_288): 12, (8, 131_072): 8}
+CASES = {
+    (1, 4096): 32,
+    (1, 8192): 32,
+    (1, 16_384): 32,
+    (1, 32_768): 32,
+    (1, 131_072): 32,
+    (1, 524_288): 20,
+    (8, 131_072): 8,
+}
 """How many layers follow one another, for each batch and context."""
 WAYS = {
     "5 %": AttendParameters(budget=0.05),
@@ -252,6 +260,8 @@ def main(
     }
     shape = {"q_heads": HEADS * GROUP, "kv_heads": HEADS, "d": D, "words": WORDS, "window": WINDOW}
     rows = []
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    tried = {"tried": earlier["tried"]} if "tried" in earlier else {}  # of other versions
     table = Table("batch", "context", "what", "us", "times dense", "GB/s", "of copy")
     for (batch, n), layers in CASES.items():
         if only and only != f"{batch}x{n}":
@@ -276,7 +286,8 @@ def main(
                 f"{way['GB/s'] / copy:.2f}",
             )
         rows.append({"batch": batch, "context": n, "layers": layers, "dense": there, "sparse": ways})
-        out.write_text(json.dumps({"machine": machine, "shape": shape, "steps": rows}, indent=1) + "\n")
+        found = {"machine": machine, "shape": shape, "steps": rows, **tried}
+        out.write_text(json.dumps(found, indent=1) + "\n")
         console.print(f"{batch} x {n}: done")
     console.print(table)
 

@@ -29,7 +29,7 @@
 #endif
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
 #ifndef ROUNDS
-#define ROUNDS 11  // pages that each block gets before some get another
+#define ROUNDS 5  // pages that each block gets before some get another
 #endif
 #ifndef OWN
 #define OWN 512
@@ -65,7 +65,7 @@ struct Shared {
     float2 norms[CLUSTER][G];  // largest logit of the lists of each block, and their sum relative to it
     float seconds[CLUSTER][G], peaks[CLUSTER][G], sums[CLUSTER][G];
     float nearest[CLUSTER][ATTENDING][G];  // largest logits of near keys, of the warps of all blocks
-    float variance[G], norm[G], near_bound[G], bound[G], basis[G], query_scale[G], unit[G];
+    float variance[G], norm[G], near_bound[G], basis[G], query_scale[G], unit[G];
     const element *key, *value;  // that this step adds
     u64 cut;  // rank and number of the first list that is not visited whole
     int boundary, reached, owned, total, scan, dealt;
@@ -334,18 +334,12 @@ attend_whole(const __grid_constant__ Step p) {
         for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.reduced[w][g]);
         send_4(&s.peaks[rank][g], to, __float_as_uint(top), &s.exchanges[PEAK]);
     }
-    if (thread < G) {
-        await(&s.exchanges[PEAK]);
-        float top = -INFINITE;
-#pragma unroll
-        for (int other = 0; other < CLUSTER; ++other) top = fmaxf(top, s.peaks[other][thread]);
-        const bool known = top > -INFINITE;
-        s.bound[thread] = known ? top : INFINITE;
-        s.basis[thread] = known ? top : s.norm[thread] > -INFINITE ? s.norm[thread] : 0.f;
-    }
     __syncthreads();
+    await(&s.exchanges[PEAK]);
+    const float basis = basis_of(s, min(lane / 4, G - 1));
+    if (warp == 0 && lane / 4 < G && lane % 4 == 0) s.basis[lane / 4] = basis;
     STAMP(9);
-    refer(mine, s.basis[min(lane / 4, G - 1)]);
+    refer(mine, basis);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 1);
     mine.sum += __shfl_xor_sync(FULL, mine.sum, 2);
     float* own_found = found + warp * G * FOUND;

@@ -54,6 +54,19 @@ __device__ __forceinline__ u32 add_rest(
     return turns;
 }
 
+// The largest exact logit of a head, when the blocks have told theirs: it bounds the estimates. And what all weights are
+// relative to.
+__device__ __forceinline__ float peak_of(const Shared& s, int g) {
+    float top = -INFINITE;
+#pragma unroll
+    for (int other = 0; other < CLUSTER; ++other) top = fmaxf(top, s.peaks[other][g]);
+    return top;
+}
+__device__ __forceinline__ float basis_of(const Shared& s, int g) {
+    const float top = peak_of(s, g);
+    return top > -INFINITE ? top : s.norm[g] > -INFINITE ? s.norm[g] : 0.f;
+}
+
 // Add the others, of which there are few or none, when the bound is known; `found` is what the warp found.
 __device__ __forceinline__ void add_deferred(
     const Step& p, const Shared& s, i64 row, int own, const int2* table, const float* logits, const int* sizes, u32 turns, float* found
@@ -80,7 +93,8 @@ __device__ __forceinline__ void add_deferred(
                 for (int g = 0; g < G; ++g) {
                     const float logit = logits[list * G + g];
                     if (logit <= s.near_bound[g]) continue;
-                    const float weight = (float)rest * exponential(fminf(logit, s.bound[g]) - s.basis[g]);
+                    const float peak = peak_of(s, g), bound = peak > -INFINITE ? peak : INFINITE;
+                    const float weight = (float)rest * exponential(fminf(logit, bound) - basis_of(s, g));
                     float* at = found + g * FOUND + d;
 #pragma unroll
                     for (int i = 0; i < 4; ++i) at[i] += weight * scale * byte_of(mean, i);

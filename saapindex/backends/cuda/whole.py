@@ -20,7 +20,7 @@ Array = Any  # cupy.ndarray
 _CLUSTERS = ((16, 20), (8, 12), (4, 12), (2, 0))
 # Lists in the bin of a cut, and pages that each of eight blocks gets before some get another, as in
 # cuda/attend_whole.cu.
-_OWN, _ROUNDS = 512, 11
+_OWN, _ROUNDS = 512, 5
 # Warps that choose and that attend, as many as there are registers and shared memory for.
 _WARPS = tuple((8, attending) for attending in (8, 7, 6, 5, 4, 3, 2))
 _FEW_WARPS = tuple((4, attending) for attending in (4, 3, 2))
@@ -73,7 +73,7 @@ def whole_shared(
         + (3 if mixed or itemsize == 4 else 1) * 32 * (8 * steps + 4)
         + max(4 * (BINS + 4 * _OWN), 16 * cluster * -(-group * d // 4 // cluster))
         + 8 * group * warps
-        + 4 * group * (5 * cluster + cluster * attending + 7)
+        + 4 * group * (5 * cluster + cluster * attending + 6)
         + 96
     )
     tile = 32 * (16 * steps * itemsize + 16)
