@@ -12,8 +12,8 @@ from numba import njit
 
 from saapindex.backends import get_ops
 from saapindex.backends.cpu.expected import byte_field_sums, float_field_sums
-from saapindex.backends.cpu.vector import estimate_page, estimate_page_portable
 from saapindex.backends.cpu.vector_bytes import HAS_BYTE_SUMS
+from saapindex.backends.cpu.vector_codes import estimate_page, estimate_page_portable
 from saapindex.backends.paged import Code, Scaling
 from saapindex.backends.reference.codes import fields, pack, unpack
 from saapindex.codes import fit_codes

@@ -13,11 +13,12 @@ from numba import njit
 
 from saapindex.backends.base import LANES, Floats, Ints
 from saapindex.backends.cpu.codes import addressed, code_arrays, key_scales, place_of, rotated
+from saapindex.backends.cpu.emitter import HEADS, KEYS, KINDS
 from saapindex.backends.cpu.expected import add_slopes, expect_keys, expect_lists, room_of
 from saapindex.backends.cpu.functions import capped, exp
 from saapindex.backends.cpu.memory import padded, plain
 from saapindex.backends.cpu.select import largest
-from saapindex.backends.cpu.vector import HEADS, KEYS, KINDS, dots, mix
+from saapindex.backends.cpu.vector import dots, mix
 from saapindex.backends.paged import Code, PagedLists, Pages, Scaling
 
 CHUNK = 256

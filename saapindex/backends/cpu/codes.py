@@ -9,9 +9,11 @@ from numba import carray, njit
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats, Ints
+from saapindex.backends.cpu.emitter import HEADS
 from saapindex.backends.cpu.functions import capped, exp
 from saapindex.backends.cpu.memory import padded, plain, pointer
-from saapindex.backends.cpu.vector import HEADS, estimate_page, prefetch
+from saapindex.backends.cpu.vector import prefetch
+from saapindex.backends.cpu.vector_codes import estimate_page
 from saapindex.backends.paged import Code, PagedLists, Pages, Scaling
 from saapindex.backends.reference.codes import CORRECTION, coded, fields
 

@@ -7,10 +7,12 @@ from numba import njit
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cpu.codes import place_of
+from saapindex.backends.cpu.emitter import FLOAT32, HEADS
 from saapindex.backends.cpu.select import largest
-from saapindex.backends.cpu.vector import FLOAT32, HEADS, field_sums, mix
+from saapindex.backends.cpu.vector import mix
 from saapindex.backends.cpu.vector_bytes import HAS_BYTE_SUMS, TURNED, byte_sums, pack_weights, turn_words
 from saapindex.backends.cpu.vector_bytes import HEADS as BYTE_HEADS
+from saapindex.backends.cpu.vector_codes import field_sums
 from saapindex.backends.reference.codes import CORRECTION
 
 _TINY = np.float32(1e-30)

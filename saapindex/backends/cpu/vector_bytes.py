@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
-from saapindex.backends.cpu.vector import Emitter
+from saapindex.backends.cpu.emitter import Emitter
 
 HAS_BYTE_SUMS = llvm.get_host_cpu_features().get("avx512vnni", False)
 """Whether the machine has the instruction."""

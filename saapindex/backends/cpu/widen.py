@@ -12,8 +12,8 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats
+from saapindex.backends.cpu.emitter import FLOAT32, KINDS, Emitter
 from saapindex.backends.cpu.memory import plain
-from saapindex.backends.cpu.vector import FLOAT32, KINDS, Emitter
 
 _I1, _I64 = ir.IntType(1), ir.IntType(64)
 
