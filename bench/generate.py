@@ -48,6 +48,7 @@ import saapindex
 from saapindex.adapters.transformers import SaapCache, sparse_attention
 from saapindex.attention import AttendParameters
 from saapindex.codebook import Codebook
+from saapindex.commands.capture import parse_rope_scaling
 from saapindex.learn.layers import Layer, inspect_layers
 from saapindex.learn.models import load_model
 from saapindex.learn.texts import cut_sequences, read_text, text_name
@@ -229,7 +230,7 @@ def common(
     codebook: Annotated[Path, typer.Argument(help="Its codebook.", exists=True)],
     at: Annotated[list[str] | None, typer.Option(help="Default: 0.02 and 0.05.")] = None,
     context: Annotated[int, typer.Option(help="Tokens that the model is stretched to.")] = 32768,
-    rope_scaling: Annotated[str, typer.Option(help="How.")] = "ntk",
+    rope_scaling: Annotated[str, typer.Option(help="How, as for ``saapindex capture``.")] = "ntk",
     window: Annotated[int, typer.Option(help="Recent tokens that are always read.")] = 2047,
     dense_below: Annotated[int, typer.Option(help="Shorter contexts are dense.")] = 4096,
     prefill_chunk: Annotated[int, typer.Option(help="Tokens of a prompt read at a time; 0: all.")] = 0,
@@ -239,19 +240,27 @@ def common(
     dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "bfloat16",
     backend: Annotated[str, typer.Option(help="Of the index, on the host.")] = "cpu",
     index_on: Annotated[str, typer.Option(help="Device of the index, cpu or cuda.")] = "cpu",
+    nlist: Annotated[int | None, typer.Option(help="Lists; default: what suits a context.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
     """Load what all commands need."""
     torch.set_grad_enabled(False)
     methods = {text: parse_method(text) for text in at or ("0.02", "0.05")}
-    settings: dict[str, Any] = {"context": context, "rope_scaling": rope_scaling, "dtype": dtype}
+    scaling = parse_rope_scaling(rope_scaling)
+    settings: dict[str, Any] = {"context": context, "rope_scaling": scaling, "dtype": dtype}
     loaded = load_model(model, device=device, **settings)
     reader = load_model(model, device=read_on, **settings).model if read_on else None
     ctx.obj = Bench(
         loaded.model,
         loaded.tokenizer,
         Codebook.load(codebook),
-        {"window": window, "dense_below": dense_below, "backend": backend, "device": index_on},
+        {
+            "window": window,
+            "dense_below": dense_below,
+            "backend": backend,
+            "device": index_on,
+            "nlist": nlist,
+        },
         methods,
         context,
         rope_scaling,
@@ -325,6 +334,7 @@ def retrieval(
     length: Annotated[list[int] | None, typer.Option(help="Tokens; default 8192, 16384, 32000.")] = None,
     depths: Annotated[int, typer.Option(help="Places, from the beginning to the window.", min=1)] = 8,
     samples: Annotated[int, typer.Option(help="Of each place.", min=1)] = 2,
+    first: Annotated[int, typer.Option(help="Number of the first sample.", min=0)] = 0,
     chunk: Chunk = 1,
 ) -> None:
     """Ask for something that lies deep in a context, which is read densely; question and answer are not.
@@ -337,7 +347,7 @@ def retrieval(
     for name, size in ((name, size) for name in task or TASKS for size in lengths):
         reach = max(0.0, 1 - (bench.settings["window"] + 64) / size)
         scores: dict[str, list[tuple[bool, float]]] = {}
-        for seed in range(samples):
+        for seed in range(first, first + samples):
             places = [reach * place / max(depths - 1, 1) for place in range(depths)]
             asked = [(depth, TASKS[name](bench.tokenizer, haystack, size, depth, seed)) for depth in places]
             for context, group in itertools.groupby(asked, lambda pair: pair[1].context):

@@ -37,8 +37,10 @@ DEFAULT_SHARE = AttendParameters().scan_share
 TARGETS = {0.02: 0.02, 0.05: 0.005}
 """Perplexity above dense that is aimed at, by share of bytes."""
 LABELS = {
-    "saapindex": ("saapindex", "C3", "o"),
-    "evenly": ("saapindex, bytes split evenly", "C5", "p"),
+    "codes": ("saapindex, codes in all layers", "C3", "o"),
+    "saapindex": ("saapindex, default of the device", "C4", "h"),
+    "lists": ("saapindex, whole lists", "C7", "P"),
+    "evenly": ("saapindex, codes, bytes split evenly", "C5", "p"),
     "ladder": ("saapindex, simulated", "C1", "v"),
     "looks": ("two looks, simulated", "C6", "<"),
     "quest=": ("Quest, bounds counted", "C0", "s"),
@@ -58,7 +60,8 @@ def family(name: str, methods: dict[str, Any]) -> tuple[str, float]:
     method = methods[name]
     kind = method.get("name")
     if kind is None:
-        return "evenly" if method.get("by_head") is False else "saapindex", method["budget"]
+        ways = {True: "codes", False: "lists", None: "saapindex"}
+        return "evenly" if method.get("by_head") is False else ways[method.get("refine")], method["budget"]
     if kind in ("ladder", "looks"):
         return kind, method["budget"]
     uncounted = False in (method["settings"].get(name) for name in ("count_bounds", "count_router"))

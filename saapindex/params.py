@@ -274,13 +274,14 @@ class AttendParameters:
     refine
         With a budget: read the codes of many keys and fetch the best; otherwise fetch whole lists. By default
         codes are read, except on devices that attend to whole lists so fast that a larger budget of these
-        takes less time for the same error (compute capability 9.0 and up).
+        takes less time for the same error (compute capability 9.0 and up), and there too in layers that
+        have heads which look things up, by the codebook: these need to see all codes.
     remainder
         Let the keys that are not fetched count by their estimates.
     slopes
         Of keys that are not fetched, take the value that their code lets expect, by a regression that is
-        fitted to the context, and not the mean value of their list. By default on the host alone: the
-        kernels of a device do without.
+        fitted to the context, and not the mean value of their list. By default on the host alone, and where
+        its matrix takes no more than a tenth of the budget: the kernels of a device do without.
     scan_share
         Share of the budget that goes to codes, after statistics, in (0, 1).
     by_head

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.attention.limits import reading
+from saapindex.attention.limits import reading, takes_slopes
 from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.sequence import Keeping, Sequence
 from saapindex.backends.base import LANES, Ints
@@ -42,7 +42,7 @@ class Batch:
         same_sinks = all(old.sinks is new.sinks for old, new in pairs)
         for name, same in (
             ("lists", same_lists),
-            ("lists_without_slopes", same_lists),
+            ("_lists_for", same_lists),
             ("first", same_lists),
             ("first_of_streams", same_lists),
             ("long", same_lists),
@@ -187,10 +187,19 @@ class Batch:
             table=np.concatenate([table.held.pages for table in tables]),
         )
 
+    def lists_for(self, params: AttendParameters) -> PagedLists:
+        """Return the lists of all streams, without slopes where these are not to be taken."""
+        if params not in self._lists_for:
+            codebook, element = self.keeping.codebook, self.keeping.pool.dtype.itemsize
+            taken = takes_slopes(params, self.long, codebook.code, element)
+            slopes = self.lists.slopes
+            plain = np.where(taken[:, None, None], slopes, np.zeros_like(slopes))
+            self._lists_for[params] = self.lists if taken.all() else self.lists._replace(slopes=plain)
+        return self._lists_for[params]
+
     @cached_property
-    def lists_without_slopes(self) -> PagedLists:
-        """The lists of all streams, whose codes say nothing of values."""
-        return self.lists._replace(slopes=np.zeros_like(self.lists.slopes))
+    def _lists_for(self) -> dict[AttendParameters, PagedLists]:
+        return {}
 
     @cached_property
     def _near_pages(self) -> NDArray[np.int32]:

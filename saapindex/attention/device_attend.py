@@ -132,13 +132,18 @@ def limits_of(wanted: AttendParameters, batch: DeviceBatch, group: int, device: 
         weight=shares.most if by_head and shares is not None else 1.0,
     )
     whole = shape_of(limits, batch.streams, group, 1, device) is not None
-    return limits._replace(refine=wanted.reads_codes(default=not whole))
+    looks_up = by_head and shares is not None and bool(shares.codes.any())
+    return limits._replace(refine=wanted.reads_codes(default=looks_up or not whole))
 
 
 def workspace(batch: DeviceBatch, group: int, tokens: int, device: int) -> Workspace:
-    """Return the buffers of a step, the same ones each time: a graph goes on with them."""
+    """Return the buffers of a step; of one token, or with room reserved, the same each time, for graphs.
+
+    Those of several tokens are large, and every layer and fork would keep its own.
+    """
     key = group, tokens
-    if key not in batch.spaces:
+    space: Workspace | None = batch.spaces.get(key)
+    if space is None:
         xp, streams = batch.keeping.xp, batch.streams
         code = batch.keeping.book.code
         shape = launch_shape(
@@ -151,8 +156,9 @@ def workspace(batch: DeviceBatch, group: int, tokens: int, device: int) -> Works
             streams.keys.dtype.itemsize,
         )
         with allocating(f"what attention of {tokens} tokens works in"):
-            batch.spaces[key] = Workspace.empty(streams, batch.keeping.book.code, group, tokens, shape, xp)
-    space: Workspace = batch.spaces[key]
+            space = Workspace.empty(streams, batch.keeping.book.code, group, tokens, shape, xp)
+        if tokens == 1 or batch.reserved:
+            batch.spaces[key] = space
     return space
 
 

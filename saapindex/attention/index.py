@@ -217,7 +217,7 @@ class AttentionIndex(AttentionStore):
         pages = batch.keeping.pool.pages
         if wanted is None:
             return self.ops.attend_all(x, last, around, batch.lists, pages, self._scaling)
-        lists = batch.lists if wanted.slopes is not False else batch.lists_without_slopes
+        lists = batch.lists_for(wanted)
         code, reading = self.codebook.code.view, batch.reading(wanted)
         return self.ops.attend_lists(x, last, around, lists, pages, code, self._scaling, reading)
 

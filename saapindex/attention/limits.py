@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saapindex.attention.shares import MOST_SEEN, HeadShares
 from saapindex.backends.base import Ints
@@ -11,13 +12,35 @@ from saapindex.codes import TransformCode
 from saapindex.errors import InvalidInputError
 from saapindex.params import AttendParameters
 
-__all__ = ["check_by_head", "reading"]
+__all__ = ["check_by_head", "reading", "takes_slopes"]
 
 LIST_EXTRA = 8
 """Bytes of a list besides its anchor and mean value in int8: their scales, its size and its spread."""
 MATRIX_EXTRA = 4
 """Bytes of a coded dimension besides its row of int8 in each of the matrices that take queries into the space
 of the codes, and codes to values: its scale."""
+SLOPES_MOST = 0.1
+"""Share of the bytes that the matrix from codes to values may take: where it takes more, in short contexts at
+small budgets, it costs more lookups than it is worth."""
+
+
+def takes_slopes(
+    params: AttendParameters, long: Ints, code: TransformCode, element: int
+) -> NDArray[np.bool_]:
+    """Return in which streams, (S,), keys that are not fetched take the values that their codes let expect.
+
+    Examples
+    --------
+    >>> from saapindex.codes import fit_codes
+    >>> code = fit_codes(np.random.default_rng(0).standard_normal((1, 200, 64)), np.eye(64)[None], words=3)
+    >>> takes_slopes(AttendParameters(budget=0.02), np.array([6_000, 14_000]), code, element=2).tolist()
+    [False, True]
+    """
+    if params.slopes is not None or params.budget is None:
+        return np.full(len(long), params.slopes is not False)
+    matrix = (code.d + MATRIX_EXTRA) * np.tile(code.coded, len(long) // code.heads)
+    enough: NDArray[np.bool_] = matrix <= SLOPES_MOST * params.budget * long * 2 * code.d * element
+    return enough
 
 
 def reading(
@@ -61,7 +84,7 @@ def reading(
     ([11011], [[838]])
     """
     d, row = code.d, 2 * code.d * element
-    matrices = 2 if params.remainder and params.slopes is not False else 1
+    matrices = 1 + (takes_slopes(params, long, code, element) & params.remainder)
     coded = np.tile(code.coded, len(long) // code.heads)
     fixed = nlist * (2 * d + LIST_EXTRA) + matrices * (d + MATRIX_EXTRA) * coded
     left = np.maximum((params.budget or 0.0) * long * row - fixed, 0)

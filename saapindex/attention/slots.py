@@ -332,14 +332,11 @@ class _View(AttentionIndex):
         if near:
             nowhere = np.empty((len(recent), 0), np.int32)
             near_keys = Near(nowhere, 0, batch._sinks, batch.first_of_streams, np.maximum(recent, 0))
-        lists = batch.lists
-        if wanted is not None and wanted.slopes is False:
-            lists = batch.lists_without_slopes
         return self.ops.attend_slots(
             x,
             last,
             near_keys,
-            lists,
+            batch.lists if wanted is None else batch.lists_for(wanted),
             batch.keeping.pool.pages,
             self._cache.of_sequences(self._slots),
             self.codebook.code.view,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sequences", "split_sequences"]
 
-# Of the free memory of a GPU, what the traces of layers trained together may take.
+# Of the memory of a GPU, what the traces of layers trained together may take.
 _MEMORY_SHARE = 0.05
 # Beyond so many heads a GPU gains nothing from more.
 _HEADS_TOGETHER = 64
@@ -175,11 +175,12 @@ class Sequences:
             return 1
         import torch
 
-        free, _ = torch.cuda.mem_get_info(device)
+        # Of all memory, not of what is free: or layers that another process trains were grouped otherwise.
+        _, memory = torch.cuda.mem_get_info(device)
         headers = [by_layer[self.layers[0]] for by_layer in self.headers.values()]
         floats = sum(h.d * (2 * h.kv_heads * h.n + h.q_heads * h.m) for h in headers)
         by_heads = _HEADS_TOGETHER // headers[0].kv_heads
-        return max(1, min(by_heads, int(_MEMORY_SHARE * free / (4 * floats))))
+        return max(1, min(by_heads, int(_MEMORY_SHARE * memory / (4 * floats))))
 
     def _shape(self, number: int) -> list[Any]:
         """What layers that are trained together have in common."""

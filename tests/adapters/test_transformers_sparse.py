@@ -256,6 +256,34 @@ def test_an_index_on_a_device_is_that_of_the_host(budget, tiny, new_cache, promp
         torch_close(one, other)
 
 
+@pytest.mark.gpu
+def test_padding_beams_and_turns_on_a_device(tiny, new_cache, prompts, cupy):
+    import torch
+
+    tokens, mask, found = prompts(2, 80).to("cuda"), torch.ones(2, 80, dtype=torch.long), {}
+    mask[1, :20] = 0
+    at, mask = (mask.cumsum(1) - 1).clamp(min=0).cuda(), mask.cuda()
+    model = tiny("Qwen3").to("cuda")
+    try:
+        for device in ("cpu", "cuda"):
+            cache = new_cache("Qwen3", budget=1.0, device=device)
+
+            def step(first, last, cache=cache):
+                given = {"attention_mask": mask[:, :last], "position_ids": at[:, first:last]}
+                return read(model, tokens[:, first:last], cache, **given)
+
+            found[device] = [step(0, 60), step(60, 61), step(61, 64)]
+            cache.reorder_cache(torch.tensor([0, 0], device="cuda"))
+            cache.crop(-2)
+            mask[1], at[1] = mask[0], at[0]
+            found[device].append(step(62, 80))
+            mask[1, :20], at[1] = 0, (at[0] - 20).clamp(min=0)
+    finally:
+        model.to("cpu")
+    for one, other in zip(found["cpu"], found["cuda"], strict=True):
+        torch_close(one, other)
+
+
 @pytest.mark.parametrize("left", [-3, -30, 40, 12, 70, -100, 0])
 def test_crop(left, model, new_cache, prompts):
     import torch

@@ -361,3 +361,22 @@ def test_without_slopes_values_are_those_of_lists(make_codebook, data):
         assert not np.allclose(found[backend, False], found[backend, True], atol=1e-4)
     np.testing.assert_allclose(found["reference", False], found["cpu", False], rtol=1e-3, atol=1e-4)
     assert AttendParameters(slopes=False) != AttendParameters()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_slopes_are_left_out_where_bytes_are_scarce(backend, make_codebook, data):
+    """Each sequence decides for itself, and what its matrix takes goes to codes and keys instead."""
+    rng = np.random.default_rng(0)
+    k, v = data(rng, 2, 900)
+    q = rng.standard_normal((2, 6, 16)).astype(np.float32)
+    index = AttentionIndex(make_codebook(), batch=2, window=20, flush=16, dense_below=0, backend=backend)
+    index.add(k, v, lengths=[900, 300])
+    matrix, row = (16 + 4) * index.codebook.code.coded.max(), 2 * 16 * 4
+    budget = float(20 * matrix / row / (900 + 300))  # more than ten matrices of one, fewer of the other
+    found = {}
+    for slopes in (None, True, False):
+        found[slopes], _ = index.attend(q, params=AttendParameters(budget=budget, slopes=slopes))
+    np.testing.assert_array_equal(found[None][0], found[True][0])
+    np.testing.assert_array_equal(found[None][1], found[False][1])
+    assert not np.array_equal(found[True], found[None])
+    assert not np.array_equal(found[False], found[None])

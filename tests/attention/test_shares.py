@@ -156,3 +156,45 @@ def test_shares_are_used_unless_they_are_refused(make_codebook, uneven, data):
     assert not np.allclose(found[None][0], found[False][0], atol=1e-5)
     _, (even, _) = steps(make_codebook(), data, AttendParameters(budget=0.2))
     np.testing.assert_array_equal(found[False][0], even)
+
+
+@pytest.mark.parametrize(("codes", "reads"), [([0.0, 0.75], True), ([0.0, 0.0], False)])
+def test_by_default_codes_are_read_on_a_device_where_heads_look_things_up(codes, reads, uneven, monkeypatch):
+    """Elsewhere whole lists are fetched, on devices that are so fast at it."""
+    from types import SimpleNamespace
+
+    from saapindex.attention import device_attend
+
+    monkeypatch.setattr(device_attend, "shape_of", lambda *_: object())
+    book = dataclasses.replace(uneven, shares=SHARES._replace(codes=np.float32(codes)))
+    keeping = SimpleNamespace(book=SimpleNamespace(codebook=book))
+    batch = SimpleNamespace(keeping=keeping, streams=None)
+
+    def refine(**how):
+        return device_attend.limits_of(AttendParameters(**how), batch, 3, 0).refine
+
+    assert refine() is reads
+    assert not refine(by_head=False)
+    assert (refine(refine=True), refine(refine=False)) == (True, False)
+
+
+def test_buffers_of_one_token_are_kept_and_those_of_several_not(monkeypatch):
+    """Unless room was reserved, for graphs go on with them."""
+    from types import SimpleNamespace
+
+    from saapindex.attention import device_attend
+
+    for name in ("launch_shape", "multiprocessors"):
+        monkeypatch.setattr(device_attend, name, lambda *_: (1, 32))
+    monkeypatch.setattr(device_attend, "Workspace", SimpleNamespace(empty=lambda *_: object()))
+    streams = SimpleNamespace(**dict.fromkeys(("pages", "keys", "anchors"), np.zeros((2, 3, 4))))
+    code = SimpleNamespace(quads=np.zeros((2, 8)))
+    keeping = SimpleNamespace(xp=np, book=SimpleNamespace(code=code))
+    batch = SimpleNamespace(spaces={}, streams=streams, keeping=keeping, reserved=0)
+    kept = {t: device_attend.workspace(batch, 3, t, 0) for t in (1, 20)}
+    assert list(batch.spaces.values()) == [kept[1]]
+    assert device_attend.workspace(batch, 3, 1, 0) is kept[1]
+    batch.reserved = 8
+    again = device_attend.workspace(batch, 3, 20, 0)
+    assert again is not kept[20]
+    assert device_attend.workspace(batch, 3, 20, 0) is again
