@@ -103,8 +103,9 @@ class SaapCache(Cache):  # type: ignore[misc]
     >>> model, prompt = LlamaForCausalLM(config).eval(), torch.arange(3, 43)[None]
     >>> sample = np.random.default_rng(0).standard_normal((2, 50, 16))
     >>> cache = SaapCache({0: fit_layer(sample[:1], sample, 4, words=1)}, config, window=8, dense_below=0)
+    >>> how = {"min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False}
     >>> with sparse_attention(model):
-    ...     tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    ...     tokens = model.generate(prompt, past_key_values=cache, **how)
     >>> tokens.shape, cache.get_seq_length()
     (torch.Size([1, 43]), 42)
     """

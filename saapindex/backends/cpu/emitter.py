@@ -53,13 +53,16 @@ class Emitter:
         return base
 
     def times(self, value: Any, factor: int) -> Any:
+        """Return a multiple of an int64."""
         return self.builder.mul(value, long(factor))
 
     def load(self, address: Any, kind: Any, align: int) -> Any:
+        """Read a value of type `kind` at an address that is a multiple of `align`."""
         pointer = self.builder.inttoptr(address, kind.as_pointer())
         return self.builder.load(pointer, align=align, typ=kind)
 
     def store(self, value: Any, address: Any) -> None:
+        """Write a value to an address, a multiple of four."""
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=4)
 
     def store_some(self, value: Any, address: Any, mask: Any) -> None:
@@ -79,16 +82,19 @@ class Emitter:
         self.builder.call(function, [pointer, *(ir.Constant(I32, i) for i in (0, 3, 1))])
 
     def splat(self, value: Any) -> Any:
+        """Return a vector of the same number in every lane."""
         kind = ir.VectorType(value.type, LANES)
         first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
         return self.shuffle(first, first, [0] * LANES)
 
     def shuffle(self, one: Any, other: Any, lanes: list[int]) -> Any:
+        """Return these lanes of two vectors, those of the second one counted behind the first."""
         return self.builder.shuffle_vector(
             one, other, ir.Constant(ir.VectorType(I32, len(lanes)), [ir.Constant(I32, i) for i in lanes])
         )
 
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        """Return ``a * b + c``, rounded once where the machine can."""
         function = self._intrinsic(f"llvm.fmuladd.v{LANES}f32", FLOATS, [FLOATS] * 3)
         return self.builder.call(function, [a, b, c])
 
