@@ -192,9 +192,10 @@ class Batch:
         if params not in self._lists_for:
             codebook, element = self.keeping.codebook, self.keeping.pool.dtype.itemsize
             taken = takes_slopes(params, self.long, codebook.code, element)
-            slopes = self.lists.slopes
-            plain = np.where(taken[:, None, None], slopes, np.zeros_like(slopes))
-            self._lists_for[params] = self.lists if taken.all() else self.lists._replace(slopes=plain)
+            lists = self.lists
+            if not taken.all():
+                lists = lists._replace(slopes=np.where(taken[:, None, None], lists.slopes, np.float32(0)))
+            self._lists_for[params] = lists
         return self._lists_for[params]
 
     @cached_property

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
-from saapindex.backends.cpu.emitter import Emitter
+from saapindex.backends.cpu.emitter import FLOAT, FLOATS, I32, I64, INTS, Emitter, data_of, long
 
 HAS_BYTE_SUMS = llvm.get_host_cpu_features().get("avx512vnni", False)
 """Whether the machine has the instruction."""
@@ -23,17 +23,6 @@ TURNED = 4
 """Pages that are turned together."""
 HEADS = 3
 """Query heads that `byte_sums` takes at once."""
-
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
-_INTS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(ir.FloatType(), LANES)
-
-
-def _long(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-def _address(context: Any, builder: Any, signature: Any, args: Any, i: int) -> Any:
-    return builder.ptrtoint(context.make_array(signature.args[i])(context, builder, args[i]).data, _I64)
 
 
 @intrinsic
@@ -46,9 +35,9 @@ def turn_words(typingctx, places, first, out):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         emit = Emitter(builder)
-        at, to = (_address(context, builder, signature, args, i) for i in (0, 2))
+        at, to = (data_of(context, builder, signature, args, i)[0] for i in (0, 2))
         words = [
-            emit.load(emit.load(emit.at(at, emit.times(args[1], 8), _long(8 * p)), _I64, 8), _INTS, 4)
+            emit.load(emit.load(emit.at(at, emit.times(args[1], 8), long(8 * p)), I64, 8), INTS, 4)
             for p in range(TURNED)
         ]
         pairs = [
@@ -58,7 +47,7 @@ def turn_words(typingctx, places, first, out):  # type: ignore[no-untyped-def]
         (even, odd), (even2, odd2) = pairs
         turned = [*_swapped(emit, even, even2, 16, 0x0000FFFF), *_swapped(emit, odd, odd2, 16, 0x0000FFFF)]
         for c, vector in zip((0, 2, 1, 3), turned, strict=True):
-            emit.store(vector, emit.at(to, emit.times(args[1], 4 * LANES), _long(4 * LANES * c)))
+            emit.store(vector, emit.at(to, emit.times(args[1], 4 * LANES), long(4 * LANES * c)))
         return context.get_dummy_value()
 
     return types.void(places, types.int64, out), codegen
@@ -67,8 +56,8 @@ def turn_words(typingctx, places, first, out):  # type: ignore[no-untyped-def]
 def _swapped(emit: Emitter, one: Any, other: Any, bits: int, low: int) -> tuple[Any, Any]:
     """Put the low parts of both side by side, and the high parts."""
     builder = emit.builder
-    lows, highs = (emit.splat(ir.Constant(_I32, mask)) for mask in (low, low << bits))
-    shift = emit.splat(ir.Constant(_I32, bits))
+    lows, highs = (emit.splat(ir.Constant(I32, mask)) for mask in (low, low << bits))
+    shift = emit.splat(ir.Constant(I32, bits))
     return (
         builder.or_(builder.and_(one, lows), builder.shl(builder.and_(other, lows), shift)),
         builder.or_(builder.and_(builder.lshr(one, shift), lows), builder.and_(other, highs)),
@@ -85,18 +74,18 @@ def pack_weights(typingctx, weights, first, unit, inverse, high, low):  # type: 
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         emit = Emitter(builder)
-        at, high, low = (_address(context, builder, signature, args, i) for i in (0, 4, 5))
+        at, high, low = (data_of(context, builder, signature, args, i)[0] for i in (0, 4, 5))
         unit, inverse = emit.splat(args[2]), emit.splat(args[3])
-        half = emit.splat(ir.Constant(ir.FloatType(), 0.5))
-        byte = emit.splat(ir.Constant(_I32, 255))
-        highs = lows = ir.Constant(_INTS, [ir.Constant(_I32, 0)] * LANES)
+        half = emit.splat(ir.Constant(FLOAT, 0.5))
+        byte = emit.splat(ir.Constant(I32, 255))
+        highs = lows = ir.Constant(INTS, [ir.Constant(I32, 0)] * LANES)
         for p in range(TURNED):
-            place = emit.at(at, emit.times(args[1], 4), _long(4 * LANES * p))
-            scaled = emit.multiply_add(emit.load(place, _FLOATS, 4), inverse, half)
-            whole = builder.fptosi(scaled, _INTS)
-            emit.store(builder.fmul(builder.sitofp(whole, _FLOATS), unit), place)
-            shift = emit.splat(ir.Constant(_I32, 8 * p))
-            eight = emit.splat(ir.Constant(_I32, 8))
+            place = emit.at(at, emit.times(args[1], 4), long(4 * LANES * p))
+            scaled = emit.multiply_add(emit.load(place, FLOATS, 4), inverse, half)
+            whole = builder.fptosi(scaled, INTS)
+            emit.store(builder.fmul(builder.sitofp(whole, FLOATS), unit), place)
+            shift = emit.splat(ir.Constant(I32, 8 * p))
+            eight = emit.splat(ir.Constant(I32, 8))
             highs = builder.or_(highs, builder.shl(builder.lshr(whole, eight), shift))
             lows = builder.or_(lows, builder.shl(builder.and_(whole, byte), shift))
         emit.store(highs, emit.at(high, args[1]))
@@ -121,7 +110,7 @@ def byte_sums(typingctx, turned, n, shift, mask, weights, out):  # type: ignore[
             builder, context.make_array(signature.args[4])(context, builder, args[4]).shape
         )[0]
         for heads in range(1, HEADS + 1):
-            with builder.if_then(builder.icmp_signed("==", count, _long(heads))):
+            with builder.if_then(builder.icmp_signed("==", count, long(heads))):
                 _emit_byte_sums(context, builder, signature, args, heads)
         return context.get_dummy_value()
 
@@ -130,36 +119,36 @@ def byte_sums(typingctx, turned, n, shift, mask, weights, out):  # type: ignore[
 
 def _emit_byte_sums(context: Any, builder: Any, signature: Any, args: Any, heads: int) -> None:
     emit = Emitter(builder)
-    words, weights, out = (_address(context, builder, signature, args, i) for i in (0, 4, 5))
+    words, weights, out = (data_of(context, builder, signature, args, i)[0] for i in (0, 4, 5))
     strides = [
         cgutils.unpack_tuple(
             builder, context.make_array(signature.args[i])(context, builder, args[i]).strides
         )
         for i in (4, 5)
     ]
-    zero = ir.Constant(_INTS, [ir.Constant(_I32, 0)] * LANES)
+    zero = ir.Constant(INTS, [ir.Constant(I32, 0)] * LANES)
     totals = [
         [[cgutils.alloca_once_value(builder, zero) for _ in range(TURNED)] for _ in range(2)]
         for _ in range(heads)
     ]
     for total in (total for head in totals for part in head for total in part):
         builder.store(zero, total)
-    shifts, masks = (emit.splat(builder.trunc(args[i], _I32)) for i in (2, 3))
-    with cgutils.for_range_slice(builder, _long(0), args[1], _long(TURNED), intp=_I64) as (k, _):
+    shifts, masks = (emit.splat(builder.trunc(args[i], I32)) for i in (2, 3))
+    with cgutils.for_range_slice(builder, long(0), args[1], long(TURNED), intp=I64) as (k, _):
         fields = []
         for c in range(TURNED):
-            word = emit.load(emit.at(words, emit.times(k, 4 * LANES), _long(4 * LANES * c)), _INTS, 4)
+            word = emit.load(emit.at(words, emit.times(k, 4 * LANES), long(4 * LANES * c)), INTS, 4)
             fields.append(builder.and_(builder.lshr(word, shifts), masks))
         for h, head in enumerate(totals):
             for p, part in enumerate(head):
                 place = emit.at(weights, emit.times(strides[0][0], h), emit.times(strides[0][1], p))
-                weight = emit.load(emit.at(place, emit.times(k, LANES)), _INTS, 4)
+                weight = emit.load(emit.at(place, emit.times(k, LANES)), INTS, 4)
                 for total, field in zip(part, fields, strict=True):
                     builder.store(emit.dot4_vectors(builder.load(total), weight, field), total)
-    eight = emit.splat(ir.Constant(_I32, 8))
+    eight = emit.splat(ir.Constant(I32, 8))
     for h, (high, low) in enumerate(totals):
         joined = [
-            builder.sitofp(builder.add(builder.shl(builder.load(a), eight), builder.load(b)), _FLOATS)
+            builder.sitofp(builder.add(builder.shl(builder.load(a), eight), builder.load(b)), FLOATS)
             for a, b in zip(high, low, strict=True)
         ]
         emit.store(emit.sums(joined), emit.at(out, emit.times(strides[1][0], h)))

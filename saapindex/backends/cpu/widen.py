@@ -12,11 +12,8 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats
-from saapindex.backends.cpu.emitter import FLOAT32, KINDS, Emitter
+from saapindex.backends.cpu.emitter import FLOAT32, I1, I64, KINDS, Emitter, long
 from saapindex.backends.cpu.memory import plain
-
-_I1, _I64 = ir.IntType(1), ir.IntType(64)
-
 
 _KINDS = {np.dtype(name): kind for name, kind in KINDS.items()}
 
@@ -27,11 +24,11 @@ def _widen(typingctx, kind, raw, out):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         emit, array = Emitter(builder), context.make_array(signature.args[2])(context, builder, args[2])
-        raw = builder.ptrtoint(context.make_array(signature.args[1])(context, builder, args[1]).data, _I64)
-        to, n = builder.ptrtoint(array.data, _I64), array.nitems
-        fine = cgutils.alloca_once_value(builder, ir.Constant(_I1, 1))
+        raw = builder.ptrtoint(context.make_array(signature.args[1])(context, builder, args[1]).data, I64)
+        to, n = builder.ptrtoint(array.data, I64), array.nitems
+        fine = cgutils.alloca_once_value(builder, ir.Constant(I1, 1))
         for name, known in KINDS.items():
-            with builder.if_then(builder.icmp_signed("==", args[0], ir.Constant(_I64, known))):
+            with builder.if_then(builder.icmp_signed("==", args[0], long(known))):
                 _emit_widen(emit, known, np.dtype(name).itemsize, raw, n, to, fine)
         return builder.load(fine)
 
@@ -39,8 +36,8 @@ def _widen(typingctx, kind, raw, out):  # type: ignore[no-untyped-def]
 
 
 def _emit_widen(emit: Emitter, kind: int, width: int, raw: Any, n: Any, to: Any, fine: Any) -> None:
-    builder, zero = emit.builder, ir.Constant(_I64, 0)
-    tail = builder.and_(n, ir.Constant(_I64, LANES - 1))
+    builder, zero = emit.builder, long(0)
+    tail = builder.and_(n, long(LANES - 1))
     whole = builder.sub(n, tail)
 
     def some(i: Any, mask: Any | None) -> None:
@@ -55,7 +52,7 @@ def _emit_widen(emit: Emitter, kind: int, width: int, raw: Any, n: Any, to: Any,
         all_good = builder.icmp_signed("==", bits, ir.Constant(bits.type, -1))
         builder.store(builder.and_(builder.load(fine), all_good), fine)
 
-    with cgutils.for_range_slice(builder, zero, whole, ir.Constant(_I64, LANES), intp=_I64) as (i, _):
+    with cgutils.for_range_slice(builder, zero, whole, long(LANES), intp=I64) as (i, _):
         some(i, None)
     with builder.if_then(builder.icmp_signed(">", tail, zero)):
         some(whole, emit.below(tail))
