@@ -182,22 +182,40 @@ def estimated_portably(words, widths, queries, scales, factors, centers, count, 
     estimate_page_portable(words, widths, queries, scales, factors, centers, count, cap, out, first)
 
 
-@given(widths=WIDTHS, heads=st.integers(1, 7), n=st.integers(1, 70), seed=st.integers(0, 99))
-@pytest.mark.skipif(not HAS_BYTE_SUMS, reason="the machine has no instruction for products of bytes")
-def test_sums_over_keys_by_products_of_bytes_are_those_by_floats_to_rounding(widths, heads, n, seed):
+BYTES = pytest.param(
+    byte_field_sums,
+    marks=pytest.mark.skipif(
+        not HAS_BYTE_SUMS, reason="the machine has no instruction for products of bytes"
+    ),
+)
+
+
+@pytest.mark.parametrize("field_sums", [float_field_sums, BYTES])
+@given(
+    widths=WIDTHS,
+    heads=st.integers(1, 7),
+    n=st.integers(1, 70),
+    more=st.integers(-9, 9),
+    seed=st.integers(0, 99),
+)
+def test_sums_over_keys(field_sums, widths, heads, n, more, seed):
+    """Also where other heads have codes of more dimensions, or the last fields stand for none."""
     rng, widths = np.random.default_rng(seed), np.asarray(widths, np.int64)
     codes = rng.integers(0, 1 << 32, (n, len(widths), 16), dtype=np.uint32)
     addresses, pages = np.zeros((5, 1), np.int64), rng.permutation(n).astype(np.int32)
     addresses[2, 0] = codes.ctypes.data
     weights = np.zeros((heads, -(-n // 4) * 64), np.float32)
     weights[:, : n * 16] = rng.random((heads, n * 16), np.float32) ** 6
-    sums = np.empty((2, heads, int((32 // widths).sum())), np.float32)
+    fields = int((32 // widths).sum())
+    wanted = max(fields + more, 1)
+    sums = np.full((heads, wanted), np.nan, np.float32)
     rounded = weights.copy()
-    float_field_sums(pages, addresses, 1 << 20, 20, widths, weights, sums[0])
-    byte_field_sums(pages, addresses, 1 << 20, 20, widths, rounded, sums[1])
+    field_sums(pages, addresses, 1 << 20, 20, widths, rounded, sums)
     np.testing.assert_allclose(rounded, weights, atol=weights.max() / 0xFFFF * 0.51)
-    float_field_sums(pages, addresses, 1 << 20, 20, widths, rounded, sums[0])
-    np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
+    unpacked = unpack(codes[pages].transpose(0, 2, 1).reshape(n * 16, -1), widths)
+    known = np.zeros((heads, max(fields, wanted)), np.float32)
+    known[:, :fields] = rounded[:, : n * 16] @ unpacked.astype(np.float32)
+    np.testing.assert_allclose(sums, known[:, :wanted], rtol=1e-5)
 
 
 def test_nothing_is_visited(backend, paged):

@@ -88,9 +88,11 @@ def room_of(pages):  # type: ignore[no-untyped-def]
 def float_field_sums(pages, addresses, span, shift, widths, weights, sums):  # type: ignore[no-untyped-def]
     """Write the sum of ``weight * field`` over the keys of pages for each dimension, (g, R).
 
-    `weights` are (g, `room_of` the pages), zero where there is no key.
+    `weights` are (g, `room_of` the pages), zero where there is no key. Dimensions beyond the fields of this
+    head, which other heads have codes of, are zero.
     """
     g, n, words = weights.shape[0], pages.shape[0], widths.shape[0]
+    sums[:] = 0
     places, four, r = np.empty(n, np.int64), np.empty((g, 4), np.float32), 0
     for w in range(words):
         _word_places(pages, addresses, span, shift, words, w, places)

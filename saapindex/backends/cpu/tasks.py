@@ -79,16 +79,18 @@ def take_part(board, patience, helps):  # type: ignore[no-untyped-def]
     while left > 0:
         ticket = atomic_read(board, TICKET)
         stage, task = (ticket >> 32) & ((1 << _STAGE_BITS) - 1), ticket & 0xFFFFFFFF
+        # Read before the task is taken: once it is done, others may finish the job and open the next one.
+        tasks = board[_COUNTS + stage] if stage < STAGES else 0
         if stage == STAGES:
             if not helps or atomic_read(board, ANNOUNCED) == atomic_read(board, SERVED):
                 return
             left -= 1
-        elif task >= board[_COUNTS + stage]:
+        elif task >= tasks:
             left -= 1
         elif atomic_replace(board, TICKET, ticket, ticket + 1):
             # The ticket was what it had been, so all that was read is of this job.
             call_at(board[_DO], board[_STEP], stage, task)
-            if atomic_add(board, DONE, 1) + 1 == board[_COUNTS + stage]:
+            if atomic_add(board, DONE, 1) + 1 == tasks:
                 atomic_write(board, DONE, 0)
                 atomic_write(
                     board, TICKET, _ticket(ticket >> (32 + _STAGE_BITS), _stage_from(board, stage + 1))
