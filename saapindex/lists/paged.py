@@ -105,9 +105,7 @@ class PagePool:
 
     def _grow(self, count: int) -> None:
         chunks = -(-count // self.span)
-        grown = []
-        for _ in range(chunks):
-            grown.append([np.empty((self.span, *shape), dtype) for shape, dtype in self._shapes.values()])
+        grown = self._chunks(chunks)
         first, more = len(self.filled), chunks * self.span
         columns: dict[str, Any] = {
             name: (*getattr(self.pages, name), *(chunk[i] for chunk in grown))
@@ -120,6 +118,27 @@ class PagePool:
         # Nothing below can fail, so a pool that could not grow is what it was.
         self.pages = Pages(**columns, addresses=np.array(addresses, np.int64), span=self.span)
         self.filled, self._holders, self._free = filled, holders, free
+
+    def _chunks(self, count: int) -> list[list[NDArray[Any]]]:
+        """Return `count` chunks, the arrays of each, in one piece of memory.
+
+        NumPy asks the system for huge pages where a piece is of some size: keys are read here and there, and
+        for each the processor has to look up where its page lies.
+        """
+        lines = {
+            name: -(-self.span * int(np.prod(shape)) * dtype.itemsize // 64)
+            for name, (shape, dtype) in self._shapes.items()
+        }
+        memory = np.empty((count * sum(lines.values()) + 1) * 64, np.uint8)
+        memory = memory[-memory.ctypes.data % 64 :]
+        grown: list[list[NDArray[Any]]] = [[] for _ in range(count)]
+        start = 0
+        for name, (shape, dtype) in self._shapes.items():
+            size = self.span * int(np.prod(shape)) * dtype.itemsize
+            for chunk in grown:
+                chunk.append(memory[start : start + size].view(dtype).reshape(self.span, *shape))
+                start += 64 * lines[name]
+        return grown
 
     def hold(self, pages: NDArray[np.int32]) -> None:
         """Count one holder more of each of `pages`, which are distinct."""

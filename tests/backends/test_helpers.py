@@ -15,7 +15,7 @@ from numba import cfunc, types
 from saapindex.backends import get_ops
 from saapindex.backends.cpu import helpers, step
 from saapindex.backends.cpu.record import longs_at
-from saapindex.backends.cpu.tasks import ASLEEP, STAGES
+from saapindex.backends.cpu.tasks import ASLEEP, AWAKE, STAGES
 from saapindex.backends.paged import Reading, Scaling
 
 
@@ -50,6 +50,37 @@ def test_every_task_is_done_once_and_stage_after_stage():
     started = {thread.name for thread in threading.enumerate()} - before
     assert {name.rpartition("-")[0] for name in started} <= {"saapindex"}
     assert len(helpers._team.helpers) >= 3
+
+
+_who = types.ExternalFunction("pthread_self", types.int64())
+
+
+@cfunc(types.void(types.int64, types.int64, types.int64))
+def work(address, stage, task):
+    """Take a while, and note down which thread did the task."""
+    seen, x = longs_at(address, (64, 2)), 1
+    for _ in range(200_000):
+        x = (x * 1103515245 + 12345) % (1 << 31)
+    seen[task, 0], seen[task, 1] = _who(), x
+
+
+def test_a_helper_that_waits_for_a_job_takes_part(monkeypatch):
+    """It once went when it saw that the job had been served, just before it could see its first task."""
+    if os.cpu_count() == 1:
+        pytest.skip("needs two cores")
+    monkeypatch.setattr(helpers, "PATIENCE", 1 << 40)
+    monkeypatch.setattr(helpers, "_team", helpers._Team())
+    counts, took_part = np.zeros(STAGES, np.int64), 0
+    counts[0] = 64
+    for _ in range(20):
+        seen = np.zeros((64, 2), np.int64)
+        helpers.announce_job()
+        deadline = time.monotonic() + 10
+        while any(helpers._team.board[helper.word] != AWAKE for helper in helpers._team.helpers):
+            assert time.monotonic() < deadline
+        helpers.run_job(work.address, seen, counts, 1)
+        took_part += len(set(seen[:, 0].tolist())) == 2
+    assert took_part > 10, took_part
 
 
 def test_helpers_sleep_when_there_is_nothing_to_do():

@@ -116,7 +116,7 @@ def _attend(step, r, part, rows):  # type: ignore[no-untyped-def]
         return
     attend_chunk(
         query_of(step, r), rows, cache_of(step), step.cache_span, step.cache_shift, step.kind, step.d,
-        step.scale, step.softcap, 1 if part >= step.near_parts else 0, outs[part], sums[part], peaks[part],
+        step.scale, step.softcap, outs[part], sums[part], peaks[part],
     )  # fmt: skip
 
 

@@ -51,8 +51,9 @@ def open_job(board, do, step, counts):  # type: ignore[no-untyped-def]
     board[_DO], board[_STEP] = do, step.ctypes.data
     for stage in range(STAGES):
         board[_COUNTS + stage] = counts[stage]
-    atomic_write(board, SERVED, atomic_read(board, ANNOUNCED))
     atomic_write(board, TICKET, _ticket(job, _stage_from(board, 0)))
+    # Only now: a helper that waits for the job and finds that it has been served goes.
+    atomic_write(board, SERVED, atomic_read(board, ANNOUNCED))
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -82,7 +83,8 @@ def take_part(board, patience, helps):  # type: ignore[no-untyped-def]
         # Read before the task is taken: once it is done, others may finish the job and open the next one.
         tasks = board[_COUNTS + stage] if stage < STAGES else 0
         if stage == STAGES:
-            if not helps or atomic_read(board, ANNOUNCED) == atomic_read(board, SERVED):
+            served = not helps or atomic_read(board, ANNOUNCED) == atomic_read(board, SERVED)
+            if served and atomic_read(board, TICKET) == ticket:
                 return
             left -= 1
         elif task >= tasks:
