@@ -51,15 +51,18 @@ def _exponentials(row, peak):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def attend_chunk(  # type: ignore[no-untyped-def]
-    query, rows, addresses, span, shift, kind, d, scale, softcap, out, sums, peaks
+    query, rows, addresses, span, shift, kind, d, scale, softcap, ahead, out, sums, peaks
 ):
-    """Attend exactly to at most `CHUNK` rows: a part of (g, padded d), (g,) and (g,)."""
+    """Attend exactly to at most `CHUNK` rows: a part of (g, padded d), (g,) and (g,).
+
+    With `ahead`, 1 and not 0, keys are asked for before they are needed.
+    """
     g, n = query.shape[0], rows.shape[0]
     keys, values = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
     logits = np.empty((g, CHUNK), np.float32)
     locate(rows, addresses, span, shift, d * (4 if kind == 0 else 2), keys, values)
     for h in range(0, g, HEADS):
-        dots(kind, query[h : h + HEADS], keys, values, n, d, logits[h : h + HEADS])
+        dots(kind, query[h : h + HEADS], keys, values, n, d, ahead, logits[h : h + HEADS])
     for h in range(g):
         row = logits[h, :n]
         for i in range(n):
@@ -160,7 +163,7 @@ def _attend_rows(  # type: ignore[no-untyped-def]
             for p in range(parts):
                 attend_chunk(
                     queries[s, i], seen[p * CHUNK : (p + 1) * CHUNK], addresses, span, shift, kind, d, scale,
-                    softcap, outs[p], sums[p], part_peaks[p],
+                    softcap, 1, outs[p], sums[p], part_peaks[p],
                 )  # fmt: skip
                 for h in range(g):
                     peaks[s, i, h] = max(peaks[s, i, h], part_peaks[p, h])

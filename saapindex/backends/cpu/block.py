@@ -14,18 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
+from saapindex.backends.cpu.machine import has
 
 # Independent sums of a query, to hide the latency of a multiply-add.
 _SUMS = 4
-WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-"""Whether the machine has AVX-512."""
+WIDE = has("avx512f")
+"""Whether there is AVX-512."""
 TILE = 4 if WIDE else 2
 """Queries of a tile: as many as have their sums in registers. Four times 16 lanes fill an int64 of bits."""
 

@@ -17,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
+from saapindex.backends.cpu.machine import has
 
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _WHOLE, _SINGLE = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
@@ -76,7 +77,7 @@ def _one_by_one(builder: Any, fields: Any, query: Any, total: Any) -> Any:
     return total
 
 
-_WAYS = {"+avx512vnni": _four_at_once, "+avx2": _in_pairs, "": _one_by_one}
+_WAYS = {"avx512vnni": _four_at_once, "avx2": _in_pairs, "": _one_by_one}
 """By the feature that a machine must have, the best first."""
 
 
@@ -95,8 +96,7 @@ def make_block_estimates(way: str | None = None) -> Callable[..., Any]:
         signature = types.int64(query, groups, words, exponents, norms, table, types.int64, terms, out)
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            features = context.codegen()._tm_features.split(",")
-            known = (feature for feature in _WAYS if feature in (*features, ""))
+            known = (feature for feature in _WAYS if not feature or has(feature))
             arrays = [
                 None if i == 6 else context.make_array(signature.args[i])(context, builder, args[i])
                 for i in range(9)

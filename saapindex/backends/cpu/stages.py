@@ -23,6 +23,7 @@ from saapindex.backends.cpu.attend import (
 from saapindex.backends.cpu.codes import ask_for_codes, place_of, prepare, rotated, scan_pages, visited_pages
 from saapindex.backends.cpu.expected import expect_keys, room_of
 from saapindex.backends.cpu.heap import worse
+from saapindex.backends.cpu.machine import FETCHES_AHEAD
 from saapindex.backends.cpu.memory import integer_at
 from saapindex.backends.cpu.record import (
     SCANNED,
@@ -52,6 +53,7 @@ from saapindex.backends.cpu.vector import lanes_equal, lowest_bit
 
 EARLY = 3
 """One of so many chunks of near keys is attended to early."""
+_NEAR_AHEAD = 0 if FETCHES_AHEAD else 1
 PLAN, SCAN, CHOOSE, FETCH, REST, MERGE = range(STAGES)
 
 
@@ -116,7 +118,8 @@ def _attend(step, r, part, rows):  # type: ignore[no-untyped-def]
         return
     attend_chunk(
         query_of(step, r), rows, cache_of(step), step.cache_span, step.cache_shift, step.kind, step.d,
-        step.scale, step.softcap, outs[part], sums[part], peaks[part],
+        step.scale, step.softcap, 1 if part >= step.near_parts else _NEAR_AHEAD, outs[part], sums[part],
+        peaks[part],
     )  # fmt: skip
 
 

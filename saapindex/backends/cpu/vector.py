@@ -34,22 +34,22 @@ _COLUMNS = 4
 _AHEAD = 4 * KEYS  # from the keys that are looked at to those that are asked for
 
 
-def _dots(typingctx, kind, queries, keys, values, n, d, out):  # type: ignore[no-untyped-def]
+def _dots(typingctx, kind, queries, keys, values, n, d, ahead, out):  # type: ignore[no-untyped-def]
     """Write ``queries[h] . key`` to ``out[h, k]`` for the key of `kind` at each address ``keys[k]``.
 
     `queries` is (1 to `HEADS`, padded d) float32; of `keys` and columns of `out`, the next multiple of `KEYS`
-    from `n` up is read and written. Keys further on and what is at the addresses `values` are asked for
-    before they are needed.
+    from `n` up is read and written. With `ahead`, 1 and not 0, keys further on and what is at the addresses
+    `values` are asked for before they are needed.
     """
-    signature = types.void(types.int64, queries, keys, values, *[types.int64] * 2, out)
+    signature = types.void(types.int64, queries, keys, values, *[types.int64] * 3, out)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         count = cgutils.unpack_tuple(
             builder, context.make_array(signature.args[1])(context, builder, args[1]).shape
         )[0]
         for known, heads in cases(builder, args[0], count):
-            q, k, v, o = (data_of(context, builder, signature, args, i) for i in (1, 2, 3, 6))
-            _emit_dots(Emitter(builder), known, heads, q, k[0], v[0], args[4], args[5], o)
+            q, k, v, o = (data_of(context, builder, signature, args, i) for i in (1, 2, 3, 7))
+            _emit_dots(Emitter(builder), known, heads, q, k[0], v[0], args[4], args[5], args[6], o)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -64,6 +64,7 @@ def _emit_dots(
     values: Any,
     n: Any,
     d: Any,
+    ahead: Any,
     out: Any,
 ) -> None:
     builder, width = emit.builder, 4 if kind == FLOAT32 else 2
@@ -75,14 +76,15 @@ def _emit_dots(
         for total in (total for row in totals for total in row):
             builder.store(zero, total)
         places = [emit.load(emit.at(keys, emit.times(k, 8), long(8 * j)), I64, 8) for j in range(KEYS)]
-        later = builder.add(k, long(_AHEAD))
-        later = builder.select(builder.icmp_signed("<", later, n), later, k)
-        coming = [(start, i, 8 * j) for start, i in ((keys, later), (values, k)) for j in range(KEYS)]
-        wanted = [emit.load(emit.at(x, emit.times(i, 8), long(j)), I64, 8) for x, i, j in coming]
-        end = emit.times(d, width)
-        with cgutils.for_range_slice(builder, long(0), end, long(64), intp=I64) as (i, _):
-            for place in wanted:
-                emit.prefetch(emit.at(place, i))
+        with builder.if_then(builder.icmp_signed("==", ahead, long(1))):
+            later = builder.add(k, long(_AHEAD))
+            later = builder.select(builder.icmp_signed("<", later, n), later, k)
+            coming = [(start, i, 8 * j) for start, i in ((keys, later), (values, k)) for j in range(KEYS)]
+            wanted = [emit.load(emit.at(x, emit.times(i, 8), long(j)), I64, 8) for x, i, j in coming]
+            end = emit.times(d, width)
+            with cgutils.for_range_slice(builder, long(0), end, long(64), intp=I64) as (i, _):
+                for place in wanted:
+                    emit.prefetch(emit.at(place, i))
 
         def step(i: Any, mask: Any | None, places: list[Any] = places) -> None:
             x = [emit.stored(emit.at(place, emit.times(i, width)), kind, mask) for place in places]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -16,8 +15,9 @@ from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cpu.emitter import FLOAT, FLOATS, I32, I64, INTS, Emitter, data_of, long
+from saapindex.backends.cpu.machine import has
 
-HAS_BYTE_SUMS = llvm.get_host_cpu_features().get("avx512vnni", False)
+HAS_BYTE_SUMS = has("avx512vnni")
 """Whether the machine has the instruction."""
 TURNED = 4
 """Pages that are turned together."""

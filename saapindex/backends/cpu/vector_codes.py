@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cpu.emitter import FLOAT, FLOATS, HEADS, I32, I64, INTS, Emitter, data_of, long
+from saapindex.backends.cpu.machine import has
 
 
 def _make_estimate_page(portable: bool) -> Any:
@@ -43,7 +44,7 @@ def _make_estimate_page(portable: bool) -> Any:
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            vnni = not portable and "+avx512vnni" in context.codegen()._get_host_cpu_features()
+            vnni = not portable and has("avx512vnni")
             dot4 = emit.dot4_vnni if vnni else emit.dot4
             places = {
                 name: data_of(context, builder, signature, args, i)
