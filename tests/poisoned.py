@@ -3,7 +3,7 @@
 ::
 
     python tests/poisoned.py tests/attention tests/backends            # whatever pytest takes
-    python tests/poisoned.py --avx2 tests/attention tests/backends     # as without AVX-512
+    python tests/poisoned.py --avx2 tests/attention tests/backends     # numba's code as without AVX-512
 
 Memory that a test gets from the system is usually zero, so code that reads what it never wrote passes there
 and fails in a process that has run for a while. Here every new piece has all bits set: NaN in every type of
@@ -37,8 +37,6 @@ int posix_memalign(void **p, size_t a, size_t n) {
 AVX2 = {
     "NUMBA_CPU_NAME": "haswell",
     "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
 
 
