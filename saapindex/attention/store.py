@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["DENSE_BELOW", "AttentionStore"]
 
 DENSE_BELOW = 4096
-"""Contexts shorter than this are attended to densely by default: the first length at which a sparse step is
-the faster one, by the crossover in `bench/results/attend.json`, which `bench/attend.py` writes."""
+"""Contexts shorter than this are attended to densely by default: about where sparse steps begin to be faster,
+by the crossovers in `bench/results/attend.json` and ``attend-epyc.json``, which `bench/attend.py` writes."""
 
 _POSITIONS_END = 1 << 31
 # Pages that the pool grows by, for each KV head: of 16 keys each.
