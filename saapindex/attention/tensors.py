@@ -96,10 +96,9 @@ def stored(value: ArrayLike, name: str, shape: tuple[int | None, ...], kind: str
         array = _bits(value, name)
     else:
         array = as_numpy(value, name)
-        with np.errstate(over="ignore"):
-            if kind == "bfloat16":
-                array = to_bfloat16(array)
-            array = array.astype(STORED[kind], copy=False)
+        if array.dtype != STORED[kind]:
+            with np.errstate(over="ignore"):
+                array = to_bfloat16(array) if kind == "bfloat16" else array.astype(STORED[kind])
     if not all_finite(array):
         raise InvalidInputError(
             f"{name} holds NaN, infinity or what {kind} cannot hold, expected finite values"

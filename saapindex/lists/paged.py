@@ -182,12 +182,12 @@ class PagePool:
         Their ids are `first` and following.
         """
         end = lane + keys.shape[1]
-        number, place = np.divmod(pages, self.span)
-        for chunk, here in by_number(number):
-            where = place[here]
-            self.pages.keys[chunk][where, lane:end] = keys[here]
-            self.pages.values[chunk][where, lane:end] = values[here]
-            self.pages.ids[chunk][where, lane:end] = np.arange(first, first + end - lane)
+        ids = np.arange(first, first + end - lane)
+        for h, page in enumerate(pages.tolist()):  # few: a view costs less than to find out what is together
+            chunk, place = divmod(page, self.span)
+            self.pages.keys[chunk][place, lane:end] = keys[h]
+            self.pages.values[chunk][place, lane:end] = values[h]
+            self.pages.ids[chunk][place, lane:end] = ids
         self.filled[pages] = end
 
 
