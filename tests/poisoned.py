@@ -7,7 +7,7 @@
 
 Memory that a test gets from the system is usually zero, so code that reads what it never wrote passes there
 and fails in a process that has run for a while. Here every new piece has all bits set: NaN in every type of
-floats. It takes Linux and a C compiler. Kernels are compiled anew, and kept in a folder of their own.
+floats. It takes Linux and a C compiler. Kernels are compiled anew.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def main(arguments: list[str]) -> int:
         library = Path(folder) / "poison.so"
         command = [os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
         subprocess.run(command, input=SOURCE, text=True, check=True)
-        kept = Path(tempfile.gettempdir()) / f"saapindex-poisoned-{'avx2' if lesser else 'all'}"
-        environment = os.environ | {"LD_PRELOAD": str(library), "NUMBA_CACHE_DIR": str(kept)}
+        environment = os.environ | {"LD_PRELOAD": str(library), "NUMBA_CACHE_DIR": folder}
         pytest = [sys.executable, "-m", "pytest", *(x for x in arguments if x != "--avx2")]
         return subprocess.run(pytest, env=environment | (AVX2 if lesser else {}), check=False).returncode
 

@@ -30,9 +30,11 @@ def as_floats(x):
 
 @functools.cache
 def fitted(heads, d, words):
+    """Codes of heads that differ in the widths of their fields, and in how many dimensions these reach."""
     rng = np.random.default_rng(0)
     metric = np.stack([np.diag(rng.uniform(0.5, 2, d)) for _ in range(heads)])
-    return fit_codes(rng.standard_normal((heads, 400, d)) * 0.7 ** np.arange(d), metric, words)
+    decay = np.array([0.7, 0.99])[np.arange(heads) % 2, None, None]
+    return fit_codes(rng.standard_normal((heads, 400, d)) * decay ** np.arange(d), metric, words)
 
 
 def poison(pool):

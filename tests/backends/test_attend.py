@@ -126,10 +126,16 @@ def exact_logits(logits, values):
     return out.reshape(*logits.shape[:-1], 6), lse.reshape(logits.shape[:-1]), None
 
 
-@given(g=st.sampled_from([1, 3]), nlist=st.sampled_from([1, 6]), bound=st.sampled_from([-2.0, 1.0, np.inf]),
-       scale=st.sampled_from([0.25, 3.0]), seed=st.integers(0, 99))  # fmt: skip
-def test_the_rest_counts_by_bounded_estimates(backend, paged, g, nlist, bound, scale, seed):
-    made = paged(seed, nlist=nlist)
+@given(
+    g=st.sampled_from([1, 3]),
+    nlist=st.sampled_from([1, 6]),
+    bound=st.sampled_from([-2.0, 1.0, np.inf]),
+    scale=st.sampled_from([0.25, 3.0]),
+    words=st.sampled_from([1, 2]),
+    seed=st.integers(0, 99),
+)
+def test_the_rest_counts_by_bounded_estimates(backend, paged, g, nlist, bound, scale, words, seed):
+    made = paged(seed, nlist=nlist, words=words)
     rng = made.rng
     queries = rng.standard_normal((4, 2, g, 16)).astype(np.float32)
     logits = rng.normal(0, 2, (4, 2, g, nlist)).astype(np.float32)
@@ -234,11 +240,11 @@ def test_backends_attend_alike(backend, paged, policy, settings, t, g, n, dtype,
 
 @pytest.mark.parametrize("policy", ["sum", "max", "union"])
 @pytest.mark.parametrize("settings", WAYS)
-@given(scaling=SCALINGS, span=st.sampled_from([3, 4]), **SHAPES)
+@given(scaling=SCALINGS, span=st.sampled_from([3, 4]), words=st.sampled_from([1, 2]), **SHAPES)
 def test_one_go_is_the_operations_one_after_the_other(
-    backend, paged, policy, settings, scaling, span, d, t, g, n, sinks, recent, seed
+    backend, paged, policy, settings, scaling, span, words, d, t, g, n, sinks, recent, seed
 ):
-    made = paged(seed, d=d, n=n, sinks=sinks, recent=recent, dtype="bfloat16", span=span)
+    made = paged(seed, d=d, n=n, sinks=sinks, recent=recent, dtype="bfloat16", span=span, words=words)
     queries = made.rng.standard_normal((4, t, g, d)).astype(np.float32)
     positions = made.rng.integers(made.total - recent - 2, made.total + 1, (4, t))
     reading, ops = made_reading(made, policy=policy, **settings), get_ops(backend)
