@@ -235,6 +235,27 @@ class Batch:
         early = (last < self.first_of_streams[:, None] - 1) & (self.long > 0)[:, None]
         return bool(early.any())
 
+    def list_order(self, page_size: int, near: bool) -> Ints:
+        """See `AttentionStore.list_order`."""
+        heads, sinks = self.keeping.codebook.heads, self.keeping.sinks
+        lists, pages = self.lists, self.keeping.pool.pages
+        room = -(-lists.sizes // page_size) * page_size
+        starts, ends = np.cumsum(room, axis=1) - room, room.sum(axis=1)
+        close = [
+            np.concatenate([np.arange(min(sinks, s.length)), np.arange(s.recent.start, s.length)])
+            for s in self.sequences
+        ]
+        most = max(int(ends[b * heads : (b + 1) * heads].max()) + near * len(c) for b, c in enumerate(close))
+        order = np.full((len(ends), -(-most // page_size) * page_size), -1, np.int64)
+        for stream, sizes in enumerate(lists.sizes):
+            rows, labels = lists.rows(stream, sizes)
+            place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            order[stream, starts[stream][labels] + place] = pages.take("ids", rows)
+            if near:
+                kept = close[stream // heads]
+                order[stream, ends[stream] : ends[stream] + len(kept)] = kept
+        return order.reshape(len(self.sequences), heads, -1)
+
     @cached_property
     def _sinks(self) -> Ints:
         return self._by_head(np.array([sequence.sinks.count for sequence in self.sequences], np.int64))

@@ -16,7 +16,7 @@ from saapindex.attention.batch import Batch
 from saapindex.attention.layer import LayerCodebook
 from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.sequence import Keeping, Sequence
-from saapindex.attention.tensors import STORED, element_type, stored
+from saapindex.attention.tensors import STORED, element_type, members, of_heads, stored
 from saapindex.backends import get_ops
 from saapindex.devices import check_device, current, device_of, get_cupy
 from saapindex.errors import InvalidInputError, PositionWarning
@@ -86,7 +86,9 @@ class AttentionStore:
         self.params = AttendParameters() if params is None else params
         self.scale = codebook.scale if scale is None else float(scale)
         self.softcap = codebook.softcap if softcap is None else float(softcap)
-        self.sink_logits = None if sink_logits is None else _sink_logits(sink_logits, codebook.heads)
+        self.sink_logits = (
+            None if sink_logits is None else of_heads(sink_logits, "sink_logits", codebook.heads)
+        )
         self.window, self.sinks, self.flush = int(window), int(sinks), int(flush)
         self.adapt, self.dense_below = int(adapt), int(dense_below)
         self._device = check_device(device)
@@ -257,7 +259,7 @@ class AttentionStore:
         dtype = self._dtype or element_type(k, "k")
         with self._current(k):
             keys, values, looks = self._new(k, v, dtype)
-            wanted = self._wanted(keys.shape[2], lengths, mask)
+            wanted = members((self.batch, keys.shape[2]), lengths, mask)
             batch = self._start(dtype)
             if batch.known:
                 self._check_end(batch.lengths + (keys.shape[2] if wanted is None else wanted.sum(axis=1)))
@@ -298,28 +300,6 @@ class AttentionStore:
                 f"a sequence would have {ends.max()} keys, expected less than {_POSITIONS_END}"
             )
         self._warn_of_positions(int(ends.max()))
-
-    def _wanted(self, n: int, lengths: ArrayLike | None, mask: ArrayLike | None) -> NDArray[np.bool_] | None:
-        """Which of `n` new keys belong to each sequence, (batch, n); None for all."""
-        if mask is not None:
-            if lengths is not None:
-                raise InvalidInputError("lengths and mask are given together, expected one of them")
-            given = as_numpy(mask, "mask")
-            if (
-                given.shape != (self.batch, n)
-                or given.dtype.kind not in "biu"
-                or ((given != 0) & (given != 1)).any()
-            ):
-                raise InvalidInputError(
-                    f"mask is {given.dtype} of shape {given.shape}, expected 0 and 1 of {(self.batch, n)}"
-                )
-            return given.astype(np.bool_)
-        if lengths is None:
-            return None
-        counts = integers(lengths, "lengths", (self.batch,), minimum=0)
-        if (counts > n).any():
-            raise InvalidInputError(f"lengths reach {counts.max()}, expected at most the {n} keys given")
-        return np.arange(n) >= n - counts[:, None]
 
     def _warn_of_positions(self, end: int) -> None:
         known = self.codebook.max_position
@@ -366,27 +346,10 @@ class AttentionStore:
         int64, (batch, kv_heads, most), -1 for padding
         """
         check_integer("page_size", page_size, 1)
-        heads = self.codebook.heads
         if self._batch is None:
-            return np.empty((self.batch, heads, 0), np.int64)
+            return np.empty((self.batch, self.codebook.heads, 0), np.int64)
         batch = self.host_batch if self._device is None else self.to("cpu").host_batch
-        lists, pages = batch.lists, batch.keeping.pool.pages
-        room = -(-lists.sizes // page_size) * page_size
-        starts, ends = np.cumsum(room, axis=1) - room, room.sum(axis=1)
-        close = [
-            np.concatenate([np.arange(min(self.sinks, s.length)), np.arange(s.recent.start, s.length)])
-            for s in batch.sequences
-        ]
-        most = max(int(ends[b * heads : (b + 1) * heads].max()) + near * len(c) for b, c in enumerate(close))
-        order = np.full((len(ends), -(-most // page_size) * page_size), -1, np.int64)
-        for stream, sizes in enumerate(lists.sizes):
-            rows, labels = lists.rows(stream, sizes)
-            place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            order[stream, starts[stream][labels] + place] = pages.take("ids", rows)
-            if near:
-                kept = close[stream // heads]
-                order[stream, ends[stream] : ends[stream] + len(kept)] = kept
-        return order.reshape(self.batch, heads, -1)
+        return batch.list_order(page_size, near)
 
     def truncate(self, n: ArrayLike, sequence: int | None = None) -> None:
         """Keep the first `n` keys of every sequence, or of one; a shorter sequence stays as it is.
@@ -477,12 +440,3 @@ class AttentionStore:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.memory().total
-
-
-def _sink_logits(value: ArrayLike, heads: int) -> NDArray[np.float32]:
-    array = np.ascontiguousarray(as_numpy(value, "sink_logits"), np.float32)
-    if array.ndim != 1 or not array.size or array.size % heads or np.isnan(array).any():
-        raise InvalidInputError(
-            f"sink_logits have shape {array.shape}, expected one for each of a multiple of {heads} heads"
-        )
-    return array

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saapindex.arrays import ArrayLike, as_numpy, give_back
+from saapindex.arrays import ArrayLike, as_numpy, give_back, integers
 from saapindex.backends.attention_ops import AttentionOps
 from saapindex.errors import InvalidInputError
 
-__all__ = ["STORED", "all_finite", "element_type", "queries", "returned", "stored"]
+__all__ = ["STORED", "all_finite", "element_type", "members", "of_heads", "queries", "returned", "stored"]
 
 STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -102,6 +102,63 @@ def stored(value: ArrayLike, name: str, shape: tuple[int | None, ...], kind: str
     if not all_finite(array):
         raise InvalidInputError(
             f"{name} holds NaN, infinity or what {kind} cannot hold, expected finite values"
+        )
+    return array
+
+
+def members(
+    shape: tuple[int, int], lengths: ArrayLike | None, mask: ArrayLike | None
+) -> NDArray[np.bool_] | None:
+    """Return which of new keys belong to each sequence, of `shape`, (batch, n); None for all.
+
+    Parameters
+    ----------
+    lengths
+        int, (batch,): only the last so many.
+    mask
+        bool, (batch, n), instead.
+
+    Raises
+    ------
+    InvalidInputError
+        On another shape or values, and on both.
+
+    Examples
+    --------
+    >>> members((2, 3), [3, 1], None).astype(int)
+    array([[1, 1, 1],
+           [0, 0, 1]])
+    """
+    batch, n = shape
+    if mask is not None:
+        if lengths is not None:
+            raise InvalidInputError("lengths and mask are given together, expected one of them")
+        given = as_numpy(mask, "mask")
+        if given.shape != shape or given.dtype.kind not in "biu" or ((given != 0) & (given != 1)).any():
+            raise InvalidInputError(
+                f"mask is {given.dtype} of shape {given.shape}, expected 0 and 1 of {shape}"
+            )
+        return given.astype(np.bool_)
+    if lengths is None:
+        return None
+    counts = integers(lengths, "lengths", (batch,), minimum=0)
+    if (counts > n).any():
+        raise InvalidInputError(f"lengths reach {counts.max()}, expected at most the {n} keys given")
+    return np.arange(n) >= n - counts[:, None]
+
+
+def of_heads(value: ArrayLike, name: str, heads: int) -> NDArray[np.float32]:
+    """Return a number for each query head, of which there is a multiple of `heads`, as float32.
+
+    Raises
+    ------
+    InvalidInputError
+        On another shape, and on NaN.
+    """
+    array = np.ascontiguousarray(as_numpy(value, name), np.float32)
+    if array.ndim != 1 or not array.size or array.size % heads or np.isnan(array).any():
+        raise InvalidInputError(
+            f"{name} have shape {array.shape}, expected one for each of a multiple of {heads} heads"
         )
     return array
 
