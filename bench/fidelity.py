@@ -6,7 +6,7 @@
     python bench/fidelity.py capture SmolLM2-135M-Instruct.Q4_1.gguf texts
     python bench/fidelity.py train        # a codebook of 30 KV heads: 12 sequences, 2 held out
     python bench/fidelity.py compare      # every method, 4 test sequences
-    python bench/fidelity.py attend       # the same through AttentionIndex.attend
+    python bench/fidelity.py attend       # AttentionIndex.attend; --no-slopes, --whole: as on a GPU
     python bench/fidelity.py ablate       # without one part at a time
     python bench/fidelity.py sweep        # lists, width of codes, how bytes are split: 8k, 32k and 128k
     python bench/fidelity.py shift        # other texts, and from 8k to 32k and 128k
@@ -205,9 +205,12 @@ def attend(
     layers: Layers = ALL,
     backend: str = "cpu",
     whole: Annotated[bool, typer.Option(help="Read whole lists and no codes, as is usual on a GPU.")] = False,
+    slopes: Annotated[bool, typer.Option(help="Without them is what a GPU does that reads codes.")] = True,
 ) -> None:
     """Measure what `AttentionIndex.attend` returns, the heads of a group together, on the test sequences."""
     params = AttendParameters(refine=False, slopes=False) if whole else AttendParameters()
+    if not slopes:
+        params = params.replace(slopes=False)
     budgets = WHOLE_BUDGETS if whole else BUDGETS
     book, start = Codebook.load(traces / "codebook.safetensors"), time.perf_counter()
     protocol = Protocol()
@@ -246,10 +249,9 @@ def attend(
                 }
             )
     content = {"protocol": dataclasses.asdict(protocol), "layers": numbers(layers), "backend": backend}
-    parameters = dataclasses.asdict(params)
-    seconds = time.perf_counter() - start
-    name = "attend-fidelity-whole.json" if whole else "attend-fidelity.json"
-    write(out, name, {**content, "parameters": parameters, "seconds": seconds, "rows": rows})
+    parameters = {"parameters": dataclasses.asdict(params), "seconds": time.perf_counter() - start}
+    kind = "-whole" if whole else "" if slopes else "-no-slopes"
+    write(out, f"attend-fidelity{kind}.json", {**content, **parameters, "rows": rows})
     show("AttentionIndex.attend, in groups", rows)
 
 
