@@ -208,9 +208,7 @@ def attend(
     slopes: Annotated[bool, typer.Option(help="Without them is what a GPU does that reads codes.")] = True,
 ) -> None:
     """Measure what `AttentionIndex.attend` returns, the heads of a group together, on the test sequences."""
-    params = AttendParameters(refine=False, slopes=False) if whole else AttendParameters()
-    if not slopes:
-        params = params.replace(slopes=False)
+    params = AttendParameters(refine=False if whole else None, slopes=None if slopes and not whole else False)
     budgets = WHOLE_BUDGETS if whole else BUDGETS
     book, start = Codebook.load(traces / "codebook.safetensors"), time.perf_counter()
     protocol = Protocol()

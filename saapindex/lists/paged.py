@@ -104,12 +104,10 @@ class PagePool:
         return PageSet(self, taken)
 
     def _grow(self, count: int) -> None:
-        chunks = -(-count // self.span)
-        grown = self._chunks(chunks)
-        first, more = len(self.filled), chunks * self.span
+        count = -(-count // self.span)
+        first, more = len(self.filled), count * self.span
         columns: dict[str, Any] = {
-            name: (*getattr(self.pages, name), *(chunk[i] for chunk in grown))
-            for i, name in enumerate(_FIELDS)
+            name: (*getattr(self.pages, name), *chunks) for name, chunks in self._chunks(count).items()
         }
         addresses = [[chunk.ctypes.data for chunk in column] for column in columns.values()]
         filled, holders = np.pad(self.filled, (0, more)), np.pad(self._holders, (0, more))
@@ -119,26 +117,21 @@ class PagePool:
         self.pages = Pages(**columns, addresses=np.array(addresses, np.int64), span=self.span)
         self.filled, self._holders, self._free = filled, holders, free
 
-    def _chunks(self, count: int) -> list[list[NDArray[Any]]]:
-        """Return `count` chunks, the arrays of each, in one piece of memory.
+    def _chunks(self, count: int) -> dict[str, NDArray[Any]]:
+        """Return the arrays of `count` chunks, (count, span, ...) of each field, in one piece of memory.
 
         NumPy asks the system for huge pages where a piece is of some size: keys are read here and there, and
         for each the processor has to look up where its page lies.
         """
-        lines = {
-            name: -(-self.span * int(np.prod(shape)) * dtype.itemsize // 64)
-            for name, (shape, dtype) in self._shapes.items()
-        }
-        memory = np.empty((count * sum(lines.values()) + 1) * 64, np.uint8)
-        memory = memory[-memory.ctypes.data % 64 :]
-        grown: list[list[NDArray[Any]]] = [[] for _ in range(count)]
-        start = 0
+        pages, line, start = count * self.span, 64, 0
+        memory = np.empty(pages * self.page_nbytes + line, np.uint8)
+        memory = memory[-memory.ctypes.data % line :]
+        found = {}
         for name, (shape, dtype) in self._shapes.items():
-            size = self.span * int(np.prod(shape)) * dtype.itemsize
-            for chunk in grown:
-                chunk.append(memory[start : start + size].view(dtype).reshape(self.span, *shape))
-                start += 64 * lines[name]
-        return grown
+            end = start + pages * int(np.prod(shape)) * dtype.itemsize
+            found[name] = memory[start:end].view(dtype).reshape(count, self.span, *shape)
+            start = end
+        return found
 
     def hold(self, pages: NDArray[np.int32]) -> None:
         """Count one holder more of each of `pages`, which are distinct."""

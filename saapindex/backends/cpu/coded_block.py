@@ -17,10 +17,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
+from saapindex.backends.cpu.emitter import FLOAT, FLOATS, I32, I64, INTS, Emitter, long
 from saapindex.backends.cpu.machine import has
 
-_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_WHOLE, _SINGLE = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+_I8 = ir.IntType(8)
 _MASKS = {1: 0x01010101, 2: 0x03030303, 4: 0x0F0F0F0F}
 
 
@@ -29,24 +29,10 @@ def masks(widths: Any) -> list[int]:
     return [_MASKS[int(width)] for width in widths for _ in range(8 // int(width))]
 
 
-def _spread(builder: Any, value: Any) -> Any:
-    kind = ir.VectorType(value.type, LANES)
-    nothing = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(nothing, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(_WHOLE, [0] * LANES))
-
-
-def _four_at_once(builder: Any, fields: Any, query: Any, total: Any) -> Any:
-    """Add the products of the four bytes of `fields` (unsigned) and of `query` (signed) to `total`."""
-    # LLVM widens this signature by itself where it knows the newer one, of bytes.
-    kind = ir.FunctionType(_WHOLE, [_WHOLE] * 3)
-    instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-    return builder.call(instruction, [total, fields, _spread(builder, query)])
-
-
-def _in_pairs(builder: Any, fields: Any, query: Any, total: Any) -> Any:
-    """The same in two steps, for half of the lanes at a time (AVX2)."""
-    half, words = ir.VectorType(_I32, 8), ir.VectorType(ir.IntType(16), 16)
+def _in_pairs(emit: Emitter, total: Any, fields: Any, query: Any) -> Any:
+    """Do what `Emitter.dot4` does in two steps, for half of the lanes at a time (AVX2)."""
+    builder = emit.builder
+    half, words = ir.VectorType(I32, 8), ir.VectorType(ir.IntType(16), 16)
     bytes_ = ir.VectorType(_I8, 32)
     pairs = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(words, [bytes_, bytes_]), "llvm.x86.avx2.pmadd.ub.sw"
@@ -54,8 +40,8 @@ def _in_pairs(builder: Any, fields: Any, query: Any, total: Any) -> Any:
     fours = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(half, [words, words]), "llvm.x86.avx2.pmadd.wd"
     )
-    nothing, ones = ir.Constant(_WHOLE, ir.Undefined), ir.Constant(words, [1] * 16)
-    four = _spread(builder, query)
+    nothing, ones = ir.Constant(INTS, ir.Undefined), ir.Constant(words, [1] * 16)
+    four = emit.splat(query)
     sums = []
     for first in (0, 8):
         places = ir.Constant(half, list(range(first, first + 8)))
@@ -63,21 +49,11 @@ def _in_pairs(builder: Any, fields: Any, query: Any, total: Any) -> Any:
             builder.bitcast(builder.shuffle_vector(x, nothing, places), bytes_) for x in (fields, four)
         )
         sums.append(builder.call(fours, [builder.call(pairs, [left, right]), ones]))
-    both = builder.shuffle_vector(*sums, ir.Constant(_WHOLE, list(range(LANES))))
+    both = builder.shuffle_vector(*sums, ir.Constant(INTS, list(range(LANES))))
     return builder.add(total, both)
 
 
-def _one_by_one(builder: Any, fields: Any, query: Any, total: Any) -> Any:
-    """The same with what every machine has."""
-    for byte in range(4):
-        shift = ir.Constant(_I32, 8 * byte)
-        part = builder.and_(builder.lshr(fields, _spread(builder, shift)), ir.Constant(_WHOLE, [255] * LANES))
-        element = builder.sext(builder.trunc(builder.lshr(query, shift), _I8), _I32)
-        total = builder.add(total, builder.mul(part, _spread(builder, element)))
-    return total
-
-
-_WAYS = {"avx512vnni": _four_at_once, "avx2": _in_pairs, "": _one_by_one}
+_WAYS = {"avx512vnni": Emitter.dot4_vnni, "avx2": _in_pairs, "": Emitter.dot4}
 """By the feature that a machine must have, the best first."""
 
 
@@ -110,53 +86,46 @@ def make_block_estimates(way: str | None = None) -> Callable[..., Any]:
 
 def _emit(builder: Any, arrays: list[Any], block: Any, multiply: Callable[..., Any]) -> Any:
     query, groups, words, exponents, norms, table, _, terms, out = arrays
-
-    def constant(value: int) -> Any:
-        return ir.Constant(_I64, value)
+    emit = Emitter(builder)
 
     def start(array: Any) -> Any:
-        return builder.ptrtoint(array.data, _I64)
-
-    def load(address: Any, kind: Any, align: int) -> Any:
-        return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align, typ=kind)
+        return builder.ptrtoint(array.data, I64)
 
     def element(array: Any, place: Any, kind: Any) -> Any:
-        return load(builder.add(start(array), builder.mul(place, constant(4))), kind, 4)
+        return emit.load(builder.add(start(array), builder.mul(place, long(4))), kind, 4)
 
     count = cgutils.unpack_tuple(builder, query.shape)[0]
     width = cgutils.unpack_tuple(builder, words.shape)[1]
-    row = builder.add(start(words), builder.mul(builder.mul(block, width), constant(4 * LANES)))
-    total = cgutils.alloca_once_value(builder, ir.Constant(_WHOLE, [0] * LANES))
-    with cgutils.for_range_slice(builder, constant(0), count, constant(1), intp=_I64) as (g, _):
-        first = builder.mul(g, constant(3))
-        word = builder.sext(element(groups, first, _I32), _I64)
-        shift = element(groups, builder.add(first, constant(1)), _I32)
-        mask = element(groups, builder.add(first, constant(2)), _I32)
-        fields = load(builder.add(row, builder.mul(word, constant(4 * LANES))), _WHOLE, 4)
-        fields = builder.and_(builder.lshr(fields, _spread(builder, shift)), _spread(builder, mask))
-        builder.store(multiply(builder, fields, element(query, g, _I32), builder.load(total)), total)
+    row = builder.add(start(words), builder.mul(builder.mul(block, width), long(4 * LANES)))
+    total = cgutils.alloca_once_value(builder, ir.Constant(INTS, [0] * LANES))
+    with cgutils.for_range_slice(builder, long(0), count, long(1), intp=I64) as (g, _):
+        first = builder.mul(g, long(3))
+        word = builder.sext(element(groups, first, I32), I64)
+        shift = element(groups, builder.add(first, long(1)), I32)
+        mask = element(groups, builder.add(first, long(2)), I32)
+        fields = emit.load(builder.add(row, builder.mul(word, long(4 * LANES))), INTS, 4)
+        fields = builder.and_(builder.lshr(fields, emit.splat(shift)), emit.splat(mask))
+        builder.store(multiply(emit, builder.load(total), fields, element(query, g, I32)), total)
 
-    bytes_ = load(
-        builder.add(start(exponents), builder.mul(block, constant(LANES))), ir.VectorType(_I8, LANES), 1
+    bytes_ = emit.load(
+        builder.add(start(exponents), builder.mul(block, long(LANES))), ir.VectorType(_I8, LANES), 1
     )
-    scale = ir.Constant(_SINGLE, [0.0] * LANES)
+    scale = ir.Constant(FLOATS, [0.0] * LANES)
     for lane in range(LANES):
-        place = builder.zext(builder.extract_element(bytes_, ir.Constant(_I32, lane)), _I64)
-        scale = builder.insert_element(scale, element(table, place, _F32), ir.Constant(_I32, lane))
-    center, factor, offset, threshold = (
-        _spread(builder, element(terms, constant(i), _F32)) for i in range(4)
-    )
-    inner = builder.fsub(builder.sitofp(builder.load(total), _SINGLE), offset)
+        place = builder.zext(builder.extract_element(bytes_, ir.Constant(I32, lane)), I64)
+        scale = builder.insert_element(scale, element(table, place, FLOAT), ir.Constant(I32, lane))
+    center, factor, offset, threshold = (emit.splat(element(terms, long(i), FLOAT)) for i in range(4))
+    inner = builder.fsub(builder.sitofp(builder.load(total), FLOATS), offset)
     scores = builder.fadd(center, builder.fmul(builder.fmul(factor, scale), inner))
     result = cgutils.alloca_once_value(builder, scores)
-    has_norms = builder.icmp_signed(">", cgutils.unpack_tuple(builder, norms.shape)[1], constant(0))
+    has_norms = builder.icmp_signed(">", cgutils.unpack_tuple(builder, norms.shape)[1], long(0))
     with builder.if_then(has_norms):
-        place = builder.add(start(norms), builder.mul(block, constant(4 * LANES)))
-        builder.store(builder.fsub(scores, load(place, _SINGLE, 4)), result)
+        place = builder.add(start(norms), builder.mul(block, long(4 * LANES)))
+        builder.store(builder.fsub(scores, emit.load(place, FLOATS, 4)), result)
     scores = builder.load(result)
-    builder.store(scores, builder.bitcast(out.data, _SINGLE.as_pointer()), align=4)
+    builder.store(scores, builder.bitcast(out.data, FLOATS.as_pointer()), align=4)
     reached = builder.fcmp_ordered(">=", scores, threshold)
-    return builder.zext(builder.bitcast(reached, ir.IntType(LANES)), _I64)
+    return builder.zext(builder.bitcast(reached, ir.IntType(LANES)), I64)
 
 
 block_estimates: Callable[..., Any] = make_block_estimates()

@@ -15,7 +15,7 @@ from saapindex.backends.base import LANES
 
 __all__ = [
     "BFLOAT16", "FLOAT", "FLOAT16", "FLOAT32", "FLOATS", "HEADS", "I1", "I32", "I64", "INTS", "KEYS", "KINDS",
-    "Emitter", "cases", "data_of", "long",
+    "Emitter", "cases", "data_of", "long", "rows_of",
 ]  # fmt: skip
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
@@ -176,6 +176,7 @@ class Emitter:
 
     def dot4_vectors(self, total: Any, one: Any, other: Any) -> Any:
         """Add four products of bytes of `one` and signed ones of `other` to each lane, in one instruction."""
+        # LLVM widens this signature by itself where it knows the newer one, of bytes.
         function = self._intrinsic("llvm.x86.avx512.vpdpbusd.512", INTS, [INTS] * 3)
         return self.builder.call(function, [total, one, other])
 
@@ -194,3 +195,9 @@ def data_of(context: Any, builder: Any, signature: Any, args: Any, i: int) -> tu
     """Address of an array, and the bytes from row to row."""
     array = context.make_array(signature.args[i])(context, builder, args[i])
     return builder.ptrtoint(array.data, I64), cgutils.unpack_tuple(builder, array.strides)[0]
+
+
+def rows_of(context: Any, builder: Any, signature: Any, args: Any, i: int) -> Any:
+    """How many rows an array has."""
+    array = context.make_array(signature.args[i])(context, builder, args[i])
+    return cgutils.unpack_tuple(builder, array.shape)[0]

@@ -28,6 +28,7 @@ from saapindex.backends.cpu.emitter import (
     cases,
     data_of,
     long,
+    rows_of,
 )
 
 _COLUMNS = 4
@@ -44,9 +45,7 @@ def _dots(typingctx, kind, queries, keys, values, n, d, ahead, out):  # type: ig
     signature = types.void(types.int64, queries, keys, values, *[types.int64] * 3, out)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        count = cgutils.unpack_tuple(
-            builder, context.make_array(signature.args[1])(context, builder, args[1]).shape
-        )[0]
+        count = rows_of(context, builder, signature, args, 1)
         for known, heads in cases(builder, args[0], count):
             q, k, v, o = (data_of(context, builder, signature, args, i) for i in (1, 2, 3, 7))
             _emit_dots(Emitter(builder), known, heads, q, k[0], v[0], args[4], args[5], args[6], o)
@@ -110,9 +109,7 @@ def _mix(typingctx, kind, weights, values, n, d, out):  # type: ignore[no-untype
     signature = types.void(types.int64, weights, values, types.int64, types.int64, out)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        count = cgutils.unpack_tuple(
-            builder, context.make_array(signature.args[1])(context, builder, args[1]).shape
-        )[0]
+        count = rows_of(context, builder, signature, args, 1)
         for known, heads in cases(builder, args[0], count):
             w, v, o = (data_of(context, builder, signature, args, i) for i in (1, 2, 5))
             _emit_mix(Emitter(builder), known, heads, w, v[0], args[3], args[4], o)

@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
-from saapindex.backends.cpu.emitter import FLOAT, FLOATS, I32, I64, INTS, Emitter, data_of, long
+from saapindex.backends.cpu.emitter import FLOAT, FLOATS, I32, I64, INTS, Emitter, data_of, long, rows_of
 from saapindex.backends.cpu.machine import has
 
 HAS_BYTE_SUMS = has("avx512vnni")
@@ -106,9 +106,7 @@ def byte_sums(typingctx, turned, n, shift, mask, weights, out):  # type: ignore[
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        count = cgutils.unpack_tuple(
-            builder, context.make_array(signature.args[4])(context, builder, args[4]).shape
-        )[0]
+        count = rows_of(context, builder, signature, args, 4)
         for heads in range(1, HEADS + 1):
             with builder.if_then(builder.icmp_signed("==", count, long(heads))):
                 _emit_byte_sums(context, builder, signature, args, heads)
@@ -119,13 +117,9 @@ def byte_sums(typingctx, turned, n, shift, mask, weights, out):  # type: ignore[
 
 def _emit_byte_sums(context: Any, builder: Any, signature: Any, args: Any, heads: int) -> None:
     emit = Emitter(builder)
-    words, weights, out = (data_of(context, builder, signature, args, i)[0] for i in (0, 4, 5))
-    strides = [
-        cgutils.unpack_tuple(
-            builder, context.make_array(signature.args[i])(context, builder, args[i]).strides
-        )
-        for i in (4, 5)
-    ]
+    (words, _), (out, out_row) = (data_of(context, builder, signature, args, i) for i in (0, 5))
+    weights = context.make_array(signature.args[4])(context, builder, args[4])
+    first, strides = builder.ptrtoint(weights.data, I64), cgutils.unpack_tuple(builder, weights.strides)
     zero = ir.Constant(INTS, [ir.Constant(I32, 0)] * LANES)
     totals = [
         [[cgutils.alloca_once_value(builder, zero) for _ in range(TURNED)] for _ in range(2)]
@@ -141,7 +135,7 @@ def _emit_byte_sums(context: Any, builder: Any, signature: Any, args: Any, heads
             fields.append(builder.and_(builder.lshr(word, shifts), masks))
         for h, head in enumerate(totals):
             for p, part in enumerate(head):
-                place = emit.at(weights, emit.times(strides[0][0], h), emit.times(strides[0][1], p))
+                place = emit.at(first, emit.times(strides[0], h), emit.times(strides[1], p))
                 weight = emit.load(emit.at(place, emit.times(k, LANES)), INTS, 4)
                 for total, field in zip(part, fields, strict=True):
                     builder.store(emit.dot4_vectors(builder.load(total), weight, field), total)
@@ -151,4 +145,4 @@ def _emit_byte_sums(context: Any, builder: Any, signature: Any, args: Any, heads
             builder.sitofp(builder.add(builder.shl(builder.load(a), eight), builder.load(b)), FLOATS)
             for a, b in zip(high, low, strict=True)
         ]
-        emit.store(emit.sums(joined), emit.at(out, emit.times(strides[1][0], h)))
+        emit.store(emit.sums(joined), emit.at(out, emit.times(out_row, h)))

@@ -12,7 +12,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from saapindex.backends.base import LANES
-from saapindex.backends.cpu.emitter import FLOAT, FLOATS, HEADS, I32, I64, INTS, Emitter, data_of, long
+from saapindex.backends.cpu.emitter import (
+    FLOAT,
+    FLOATS,
+    HEADS,
+    I32,
+    I64,
+    INTS,
+    Emitter,
+    data_of,
+    long,
+    rows_of,
+)
 from saapindex.backends.cpu.machine import has
 
 
@@ -57,12 +68,7 @@ def _make_estimate_page(portable: bool) -> Any:
                     (8, "out"),
                 )
             }
-            count, length = (
-                cgutils.unpack_tuple(
-                    builder, context.make_array(signature.args[i])(context, builder, args[i]).shape
-                )[0]
-                for i in (2, 1)
-            )
+            count, length = (rows_of(context, builder, signature, args, i) for i in (2, 1))
             lanes, first = emit.below(args[6]), emit.times(args[9], 4)
             for heads in range(1, HEADS + 1):
                 with builder.if_then(builder.icmp_signed("==", count, long(heads))):
@@ -136,12 +142,7 @@ def _field_sums(typingctx, places, shift, mask, weights, out):  # type: ignore[n
     signature = types.void(places, types.int64, types.int64, weights, out)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        n, count = (
-            cgutils.unpack_tuple(
-                builder, context.make_array(signature.args[i])(context, builder, args[i]).shape
-            )[0]
-            for i in (0, 3)
-        )
+        n, count = (rows_of(context, builder, signature, args, i) for i in (0, 3))
         places, w, o = (data_of(context, builder, signature, args, i) for i in (0, 3, 4))
         for heads in range(1, HEADS + 1):
             with builder.if_then(builder.icmp_signed("==", count, long(heads))):

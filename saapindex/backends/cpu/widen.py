@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES, Floats
-from saapindex.backends.cpu.emitter import FLOAT32, I1, I64, KINDS, Emitter, long
+from saapindex.backends.cpu.emitter import FLOAT32, I1, I64, KINDS, Emitter, data_of, long
 from saapindex.backends.cpu.memory import plain
 
 _KINDS = {np.dtype(name): kind for name, kind in KINDS.items()}
@@ -24,12 +24,11 @@ def _widen(typingctx, kind, raw, out):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         emit, array = Emitter(builder), context.make_array(signature.args[2])(context, builder, args[2])
-        raw = builder.ptrtoint(context.make_array(signature.args[1])(context, builder, args[1]).data, I64)
-        to, n = builder.ptrtoint(array.data, I64), array.nitems
+        raw, to = (data_of(context, builder, signature, args, i)[0] for i in (1, 2))
         fine = cgutils.alloca_once_value(builder, ir.Constant(I1, 1))
         for name, known in KINDS.items():
             with builder.if_then(builder.icmp_signed("==", args[0], long(known))):
-                _emit_widen(emit, known, np.dtype(name).itemsize, raw, n, to, fine)
+                _emit_widen(emit, known, np.dtype(name).itemsize, raw, array.nitems, to, fine)
         return builder.load(fine)
 
     return types.boolean(types.int64, raw, out), codegen
