@@ -94,13 +94,17 @@ __device__ __forceinline__ void ask_forward(const State& a, int h, int slab, uin
     asm volatile("cp.async.commit_group;");
 }
 
-// Have them there; `held` says which are, or were asked for.
+// The same unless they are there or were asked for, which `held` says.
+__device__ __forceinline__ void want_forward(const State& a, int h, int slab, uint4* forward, int& held) {
+    if (held == h * SLABS + slab) return;
+    held = h * SLABS + slab;
+    __syncthreads();
+    ask_forward(a, h, slab, forward);
+}
+
+// Have them there.
 __device__ __forceinline__ void hold_forward(const State& a, int h, int slab, uint4* forward, int& held) {
-    if (held != h * SLABS + slab) {
-        held = h * SLABS + slab;
-        __syncthreads();
-        ask_forward(a, h, slab, forward);
-    }
+    want_forward(a, h, slab, forward, held);
     asm volatile("cp.async.wait_group 0;");
     __syncthreads();
 }

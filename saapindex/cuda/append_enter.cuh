@@ -47,15 +47,55 @@ __device__ __forceinline__ void of_order(const State& a, const Plan& plan, int s
     }
 }
 
-// They enter the rows that they are for.
+// They enter the rows that they are for, but those without a position, which stand there.
 __device__ __forceinline__ void store_two(const State& a, const Two& two, const int* p) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (two.list[i] < 0) continue;
+        if (two.list[i] < 0 || p[i] < 0) continue;
         store_row(a.keys + (i64)two.row[i] * D, lane, two.key[i]);
         if (lane == 0) a.ids[two.row[i]] = p[i];
     }
+}
+
+// Give a list the mean of its keys as anchor, whose sums the warps of a block have.
+__device__ __forceinline__ void set_anchor(const State& a, i64 list, int size, double* sum, double* scratch) {
+    block_sum(sum, scratch, 0);
+    if (threadIdx.x < WARP) {
+#pragma unroll
+        for (int i = 0; i < MINE; ++i) sum[i] /= (double)size;
+        quantise(sum, threadIdx.x, a.anchors + list * D, a.anchor_scales + list);
+    }
+    if (threadIdx.x == 0) a.coded[list] = size;
+}
+
+// A list that gets a new anchor and fits in one page, as most of them do: its keys stay in registers from the sum to the
+// codes. Two of them, and the positions of those that enter. Nothing is changed, and false returned, if other streams
+// hold the page too.
+__device__ __forceinline__ bool renew_page(const State& a, const Plan& plan, const Task& task, Room& room, Two& two,
+                                           int* p, uint4* forward, int& held) {
+    const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, size = task.old + task.count;
+    const i64 list = (i64)s * a.lists + task.list, sorted = (i64)s * a.most + task.start;
+    want_forward(a, s % a.heads, 0, forward, held);
+    const int page = a.rows[sorted].x / LANES;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int j = warp + i * WARPS;
+        p[i] = j >= task.old && j < size ? plan.first + a.order[sorted + j - task.old] : -1;
+        two.row[i] = page * LANES + j, two.list[i] = j < size ? list : -1;
+    }
+    const int holders = *(volatile int*)(a.holders + page);
+    double sum[MINE] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (two.list[i] >= 0)
+            load_row(p[i] < 0 ? a.keys + (i64)two.row[i] * D : entering_key(a, plan, s, p[i]), lane, two.key[i]);
+    if (__syncthreads_or(holders > 1)) return false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (two.list[i] >= 0) add_row(two.key[i], sum);
+    set_anchor(a, list, size, sum, room.sums);
+    return true;
 }
 
 // The keys of a list that gets a new anchor, and the values of one with many new keys. A block does it.
@@ -65,7 +105,10 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task tas
     const Plan& plan = plans[s / a.heads];
     const i64 list = (i64)s * a.lists + task.list, table = (i64)s * a.room;
     const int size = task.old + task.count, pages = full_pages(size), full = full_pages(task.old);
-    bool renewed = task.segment >= 0;
+    Two two = {};
+    int p[2];
+    const bool small = BLOCKS == 1 && task.segment >= 0 && size <= LANES && renew_page(a, plan, task, room, two, p, forward, held);
+    bool renewed = task.segment >= 0 && !small;
     for (int from = 0; renewed && from < full; from += WINDOW) {
         const int count = look_up(a, task, from, room.slots);
         renewed = own_pages(a, s, room.slots, min(count, full - from), room.fresh, &room.failed);
@@ -96,23 +139,16 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task tas
                     if (j0 + u < end) add_row(key[u], keys);
             }
         }
-        block_sum(keys, room.sums, 0);
-        if (warp == 0) {
-#pragma unroll
-            for (int i = 0; i < MINE; ++i) keys[i] /= (double)size;
-            quantise(keys, lane, a.anchors + list * D, a.anchor_scales + list);
-        }
-        if (threadIdx.x == 0) a.coded[list] = size;
-    } else if (task.segment >= 0) {  // no page was free: the anchor stays
-        for (int j = 0; j < task.count; j += LANES) {
-            Two two = {};
-            int p[2];
-            of_order(a, plan, s, task.start + j, task.start + task.count, true, two, p);
+        set_anchor(a, list, size, keys, room.sums);
+    } else if (task.segment >= 0) {
+        for (int j = 0; j < (small ? 1 : task.count); j += LANES) {  // no page was free: the anchor stays
+            if (!small) of_order(a, plan, s, task.start + j, task.start + task.count, true, two, p);
             encode(a, s % a.heads, two, sixteen_of(room), forward, held);
             store_two(a, two, p);
         }
     }
-    if (threadIdx.x == 0 && task.segment >= 0) a.tasks[task.heavy].segment = renewed ? room.segment : -1;
+    if (threadIdx.x == 0 && task.segment >= 0)
+        a.tasks[task.heavy].segment = small ? CODED - two.row[0] / LANES : renewed ? room.segment : -1;
     if (task.count <= HEAVY) return;
     double values[MINE] = {};
     float before[MINE];
@@ -213,17 +249,18 @@ __device__ __forceinline__ Squares squares_of(const State& a, const Task& task) 
 __device__ __forceinline__ void add_squares(const State& a, const Task& task, const Squares& known) {
     const int s = task.stream, h = s % a.heads, lane = threadIdx.x % WARP;
     double sum = 0.0;
-    if (task.segment >= 0) {
+    const bool all = task.segment >= 0 || task.segment <= CODED;
+    if (all) {
         for (int j = lane; j < task.old + task.count; j += WARP) {
-            const i64 page = a.work[(i64)s * a.room + task.segment + j / LANES].x;
+            const i64 page = task.segment >= 0 ? a.work[(i64)s * a.room + task.segment + j / LANES].x : CODED - task.segment;
             sum += squared_scale(a, h, page * LANES + j % LANES);
         }
     } else if (known.row >= 0) {
         sum = squared_scale(a, h, known.row);
     }
-    if (task.segment < 0 && task.count > WARP)
+    if (!all && task.count > WARP)
         for (int j = WARP + lane; j < task.count; j += WARP)
             sum += squared_scale(a, h, a.rows[(i64)s * a.most + task.start + j].x);
     sum = warp_sum_double(sum);
-    if (lane == 0) a.squares[(i64)s * a.lists + task.list] = (task.segment < 0 ? known.before : 0.f) + (float)sum;
+    if (lane == 0) a.squares[(i64)s * a.lists + task.list] = (all ? 0.f : known.before) + (float)sum;
 }

@@ -6,12 +6,13 @@ enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, ENTERED, NEXT };
 enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
 
 // Keys of one list that enter in this launch.
+#define CODED -2
 struct Task {
     int stream, list;
     int start, count;  // where they stand in the sorted order of the stream
     int old;           // keys that were in the list
     int open, base;    // its last page if that has free lanes; the first of its new pages
-    int segment;       // where its pages stand in the stream's work if it is coded anew, else -1
+    int segment;       // where its pages stand in the stream's work if it is coded anew; -1 if not; CODED less its one page if it is
     int heavy;         // whether a whole block moves it
 };
 

@@ -314,20 +314,25 @@ attend_whole(const __grid_constant__ Step p) {
 #pragma unroll 1
                     for (int to = 0; to < CLUSTER; ++to)
                         send_4(&s.nearest[rank][warp - CHOOSING][lane / 4], to, __float_as_uint(mine.peak), &s.exchanges[NEAREST]);
+                // All of this block have read the length: those who choose waited for the digits, this warp for them. The
+                // last block of which that holds writes it, while pages are dealt out.
+                u32 ticket = 0;
+                if (p.new_keys && thread == THREADS - 1) ticket = atomicAdd(p.tickets + sequence, 1u);
                 prefetch_rest(p, unit, rank, row, own);
+                if (p.new_keys && thread == THREADS - 1 && ticket == p.heads * CLUSTER - 1) {
+                    if (adding) p.lengths[sequence] = length;
+                    p.tickets[sequence] = 0;
+                }
                 await(&s.exchanges[PAGE]);
                 begin = 0, count = s.dealt;
             }
         }
         STAMP_OF(CHOOSERS, 8);
     }
-    u32 ticket = 0;
     // The largest exact logit bounds the estimates, and all weights are relative to it.
     find_peak(mine);
     if (lane / 4 < G && lane % 4 == 0) s.reduced[warp][lane / 4] = mine.peak;
     __syncthreads();
-    // All of this block have read the length by now.
-    if (p.new_keys && thread == THREADS - 1) ticket = atomicAdd(p.tickets + sequence, 1u);
     FOR_RANKS_AND_HEADS {
         float top = -INFINITE;
 #pragma unroll 4
@@ -385,11 +390,6 @@ attend_whole(const __grid_constant__ Step p) {
         for (int other = 0; other < CLUSTER; ++other) out += s.merged[other][i], sum += s.sums[other][g];
         store_out(p.out, (i64)unit * G * D + at, sum > 0.f ? out / sum : 0.f);
         if (at % D == 0) p.lse[(i64)unit * G + g] = sum > 0.f ? s.basis[g] + logf(sum) : -INFINITE;
-    }
-    if (p.new_keys && thread == THREADS - 1 && ticket == p.heads * CLUSTER - 1) {
-        const int old = p.lengths[sequence];
-        if (adds(p, old, p.first[sequence])) p.lengths[sequence] = old + 1;
-        p.tickets[sequence] = 0;
     }
     STAMP(11);
 }
