@@ -31,6 +31,8 @@
 #define WINDOW 2048                                 // pages of a list that are looked up at a time
 #define MOVING ((D + 63) / 64 * 16 * THREADS + 8 * WINDOW + 16)  // bytes that a block moves a list with
 #define HEAVY 64                                    // more new keys than this are moved by a whole block
+#define FEW 6                                       // pages of a list that as many blocks code as soon as it has its anchor
+#define PAGES_IN_FLIGHT (WORDS > 4 ? 1 : 3)         // of these, that a block adds up
 #define WALK 3                                      // pages of a list that are found one after another
 #define TINY 1e-30f
 
@@ -134,12 +136,12 @@ __device__ __forceinline__ void append_to(const State& a, u8* memory) {
 
         STAMP(2);
         Room& room = *(Room*)rest;
-        const Task first = a.heavy[min((int)blockIdx.x, streams * min(a.most, a.lists) - 1)];  // if there are so many
+        const Task first = a.heavy[min((int)blockIdx.x, FEW * streams * min(a.most, a.lists) - 1)];  // if there are so many
         const int heavies = a.counters[HEAVIES], tasks = a.counters[TASKS];
         Amount amount = amount_of(a, plans, streams, false);
         for (int i = blockIdx.x; i < heavies;) {
             if (heavies > blocks && tid == 0) begun = atomicAdd(a.counters + NEXT, 1);
-            enter_by_block(a, plans, i == blockIdx.x ? first : a.heavy[i], room, forward, held);
+            enter_by_block(a, plans, i == blockIdx.x ? first : a.heavy[i], room, forward, held, heavies <= blocks);
             __syncthreads();
             i = heavies > blocks ? blocks + begun : heavies;
             __syncthreads();
@@ -189,7 +191,7 @@ __device__ __forceinline__ void append_to(const State& a, u8* memory) {
         a.first[b] = plans[b].until;
     }
     if (due)
-        for (int s = tid; s < streams; s += THREADS) a.amounts[s] = make_int2(0, 0);
+        for (int s = tid; s < streams; s += THREADS) a.amounts[s] = make_int4(0, 0, 0, 0);
     if (tid >= TICKET && tid <= NEXT) a.counters[tid] = 0;
 }
 

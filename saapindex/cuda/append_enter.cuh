@@ -69,46 +69,77 @@ __device__ __forceinline__ void set_anchor(const State& a, i64 list, int size, d
     if (threadIdx.x == 0) a.coded[list] = size;
 }
 
-// A list that gets a new anchor and fits in one page, as most of them do: its keys stay in registers from the sum to the
-// codes. Two of them, and the positions of those that enter. Nothing is changed, and false returned, if other streams
-// hold the page too.
+// A list of few pages gets a new anchor: for each page a block adds up the whole list and codes that page, whose keys
+// stay in registers. Two of them, and the positions of those that enter. Nothing is changed, and false returned, if
+// another stream holds a page of the list too, as the block of the first one sees.
 __device__ __forceinline__ bool renew_page(const State& a, const Plan& plan, const Task& task, Room& room, Two& two,
                                            int* p, uint4* forward, int& held) {
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, size = task.old + task.count;
-    const i64 list = (i64)s * a.lists + task.list, sorted = (i64)s * a.most + task.start;
+    const i64 list = (i64)s * a.lists + task.list, table = (i64)s * a.room, sorted = (i64)s * a.most + task.start;
     want_forward(a, s % a.heads, 0, forward, held);
-    const int page = a.rows[sorted].x / LANES;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int j = warp + i * WARPS;
-        p[i] = j >= task.old && j < size ? plan.first + a.order[sorted + j - task.old] : -1;
-        two.row[i] = page * LANES + j, two.list[i] = j < size ? list : -1;
-    }
-    const int holders = *(volatile int*)(a.holders + page);
+    const int pages = look_up(a, task, 0, room.slots);
+    if (threadIdx.x < pages) room.fresh[threadIdx.x] = a.pages[table + room.slots[threadIdx.x]];
+    __syncthreads();
+    const int holders = task.page == 0 && threadIdx.x < pages ? *(volatile int*)(a.holders + room.fresh[threadIdx.x]) : 1;
     double sum[MINE] = {};
+#pragma unroll 1
+    for (int q0 = 0; q0 < pages; q0 += PAGES_IN_FLIGHT) {
+        u32 keys[PAGES_IN_FLIGHT][2][WORDS];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (two.list[i] >= 0)
-            load_row(p[i] < 0 ? a.keys + (i64)two.row[i] * D : entering_key(a, plan, s, p[i]), lane, two.key[i]);
-    if (__syncthreads_or(holders > 1)) return false;
+        for (int u = 0; u < PAGES_IN_FLIGHT; ++u)
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (two.list[i] >= 0) add_row(two.key[i], sum);
+            for (int i = 0; i < 2; ++i) {
+                const int q = q0 + u, j = q * LANES + warp + i * WARPS;
+                if (j >= size) continue;
+                const int row = room.fresh[q] * LANES + j % LANES;
+                const int from = j < task.old ? -1 : plan.first + a.order[sorted + j - task.old];
+                load_row(from < 0 ? a.keys + (i64)row * D : entering_key(a, plan, s, from), lane, keys[u][i]);
+                if (q == task.page) p[i] = from, two.row[i] = row, two.list[i] = list;
+            }
+#pragma unroll
+        for (int u = 0; u < PAGES_IN_FLIGHT; ++u)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int q = q0 + u, j = q * LANES + warp + i * WARPS;
+                if (j >= size) continue;
+                add_row(keys[u][i], sum);
+                if (q == task.page)
+#pragma unroll
+                    for (int w = 0; w < WORDS; ++w) two.key[i][w] = keys[u][i][w];
+            }
+    }
+    int* verdict = &a.heavy[task.leader].verdict;
+    int found;
+    if (task.page == 0) {
+        found = __syncthreads_or(holders > 1) ? WHOLE : PARTS;
+        if (threadIdx.x == 0) *(volatile int*)verdict = found;
+    } else {
+        do found = (int)load_acquire((const u32*)verdict);
+        while (!found);
+    }
+    if (found == WHOLE) return false;
     set_anchor(a, list, size, sum, room.sums);
+    if (task.page == 0) {
+        if (threadIdx.x == 0)
+            a.tasks[task.heavy].segment = room.segment = a.room - pages - atomicAdd(&a.amounts[s].z, pages);
+        __syncthreads();
+        if (threadIdx.x < pages) a.work[table + room.segment + threadIdx.x].x = room.fresh[threadIdx.x];
+    }
     return true;
 }
 
 // The keys of a list that gets a new anchor, and the values of one with many new keys. A block does it.
 __device__ void enter_by_block(const State& a, const Plan* plans, const Task task, Room& room, uint4* forward,
-                               int& held) {
+                               int& held, bool shared) {
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const Plan& plan = plans[s / a.heads];
     const i64 list = (i64)s * a.lists + task.list, table = (i64)s * a.room;
     const int size = task.old + task.count, pages = full_pages(size), full = full_pages(task.old);
-    Two two = {};
+    Two two = {{}, {}, {-1, -1}};
     int p[2];
-    const bool small = BLOCKS == 1 && task.segment >= 0 && size <= LANES && renew_page(a, plan, task, room, two, p, forward, held);
-    bool renewed = task.segment >= 0 && !small;
+    const bool one = BLOCKS == 1 && shared && task.page >= 0 && renew_page(a, plan, task, room, two, p, forward, held);
+    if (!one && task.page > 0) return;
+    bool renewed = task.segment >= 0 && !one;
     for (int from = 0; renewed && from < full; from += WINDOW) {
         const int count = look_up(a, task, from, room.slots);
         renewed = own_pages(a, s, room.slots, min(count, full - from), room.fresh, &room.failed);
@@ -141,14 +172,13 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task tas
         }
         set_anchor(a, list, size, keys, room.sums);
     } else if (task.segment >= 0) {
-        for (int j = 0; j < (small ? 1 : task.count); j += LANES) {  // no page was free: the anchor stays
-            if (!small) of_order(a, plan, s, task.start + j, task.start + task.count, true, two, p);
+        for (int j = 0; j < (one ? 1 : task.count); j += LANES) {  // else no page was free: the anchor stays
+            if (!one) of_order(a, plan, s, task.start + j, task.start + task.count, true, two, p);
             encode(a, s % a.heads, two, sixteen_of(room), forward, held);
             store_two(a, two, p);
         }
     }
-    if (threadIdx.x == 0 && task.segment >= 0)
-        a.tasks[task.heavy].segment = small ? CODED - two.row[0] / LANES : renewed ? room.segment : -1;
+    if (threadIdx.x == 0 && task.segment >= 0 && !one) a.tasks[task.heavy].segment = renewed ? room.segment : -1;
     if (task.count <= HEAVY) return;
     double values[MINE] = {};
     float before[MINE];
@@ -177,7 +207,7 @@ __device__ __forceinline__ void enter_values(const State& a, const Plan* plans, 
 
 // How many times sixteen keys of a stream are to be coded: entering ones in lists that keep their anchors, or pages.
 __device__ __forceinline__ int times(const State& a, const Plan* plans, int s, bool pages) {
-    const int2 amounts = a.amounts[s];
+    const int4 amounts = a.amounts[s];
     const Plan& plan = plans[s / a.heads];
     return pages ? amounts.x : amounts.y ? (plan.until - plan.first + LANES - 1) / LANES : 0;
 }
@@ -249,18 +279,17 @@ __device__ __forceinline__ Squares squares_of(const State& a, const Task& task) 
 __device__ __forceinline__ void add_squares(const State& a, const Task& task, const Squares& known) {
     const int s = task.stream, h = s % a.heads, lane = threadIdx.x % WARP;
     double sum = 0.0;
-    const bool all = task.segment >= 0 || task.segment <= CODED;
-    if (all) {
+    if (task.segment >= 0) {
         for (int j = lane; j < task.old + task.count; j += WARP) {
-            const i64 page = task.segment >= 0 ? a.work[(i64)s * a.room + task.segment + j / LANES].x : CODED - task.segment;
+            const i64 page = a.work[(i64)s * a.room + task.segment + j / LANES].x;
             sum += squared_scale(a, h, page * LANES + j % LANES);
         }
     } else if (known.row >= 0) {
         sum = squared_scale(a, h, known.row);
     }
-    if (!all && task.count > WARP)
+    if (task.segment < 0 && task.count > WARP)
         for (int j = WARP + lane; j < task.count; j += WARP)
             sum += squared_scale(a, h, a.rows[(i64)s * a.most + task.start + j].x);
     sum = warp_sum_double(sum);
-    if (lane == 0) a.squares[(i64)s * a.lists + task.list] = (all ? 0.f : known.before) + (float)sum;
+    if (lane == 0) a.squares[(i64)s * a.lists + task.list] = (task.segment < 0 ? known.before : 0.f) + (float)sum;
 }

@@ -127,10 +127,19 @@ __device__ void place(const State& a, const Plan& plan, int s, char* shared) {
             if (more) a.last[list0 + j] = base + more - 1;
             a.sizes[list0 + j] = size;
             const bool heavy = renewed || at - start > HEAVY;
-            Task task = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, heavy};
+            Task task = {s, j, start, at - start, had, opens[r], base, renewed ? 0 : -1, heavy, -1, 0, 0};
             a.tasks[number] = task;
             task.heavy = number;
-            if (heavy) a.heavy[atomicAdd(a.counters + HEAVIES, 1)] = task;
+            if (heavy) {
+                const bool few = BLOCKS == 1 && renewed && size <= FEW * LANES && at - start <= HEAVY;
+                const int parts = few ? full_pages(size) : 1;
+                task.leader = atomicAdd(a.counters + HEAVIES, parts);
+#pragma unroll 1
+                for (int i = 0; i < parts; ++i) {
+                    if (few) task.page = i;
+                    a.heavy[task.leader + i] = task;
+                }
+            }
         }
         sorted += keys_in(all);
         held += pages_in(all);

@@ -5,15 +5,18 @@
 enum { STATUS, TICKET, BARRIER, TASKS, HEAVIES, ENTERED, NEXT };
 enum { NO_PAGES = 1, NO_PLACE = 2, MOVED = 4 };
 
+enum { PARTS = 1, WHOLE };
+
 // Keys of one list that enter in this launch.
-#define CODED -2
 struct Task {
     int stream, list;
     int start, count;  // where they stand in the sorted order of the stream
     int old;           // keys that were in the list
     int open, base;    // its last page if that has free lanes; the first of its new pages
-    int segment;       // where its pages stand in the stream's work if it is coded anew; -1 if not; CODED less its one page if it is
+    int segment;       // where its pages stand in the stream's work if it is coded anew, else -1
     int heavy;         // whether a whole block moves it
+    int page, leader;  // which of its pages such a block codes, below zero for all; that of the first one
+    int verdict;       // of that block: whether each codes its page (PARTS), or it sees to all (WHOLE)
 };
 
 struct State {
@@ -46,7 +49,8 @@ struct State {
     Task* tasks;        // (S * min(M, L))
     Task* heavy;        // (S * min(M, L)): those for whole blocks, with their numbers in the place of `heavy`
     int2* work;         // (S, P): pages to be coded anew, and their labels
-    int2* amounts;      // (S), zero between launches: how many those are, and how many keys enter beside them
+    int4* amounts;      // (S), zero between launches: how many those are, how many keys enter beside them, and pages at
+                        // the end of `work` that are coded with their anchor
     int* counters;
     const int* moved;  // how often arrays have moved; `version` when this launch was prepared
     i64* stamps;  // with -DSTAMPS: nanoseconds at the beginning of each phase

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ ELEMENTS = {np.dtype(np.float16): 0, np.dtype(np.uint16): 1, np.dtype(np.float32
 
 @pytest.fixture
 def emulated(monkeypatch, tmp_path_factory):
-    """Let batches on arrays of NumPy append by the kernel."""
+    """Let batches on arrays of NumPy append by the kernel, on as many blocks as the fixture says."""
+    grid = SimpleNamespace(blocks=3)
 
     @functools.cache
     def built(d, element, blocks):
@@ -45,9 +47,10 @@ def emulated(monkeypatch, tmp_path_factory):
     def append_streams(made, d, dtype, *, many, stamps=None):
         sizes = (int(made[name][0]) for name in ("lists", "coded_dimensions", "batch"))
         blocks = 1 + bool(many and made["labels_in"][0])
-        built(d, ELEMENTS[np.dtype(dtype)], blocks)(3, 256, shared_bytes(d, *sizes), made)
+        built(d, ELEMENTS[np.dtype(dtype)], blocks)(grid.blocks, 256, shared_bytes(d, *sizes), made)
 
     monkeypatch.setattr(device_batch, "append_streams", append_streams)
+    return grid
 
 
 def pair(dtype, batch, d, heads, nlist, words, view="rotated", **change):
@@ -146,6 +149,19 @@ def test_windows_of_all_layers(emulated, tmp_path):
             device.forget_lengths()
             same(index, device)
     assert moved > 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_lists_of_few_pages_that_double(emulated, dtype):
+    """Each page of a list that gets a new anchor has a block, but if a fork holds one of them too."""
+    emulated.blocks = 14
+    index, device, draw = pair(dtype, 1, 16, 1, 8, 1)
+    turns = [(index, device)]
+    run((index, device, draw), (60,))
+    for n in (40, 60, 90, 150, 200):
+        for host, its in turns:
+            run((host, its, draw), (n,))
+        turns = [turns[0], (index.fork(), device.forked())]
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -37,10 +37,10 @@ STATUS = {
     2: "keys were lost, for want of room",
     4: "nothing was added, since the arrays of the index have moved",
 }
-_KEYS, _WINDOW, _LISTS_AT_ONCE = 64, 2048, 1024  # as in append.cu
+_KEYS, _WINDOW, _LISTS_AT_ONCE, _FEW = 64, 2048, 1024, 6  # as in append.cu
 _TABLES = 48 * 1024
 _SHARED_MOST = 99 * 1024
-_TASK = np.dtype([("numbers", np.int32, 9)])
+_TASK = np.dtype([("numbers", np.int32, 12)])
 
 _STREAMS = [
     "lengths",
@@ -210,7 +210,8 @@ class AppendSpace(NamedTuple):
     work
         (S, pages, 2) int32, of pages that are coded anew.
     amounts
-        (S, 2) int32, zero before and after: how many those are, and keys that enter other lists.
+        (S, 4) int32, zero before and after: how many those are, keys that enter other lists, and pages that are coded
+        together with their anchor.
     counters
         (7,) int32, zero before; the first is the status, the others are zero after.
     """
@@ -235,9 +236,9 @@ class AppendSpace(NamedTuple):
             order=xp.empty((count, most), np.int32),
             rows=xp.empty((count, most, 2), np.int32),
             tasks=xp.empty((tasks, _TASK.itemsize // 4), np.int32),
-            heavy=xp.zeros((tasks, _TASK.itemsize // 4), np.int32),
+            heavy=xp.zeros((_FEW * tasks, _TASK.itemsize // 4), np.int32),
             work=xp.empty((count, room, 2), np.int32),
-            amounts=xp.zeros((count, 2), np.int32),
+            amounts=xp.zeros((count, 4), np.int32),
             counters=xp.zeros(COUNTERS, np.int32) if counters is None else counters,
         )
 
