@@ -19,7 +19,7 @@ SMALL = (
     "arrays_of_the_device or (every_output and not 65) or (tensor_cores_assign and 1000-600 and (128 or 80)) "
     "or (ties_to_the_lowest and 70-) or (sums and (257 or 5000)) or rotated "
     "or (long_lists and 3- and (10- or 300-)) or (many_lists and (100 or 4097)) or (encoding and cuda-64-3) "
-    "or (on_a_device and (64-3-2 or 128-4-2-5000-32-6-bfloat16-1)) or (head_sizes and float16-64)"
+    "or few_keys or (head_sizes and float16-64) or (few_pages and alone-bfloat16)"
 )
 
 if __name__ == "__main__":
@@ -36,7 +36,7 @@ if __name__ == "__main__":
         SMALL,
         "tests/backends",
         "tests/emulation",
-        "tests/attention/test_device.py::TestSteps::test_head_sizes",
+        "tests/attention/test_device.py::TestSteps",
         *sys.argv[1:],
     ]
     sys.exit(pytest.main(options))

@@ -163,7 +163,7 @@ __device__ __forceinline__ void append_to(const State& a, u8* memory) {
             come(a);
             if (!pages) {
                 STAMP(3);
-                enter_values(a, plans, tasks, warp, warps);
+                if (block >= 0) enter_values(a, plans, tasks, warp - spared * WARPS, others * WARPS);
                 if (again) come(a, ENTERED);
                 if (BLOCKS == 1 && warp < tasks) task = a.tasks[warp], known = squares_of(a, task);
             }

@@ -98,6 +98,7 @@ __device__ __forceinline__ void ask_forward(const State& a, int h, int slab, uin
 __device__ __forceinline__ void want_forward(const State& a, int h, int slab, uint4* forward, int& held) {
     if (held == h * SLABS + slab) return;
     held = h * SLABS + slab;
+    asm volatile("cp.async.wait_group 0;");  // what was asked for before may not come later
     __syncthreads();
     ask_forward(a, h, slab, forward);
 }

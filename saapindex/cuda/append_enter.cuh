@@ -147,7 +147,7 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task tas
     if (renewed) {
         double keys[MINE] = {};
         if (threadIdx.x == 0) room.segment = atomicAdd(&a.amounts[s].x, pages);
-        copy_in<true>(a, plan, task, warp, WARPS, keys);
+        copy_in<true>(a, plan, task, warp * AHEAD, WARPS * AHEAD, keys);
         __syncthreads();
         for (int from = 0; from < pages; from += WINDOW) {
             // They stand there from before where one look was enough.
@@ -183,25 +183,44 @@ __device__ void enter_by_block(const State& a, const Plan* plans, const Task tas
     double values[MINE] = {};
     float before[MINE];
     if (warp == 0) load_sums(a, task, before);
-    copy_in<false>(a, plan, task, warp, WARPS, values);
+    copy_in<false>(a, plan, task, warp * AHEAD, WARPS * AHEAD, values);
     block_sum(values, room.sums, 0);
     if (warp == 0) set_mean(a, task, before, values);
 }
 
-// The values of lists with fewer new keys, as warp `w` of `n`.
+// The values of lists with fewer new keys, as warp `w` of `n`: of as many at once as there are registers for.
 __device__ __forceinline__ void enter_values(const State& a, const Plan* plans, int tasks, int w, int n) {
-    Task next;
-    if (w < tasks) next = a.tasks[w];
+    constexpr int EACH = BLOCKS == 1 ? 2 : 1;
 #pragma unroll 1
-    for (int i = w; i < tasks; i += n) {
-        const Task task = next;
-        if (i + n < tasks) next = a.tasks[i + n];
-        if (task.count > HEAVY) continue;
-        double values[MINE] = {};
-        float before[MINE];
-        load_sums(a, task, before);
-        copy_in<false>(a, plans[task.stream / a.heads], task, 0, 1, values);
-        set_mean(a, task, before, values);
+    for (int i = w; i < tasks; i += EACH * n) {
+        Task task[EACH];
+        Moving<false, AHEAD / 2> rows[EACH];
+        float before[EACH][MINE];
+        bool any[EACH];
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) {
+            any[k] = i + k * n < tasks;
+            if (any[k]) task[k] = a.tasks[i + k * n];
+        }
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) {
+            any[k] = any[k] && task[k].count <= HEAVY;
+            if (any[k]) {
+                load_sums(a, task[k], before[k]);
+                rows[k].find(a, plans[task[k].stream / a.heads], task[k], 0);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < EACH; ++k)
+            if (any[k]) rows[k].load(a, plans[task[k].stream / a.heads], task[k], 0);
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) {
+            if (!any[k]) continue;
+            double values[MINE] = {};
+            rows[k].store(a, task[k], 0, values);
+            copy_in<false>(a, plans[task[k].stream / a.heads], task[k], AHEAD / 2, AHEAD, values);
+            set_mean(a, task[k], before[k], values);
+        }
     }
 }
 

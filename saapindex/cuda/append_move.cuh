@@ -5,31 +5,49 @@ __device__ __forceinline__ int slot_of(const Task& task, int q) {
     return q < full ? task.open : task.base + q - full;
 }
 
-// Copy the entering keys or values of a list into its pages, as warp `w` of `n`, and sum up what this warp has copied.
-// A lane for each of the next rows finds out where it goes.
-template <bool OF_KEYS>
-__device__ __forceinline__ void copy_in(const State& a, const Plan& plan, const Task& task, int w, int n, double* sum) {
-    const int s = task.stream, lane = threadIdx.x % WARP;
-    const i64 sorted = (i64)s * a.most + task.start;
-#pragma unroll 1
-    for (int j0 = w * AHEAD; j0 < task.count; j0 += n * AHEAD) {
-        const int j = min(j0 + lane % AHEAD, task.count - 1);
-        const int p = plan.first + a.order[sorted + j], row = a.rows[sorted + j].x;
-        const element* from = OF_KEYS ? entering_key(a, plan, s, p) : entering_value(a, plan, s, p);
-        u32 words[AHEAD][WORDS];
+// Rows of a list on their way from the ring to its pages, keys or values. A lane for each of the next ones knows where it
+// goes, and all have a part of each.
+template <bool OF_KEYS, int ROWS>
+struct Moving {
+    int position, row;
+    u32 words[ROWS][WORDS];
+
+    __device__ __forceinline__ void find(const State& a, const Plan& plan, const Task& task, int first) {
+        const i64 at = (i64)task.stream * a.most + task.start + min(first + (int)(threadIdx.x % ROWS), task.count - 1);
+        position = plan.first + a.order[at], row = a.rows[at].x;
+    }
+    __device__ __forceinline__ void load(const State& a, const Plan& plan, const Task& task, int first) {
+        const int s = task.stream, lane = threadIdx.x % WARP;
+        const element* from = OF_KEYS ? entering_key(a, plan, s, position) : entering_value(a, plan, s, position);
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
+        for (int u = 0; u < ROWS; ++u) {
             const element* here = row_of_lane(from, u);
-            if (j0 + u < task.count) load_row(here, lane, words[u]);
+            if (first + u < task.count) load_row(here, lane, words[u]);
         }
-        if (OF_KEYS && lane < AHEAD && j0 + lane < task.count) a.ids[row] = p;
+    }
+    __device__ __forceinline__ void store(const State& a, const Task& task, int first, double* sum) const {
+        const int lane = threadIdx.x % WARP;
+        if (OF_KEYS && lane < ROWS && first + lane < task.count) a.ids[row] = position;
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
+        for (int u = 0; u < ROWS; ++u) {
             const i64 to = __shfl_sync(FULL, row, u);
-            if (j0 + u >= task.count) continue;
+            if (first + u >= task.count) continue;
             store_row((OF_KEYS ? a.keys : a.values) + to * D, lane, words[u]);
             add_row(words[u], sum);
         }
+    }
+};
+
+// Copy the entering keys or values of a list into its pages, from row `first` on and then every `step`, and sum them up;
+// a warp does it.
+template <bool OF_KEYS>
+__device__ __forceinline__ void copy_in(const State& a, const Plan& plan, const Task& task, int first, int step, double* sum) {
+#pragma unroll 1
+    for (; first < task.count; first += step) {
+        Moving<OF_KEYS, AHEAD> rows;
+        rows.find(a, plan, task, first);
+        rows.load(a, plan, task, first);
+        rows.store(a, task, first, sum);
     }
 }
 

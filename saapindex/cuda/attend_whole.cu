@@ -37,7 +37,7 @@
 
 #include "attend_step.cuh"
 
-enum { ANCHORS, ROUTED, SECOND, NORM, RANK, PAGE, NEAREST, PEAK, RESULT, EXCHANGES };
+enum { ANCHORS, SECOND, NORM, RANK, PAGE, NEAREST, PEAK, RESULT, EXCHANGES };
 
 #define STAMPED 12
 #ifdef STAMPS
@@ -50,7 +50,7 @@ enum { ANCHORS, ROUTED, SECOND, NORM, RANK, PAGE, NEAREST, PEAK, RESULT, EXCHANG
 
 // What the threads of a block share. Behind it: tiles, then arrays of a length known at run time.
 struct Shared {
-    u64 exchanges[10];
+    u64 exchanges[8];
     float query[G][D];
     u32 digits[3][G][(D + 63) / 64 * 16];                  // of the queries as whole numbers
     u32 pairs[QUERY_PARTS][8][(D + 15) / 16 * 8 + 4];  // the same as matrices of a 16-bit type
@@ -71,13 +71,15 @@ struct Shared {
     int boundary, reached, owned, total, scan, dealt;
 };
 
-// The digits of the queries (whole_route.cuh) are there: who attends says so, and who chooses waits for it.
-__device__ __forceinline__ void give_digits() { asm volatile("bar.arrive 2, %0;" ::"n"(THREADS) : "memory"); }
-__device__ __forceinline__ void await_digits() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
+// Some threads of a block meet. DIGITS of the queries (whole_route.cuh) are written by those who attend, and ANCHORS_READ, in
+// whose place the last stage of tiles comes, by those who choose: these come by, and the others wait for all of them.
+enum { CHOOSING_MEET = 1, DIGITS, ATTENDING_MEET, ANCHORS_READ };
 __device__ __forceinline__ void meet_some(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void meet_choosers() { meet_some(1, CHOOSERS); }
+__device__ __forceinline__ void come_by(int barrier) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory"); }
+__device__ __forceinline__ void await_all(int barrier) { meet_some(barrier, THREADS); }
+__device__ __forceinline__ void meet_choosers() { meet_some(CHOOSING_MEET, CHOOSERS); }
 
 #include "attend_common.cuh"
 #include "attend_rows.cuh"
@@ -198,7 +200,7 @@ attend_whole(const __grid_constant__ Step p) {
         wait_copies<0>();
         meet_choosers();
         await(&s.exchanges[ANCHORS]);
-        await_digits();
+        await_all(DIGITS);
 #pragma unroll 1
         for (int list = 0; list < own; list += ROOM) {
             const int count = min(own - list, ROOM);
@@ -210,6 +212,7 @@ attend_whole(const __grid_constant__ Step p) {
             }
             route(p, s, count, anchors, scales + list, logits + list * G);
         }
+        come_by(ANCHORS_READ);
         const int count = p.counts[unit];
         Pages some;
         load_pages(p, unit, rank * CHOOSERS + thread, some);
@@ -222,7 +225,6 @@ attend_whole(const __grid_constant__ Step p) {
             s.variance[thread] = sum;
         }
         meet_choosers();
-        if (thread == 0) expect(&s.exchanges[ROUTED], 0);
         STAMP(2);
         find_norms(p, s, own, rank, sent, logits, sizes);
         STAMP(3);
@@ -306,7 +308,7 @@ attend_whole(const __grid_constant__ Step p) {
             wait_copies<0>();
             if (phase == SOME) {
                 begin = count, count = all;
-                await(&s.exchanges[ROUTED]);
+                await_all(ANCHORS_READ);
             } else if (phase == NEAR) {
                 STAMP_OF(CHOOSERS, 7);
                 find_peak(mine);
@@ -382,6 +384,7 @@ attend_whole(const __grid_constant__ Step p) {
         send_4(&s.sums[rank][g], to, __float_as_uint(sum), &s.exchanges[RESULT]);
     }
     await(&s.exchanges[RESULT]);
+    __syncthreads();  // for racecheck, which does not know that what a block sends to itself is awaited like the rest
 #pragma unroll 1
     for (int i = thread; i < SLICE && rank * SLICE + i < G * D; i += THREADS) {
         const int at = rank * SLICE + i, g = at / D;

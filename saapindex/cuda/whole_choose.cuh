@@ -62,7 +62,7 @@ __device__ __forceinline__ void send_seconds(const Step& p, Shared& s, int head,
 #pragma unroll
     for (int g = 0; g < G; ++g)
         if (lane == 0) s.reduced[threadIdx.x / WARP][g] = second[g];
-    meet_some(first ? 3 : 1, threads);
+    meet_some(first ? ATTENDING_MEET : CHOOSING_MEET, threads);
     wait_in_cluster();
 #pragma unroll 1
     for (int i = threadIdx.x - first; i < CLUSTER * G; i += threads) {

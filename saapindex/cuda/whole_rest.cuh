@@ -75,31 +75,33 @@ __device__ __forceinline__ void add_deferred(
 #pragma unroll 1
     for (int first = 16 * warp, turn = 0; first < own; first += 16 * CHOOSING, ++turn) {
         if (!(turns >> min(turn, 31) & 1)) continue;
-        const int mine = first + lane % 16;
+        const int mine = min(first + lane % 16, own - 1);
         bool higher = false;
-        if (mine < own && sizes[mine] > table[mine].y)
-#pragma unroll 1
-            for (int g = lane / 16; g < G; g += 2) higher |= logits[mine * G + g] > s.near_bound[g];
-        u32 lists = __ballot_sync(FULL, higher);
-        lists = (lists | lists >> 16) & 0xffff;
+#pragma unroll
+        for (int g = 0; g < G; ++g) higher |= logits[mine * G + g] > s.near_bound[g];
+        u32 lists = __ballot_sync(FULL, higher && first + lane % 16 < own && sizes[mine] > table[mine].y) & 0xffff;
 #pragma unroll 1
         for (; lists; lists &= lists - 1) {
             const int list = first + __ffs(lists) - 1, rest = sizes[list] - table[list].y;
             const float scale = p.mean_scales[row + list];
-#pragma unroll 1
-            for (int d = 4 * lane; d < D; d += 4 * WARP) {
-                const u32 mean = *(const u32*)(p.means + (row + list) * D + d);
-#pragma unroll 1
-                for (int g = 0; g < G; ++g) {
-                    const float logit = logits[list * G + g];
-                    if (logit <= s.near_bound[g]) continue;
-                    const float peak = peak_of(s, g), bound = peak > -INFINITE ? peak : INFINITE;
-                    const float weight = (float)rest * exponential(fminf(logit, bound) - basis_of(s, g));
-                    float* at = found + g * FOUND + d;
+            u32 means[(D + 127) / 128];
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) at[i] += weight * scale * byte_of(mean, i);
-                    if (d == 0) found[g * FOUND + D] += weight;
-                }
+            for (int c = 0; c < (D + 127) / 128; ++c) {
+                const int d = 4 * (c * WARP + lane);
+                means[c] = d < D ? *(const u32*)(p.means + (row + list) * D + d) : 0;
+            }
+#pragma unroll 1
+            for (int g = 0; g < G; ++g) {
+                const float logit = logits[list * G + g], peak = peak_of(s, g), bound = peak > -INFINITE ? peak : INFINITE;
+                const float weight =
+                    logit > s.near_bound[g] ? (float)rest * exponential(fminf(logit, bound) - basis_of(s, g)) : 0.f;
+                float* at = found + g * FOUND + 4 * lane;
+#pragma unroll
+                for (int c = 0; c < (D + 127) / 128; ++c)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (4 * (c * WARP + lane) < D) at[128 * c + i] += weight * scale * byte_of(means[c], i);
+                if (lane == 0) found[g * FOUND + D] += weight;
             }
         }
     }

@@ -43,7 +43,7 @@ __device__ __forceinline__ void split_queries(Shared& s) {
             for (int part = 0; part < 3; ++part) s.digits[part][g][word] = digits[part];
         }
     }
-    give_digits();
+    come_by(DIGITS);
 }
 
 // Fetch the anchors of some of this block's lists, as they are.

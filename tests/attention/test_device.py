@@ -111,6 +111,23 @@ class TestSteps:
             device.add(k, v)
         same(host, device)
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("forked", [False, True], ids=["alone", "forked"])
+    def test_lists_of_few_pages_that_double(self, make_codebook, data, forked, dtype):
+        """Each page of a list that gets a new anchor has a block, but if a fork holds one of them too."""
+        host, device = pair(make_codebook(nlist=20, d=64, words=3), dtype, adapt=0)
+        rng, forks = np.random.default_rng(3), []
+        for n in (100, 60, 90, 150, 200, 400):
+            for one, other in [(host, device), *forks]:
+                k, v = data(rng, 1, n, 2, 64)
+                one.add(k, v)
+                other.add(k, v)
+                same(one, other)
+            if forked:
+                forks = [(host.fork(), device.fork())]
+        del other
+        whole([device, *(index for _, index in forks)])
+
     def test_adapted_centroids(self, make_codebook, data):
         host, device = pair(make_codebook(), adapt=3, batch=2)
         for n, lengths in ((800, [800, 40]), (200, [200, 200]), (64, [3, 64])):

@@ -53,7 +53,7 @@ def test_attention_in_turn(devices, make_codebook, data, torch):
 
 def test_search_in_turn(devices):
     rng = np.random.default_rng(0)
-    keys, queries = (rng.integers(-3, 4, (n, 16)).astype(np.float32) for n in (800, 50))
+    keys, queries = (rng.integers(-3, 4, (n, 16)).astype(np.float32) for n in (800, 64))
     host = sx.IndexSAAP(16, 12, nprobe=4, params=sx.IndexParameters(niter=2))
     host.train(keys[:400], xq_train=queries)
     there = [host.to(device) for device in devices]

@@ -114,7 +114,7 @@ inline void send_emulated(void* to, int rank, std::initializer_list<unsigned> wo
     send_bytes(to, words.begin(), 4 * words.size(), rank, barrier);
 }
 // Some threads of a block meet at a barrier of a number; some wait there, others come by.
-static std::vector<Block> some[4];
+static std::vector<Block> some[5];
 inline Block& some_of_block(int barrier) { return some[barrier][blockIdx.x]; }
 inline void come_by(Block& group, unsigned members) {
     if (++group.waiting == members) group.waiting = 0, ++group.turn;

@@ -439,3 +439,12 @@ def test_on_a_device(shape, blocks, options):
     ways = WAYS if case.macros["G"] > 1 else [way for way in WAYS if "policy" not in way]
     case.compare_on_device(cupy, blocks, ways)
     case.compare_on_device(cupy, blocks, [{**way, "refine": False} for way in ways])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 3, 2, 700, 24, 3, "float16", 1), (128, 4, 2, 700, 32, 6, "bfloat16", 1)])
+def test_few_keys_on_a_device(shape):
+    """Small enough to be watched by compute-sanitizer."""
+    cupy = pytest.importorskip("cupy")
+    whole = [{"budget": 0.2, "refine": False}, {"budget": 0.05, "refine": False}]
+    Case(*shape).compare_on_device(cupy, 132, [{"budget": 0.2}, *whole])

@@ -67,7 +67,7 @@ def whole_shared(
     attending, pairs = warps - shape.choosers // 32, -(-lists // 2)
     own = 2 * -(-pairs // cluster)
     fixed = (
-        80
+        64
         + 4 * group * d
         + 192 * group * -(-d // 64)
         + (3 if mixed or itemsize == 4 else 1) * 32 * (8 * steps + 4)
