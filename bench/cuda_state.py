@@ -21,7 +21,8 @@ import torch
 
 from saapindex.attention import AttentionIndex, LayerCodebook
 from saapindex.attention.device_batch import DeviceBatch
-from saapindex.backends.cuda.append import AppendSpace, append_streams, with_keys
+from saapindex.backends.cuda.append import append_streams
+from saapindex.backends.cuda.append_state import AppendSpace, with_keys
 from saapindex.codes import fit_codes
 
 RESULTS = Path(__file__).parent / "results" / "cuda-state.json"

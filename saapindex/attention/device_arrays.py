@@ -12,14 +12,14 @@ from saapindex.attention.device_keeping import DeviceKeeping, allocating
 from saapindex.attention.memory import MemoryStatement
 from saapindex.attention.streams import as_host, kept_near
 from saapindex.backends.base import LANES, Ints
-from saapindex.backends.cuda.append import (
+from saapindex.backends.cuda.append import load
+from saapindex.backends.cuda.append_state import (
     COUNTERS,
     STATUS,
     AppendRules,
     AppendSpace,
     PagesInPool,
     argument,
-    load,
     most_pages,
 )
 from saapindex.backends.cuda.halves import halves

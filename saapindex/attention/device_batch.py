@@ -17,7 +17,8 @@ from saapindex.attention.streams import as_host, from_streams, to_streams
 from saapindex.attention.table import ADAPT_FROM
 from saapindex.attention.tensors import STORED
 from saapindex.backends.base import Ints
-from saapindex.backends.cuda.append import AppendSpace, append_streams, most_pages, with_keys
+from saapindex.backends.cuda.append import append_streams
+from saapindex.backends.cuda.append_state import AppendSpace, most_pages, with_keys
 from saapindex.backends.cuda.finite import Finiteness
 from saapindex.backends.cuda.step import NewToken
 from saapindex.backends.cuda.streams import Streams

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from saapindex.attention.device_cut import wide
 from saapindex.attention.layer import ADAPT_POINTS, LayerCodebook
-from saapindex.backends.cuda.append import Forms
+from saapindex.backends.cuda.append_state import Forms
 from saapindex.backends.cuda.assign import accumulate, assign_heads, prepare
 from saapindex.backends.cuda.attend import DeviceCode
 from saapindex.backends.cuda.halves import fragments, halves

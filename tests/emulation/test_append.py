@@ -16,7 +16,7 @@ from saapindex.attention.device_book import DeviceBook
 from saapindex.attention.device_cut import near_places
 from saapindex.attention.device_keeping import DeviceKeeping
 from saapindex.attention.tensors import STORED
-from saapindex.backends.cuda.append import STATES_MOST, flush_argument, shared_bytes
+from saapindex.backends.cuda.append_state import STATES_MOST, flush_argument, shared_bytes
 from saapindex.backends.paged import widened
 from saapindex.lists.device_pool import DevicePool
 from saapindex.rope import Rope

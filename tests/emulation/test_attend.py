@@ -442,7 +442,9 @@ def test_on_a_device(shape, blocks, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(64, 3, 2, 700, 24, 3, "float16", 1), (128, 4, 2, 700, 32, 6, "bfloat16", 1)])
+@pytest.mark.parametrize(
+    "shape", [(64, 3, 2, 700, 24, 3, "float16", 1), (128, 4, 2, 700, 32, 6, "bfloat16", 1)]
+)
 def test_few_keys_on_a_device(shape):
     """Small enough to be watched by compute-sanitizer."""
     cupy = pytest.importorskip("cupy")
