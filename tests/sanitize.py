@@ -5,8 +5,8 @@
     compute-sanitizer --tool memcheck python tests/sanitize.py     # and racecheck
     compute-sanitizer --tool initcheck --check-api-memory-access no python tests/sanitize.py
 
-Without the option initcheck also reports copies of pages that nothing was written to yet, when a pool grows; with
-it, those by CuPy of pages that are not full, when an index is forked.
+Without the option initcheck also reports copies of pages that nothing was written to yet, when a pool grows;
+with it, those by CuPy of pages that are not full, when an index is forked.
 Memory comes straight from CUDA, so that what is read or written past the end of an array is seen.
 """
 
