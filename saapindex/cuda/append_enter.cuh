@@ -128,16 +128,17 @@ __device__ __forceinline__ bool renew_page(const State& a, const Plan& plan, con
     return true;
 }
 
-// The keys of a list that gets a new anchor, and the values of one with many new keys. A block does it.
+// The keys of a list that gets a new anchor, and the values of one with many new keys. A block does it; of a list of few
+// pages, a block for each if `by_pages`.
 __device__ void enter_by_block(const State& a, const Plan* plans, const Task task, Room& room, uint4* forward,
-                               int& held, bool shared) {
+                               int& held, bool by_pages) {
     const int s = task.stream, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const Plan& plan = plans[s / a.heads];
     const i64 list = (i64)s * a.lists + task.list, table = (i64)s * a.room;
     const int size = task.old + task.count, pages = full_pages(size), full = full_pages(task.old);
     Two two = {{}, {}, {-1, -1}};
     int p[2];
-    const bool one = BLOCKS == 1 && shared && task.page >= 0 && renew_page(a, plan, task, room, two, p, forward, held);
+    const bool one = BLOCKS == 1 && by_pages && task.page >= 0 && renew_page(a, plan, task, room, two, p, forward, held);
     if (!one && task.page > 0) return;
     bool renewed = task.segment >= 0 && !one;
     for (int from = 0; renewed && from < full; from += WINDOW) {

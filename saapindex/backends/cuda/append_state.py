@@ -43,33 +43,8 @@ _TABLES = 48 * 1024
 _SHARED_MOST = 99 * 1024
 _TASK = np.dtype([("numbers", np.int32, 12)])
 
-_STREAMS = [
-    "lengths",
-    "first",
-    "near_keys",
-    "near_values",
-    "keys",
-    "values",
-    "codes",
-    "exponents",
-    "ids",
-    "pages",
-    "labels",
-    "orders",
-    "before",
-    "counts",
-    "sizes",
-    "coded",
-    "last",
-    "anchors",
-    "anchor_scales",
-    "sums",
-    "means",
-    "mean_scales",
-    "squares",
-]
 _POINTERS = [
-    *_STREAMS,
+    *(name for name in Streams._fields if name != "sinks"),
     *[
         "holders",
         "free",
@@ -118,7 +93,7 @@ APPEND = np.dtype(
     + [(name, np.int32) for name in _INTEGERS],
     align=True,
 )
-"""The struct `State` of ``cuda/append.cu``."""
+"""The struct `State` of ``cuda/append_state.cuh``."""
 STATES_MOST = 32
 """States of one launch at most: what is passed to a kernel is limited to 32 kB by some."""
 _LOOK = np.dtype(
