@@ -14,6 +14,7 @@ from saapindex.backends.cuda.append_state import (
     flush_argument,
     shared_bytes,
 )
+from saapindex.backends.cuda.launch import by_value
 from saapindex.backends.cuda.module import ELEMENTS, get_cupy, kernel
 
 __all__ = ["append_streams", "flush_streams", "load", "load_flush"]
@@ -41,7 +42,7 @@ def append_streams(
     """
     made["stamps"] = address(stamps)
     run, blocks, shared = load(made, d, dtype, many=many, stamps=stamps is not None)
-    run((blocks,), (THREADS,), (made,), shared_mem=shared)
+    run((blocks,), (THREADS,), (by_value(made),), shared_mem=shared)
 
 
 def flush_streams(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]) -> None:
@@ -52,7 +53,7 @@ def flush_streams(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]
     for first in range(0, len(made), STATES_MOST):
         some = made[first : first + STATES_MOST]
         run, blocks, shared = load_flush(some, d, dtype)
-        run((blocks,), (THREADS,), (flush_argument(some),), shared_mem=shared)
+        run((blocks,), (THREADS,), (by_value(flush_argument(some)),), shared_mem=shared)
 
 
 def load_flush(made: list[np.ndarray[Any, Any]], d: int, dtype: np.dtype[Any]) -> tuple[Any, int, int]:

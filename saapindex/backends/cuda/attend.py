@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from saapindex.backends.cuda.launch import element
+from saapindex.backends.cuda.launch import by_value, element
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.step import (
     POLICIES,
@@ -143,4 +143,4 @@ def _launch(
         **({"CAPPED": 1} if scaling.softcap else {}),
         **macros,
     )
-    run((units * space.blocks,), (space.threads,), (argument,), shared_mem=shared)
+    run((units * space.blocks,), (space.threads,), (by_value(argument),), shared_mem=shared)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cuda.attend import select_streams
+from saapindex.backends.cuda.launch import by_value
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.step import DeviceCode, Limits, Workspace
 from saapindex.backends.cuda.streams import Streams
@@ -150,4 +151,4 @@ def choose_streams(
     select_streams(queries, streams, code, scaling, limits, wide, everything=everything)
     argument = chosen_step(streams, bits, out, multiprocessors, everything=everything)
     grid = len(bits.bits) * int(argument["blocks"][0])
-    kernel("chosen", "chosen", THREADS=THREADS)((grid,), (THREADS,), (argument,), shared_mem=1024)
+    kernel("chosen", "chosen", THREADS=THREADS)((grid,), (THREADS,), (by_value(argument),), shared_mem=1024)

@@ -16,17 +16,28 @@ _THREADS, _AT_ONCE, _MOST = 256, 8, 8  # as in finite.cu; arrays that are looked
 
 
 class Finiteness:
-    """What was found in arrays on the current device."""
+    """What was found in arrays on the current device.
+
+    Kernels write it to memory of the host, so that `bad` waits for the looks alone and not for what was
+    launched after them.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._bad: Any = None
+        self._looked: Any = None
+
+    def __del__(self) -> None:
+        if self._names:  # the memory goes to others
+            self._looked.synchronize()
 
     def look(self, name: str, array: Any) -> None:
         """Launch a look at an array of float16, float32 or uint16 (bfloat16), to be called `name`."""
         cupy = get_cupy()
         if self._bad is None:
-            self._bad = cupy.zeros(_MOST, np.int32)
+            self._bad = np.frombuffer(cupy.cuda.alloc_pinned_memory(4 * _MOST), np.int32, _MOST)
+            self._bad[:] = 0
+            self._looked = cupy.cuda.Event(disable_timing=True)
         flat = _flat(array)
         if not flat.size:
             return
@@ -34,17 +45,19 @@ class Finiteness:
         kernel("finite", "finite", ELEMENT=element(flat))(
             (min(blocks, -(-pieces // (_THREADS * _AT_ONCE))),),
             (_THREADS,),
-            (flat, np.int64(pieces), self._bad[len(self._names) :]),
+            (flat, np.int64(pieces), np.uint64(self._bad[len(self._names) :].ctypes.data)),
         )
+        self._looked.record()
         self._names.append(name)
 
     def bad(self) -> list[str]:
         """Wait, and return the names of arrays that hold NaN or infinity; forget all."""
         if not self._names:
             return []
-        names, found = self._names, self._bad.get()
+        self._looked.synchronize()
+        found = [name for name, bad in zip(self._names, self._bad, strict=False) if bad]
         self._names, self._bad = [], None
-        return [name for name, bad in zip(names, found, strict=False) if bad]
+        return found
 
 
 def _flat(array: Any) -> Any:

@@ -14,6 +14,7 @@ from saapindex.errors import InvalidInputError
 
 __all__ = [
     "SHARED_MOST",
+    "by_value",
     "element",
     "has_clusters",
     "host",
@@ -94,6 +95,17 @@ def rows(x: Any) -> Any:
     if x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
         return get_cupy().ascontiguousarray(x)
     return x
+
+
+def by_value(struct: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return a struct as an argument of a kernel: its bytes, without fields that CuPy would go through.
+
+    Examples
+    --------
+    >>> by_value(np.zeros(1, [("count", np.int32), ("scale", np.float32)])).dtype
+    dtype('V8')
+    """
+    return struct.view(f"V{struct.nbytes}")
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from saapindex.backends.cuda.launch import SHARED_MOST, element, has_clusters, multiprocessors
+from saapindex.backends.cuda.launch import SHARED_MOST, by_value, element, has_clusters, multiprocessors
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.step import BINS, POLICIES, DeviceCode, Limits, NewToken, Workspace, step
 from saapindex.backends.cuda.streams import Streams
@@ -193,4 +193,4 @@ def attend_whole(
         **({"CAPPED": 1} if scaling.softcap else {}),
         **({} if stamps is None else {"STAMPS": 1}),
     )
-    run((units * shape.cluster,), (shape.threads,), (argument,), shared_mem=shared)
+    run((units * shape.cluster,), (shape.threads,), (by_value(argument),), shared_mem=shared)
