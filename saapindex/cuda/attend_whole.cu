@@ -29,7 +29,7 @@
 #endif
 #define FOUND (D + 4)                   // floats from head to head of what a warp found: output, then sum
 #ifndef ROUNDS
-#define ROUNDS 5  // pages that each block gets before some get another
+#define ROUNDS 4  // pages that each block gets before some get another
 #endif
 #ifndef OWN
 #define OWN 512
@@ -364,6 +364,7 @@ attend_whole(const __grid_constant__ Step p) {
         add_deferred(p, s, row, own, table + first_list, logits, sizes, turns, own_found);
     }
     __syncthreads();
+    __syncthreads();  // for racecheck, which does not see the first one in all blocks
     STAMP(10);
 #pragma unroll 1
     for (int start = 0; start < G * D; start += THREADS) {

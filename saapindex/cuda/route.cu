@@ -1,5 +1,6 @@
 // Routing: scores of all lists, the best of them in order, and what a query reads of those.
 #include "topk.cuh"
+#include "route_rows.cuh"
 
 #define QUERIES 8  // that share a load of the table
 #define CHUNK 512  // features held at once
@@ -42,15 +43,10 @@ route_scores(const float* __restrict__ features, const float* __restrict__ table
         }
     }
     if (block >= blocks) return;
-    const bool up = lane & 16, upper = lane & 8;
-    const int list = block * LANES + lane % 4 * 4 + 2 * up + upper;
+    const int list = block * LANES + list_of_lane();
 #pragma unroll
     for (int j = 0; j < QUERIES; ++j) {
-        const float* s = sums[j];
-        const float a = add(up ? s[2] : s[0], __shfl_xor_sync(FULL, up ? s[0] : s[2], 16));
-        const float b = add(up ? s[3] : s[1], __shfl_xor_sync(FULL, up ? s[1] : s[3], 16));
-        float sum = add(upper ? b : a, __shfl_xor_sync(FULL, upper ? a : b, 8));
-        sum = add(sum, __shfl_xor_sync(FULL, sum, 4));
+        const float sum = sum_of_list(sums[j]);
         if (!(lane & 4) && list < nlist && first + j < q)
             scores[(i64)(first + j) * nlist + list] = add(sum, bias[list]);
     }

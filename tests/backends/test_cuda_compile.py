@@ -50,6 +50,9 @@ MACROS = {
     "rope": [*({"ELEMENT": e} for e in ELEMENTS), *({"ELEMENT": e, "PAIRS": 2} for e in (0, 1))],
     "route": [{}],
     "scan": [{"ELEMENT": e, "D": d} for e in (0, 2) for d in SIZES],
+    "search": [
+        {"ELEMENT": e, "D": d, "DISTANCES": l2} for e in (0, 2) for d, l2 in ((64, 0), (128, 1), (200, 0))
+    ],
 }
 ANY = [{"ELEMENT": e, "D": d} for e, d in itertools.product(ELEMENTS, SIZES)]
 FILES = sorted(
@@ -58,7 +61,7 @@ FILES = sorted(
     if path.name.endswith(".cu")
 )
 # Clusters of blocks came with sm_90.
-NEWER = {"attend_whole"}
+NEWER = {"attend_whole", "search"}
 CASES = [(file, macros) for file in FILES for macros in MACROS.get(file, ANY)]
 # The most bytes that a kernel keeps in local memory with any of these macros; what is not here keeps none.
 # `append` is held to 128 registers, so that two blocks fit on a multiprocessor after a long prompt.

@@ -196,6 +196,8 @@ inline T atomicAdd(T* p, U x) { T old = *p; *p += (T)x; return old; }
 template <typename T, typename U>
 inline T atomicMax(T* p, U x) { T old = *p; *p = max(*p, (T)x); return old; }
 template <typename T, typename U>
+inline T atomicMin(T* p, U x) { T old = *p; *p = min(*p, (T)x); return old; }
+template <typename T, typename U>
 inline T atomicOr(T* p, U x) { T old = *p; *p |= (T)x; return old; }
 
 template <typename To, typename From>

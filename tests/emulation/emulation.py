@@ -19,6 +19,8 @@ REPLACED = {
     r'asm volatile\("red.release.*?"memory"\);': "*counter += 1;",
     r'float y;\s*asm\("cvt.f32.f16.*?return y;': "return (float)same_bits<_Float16>(x);",
     r'u16 y;\s*asm\("cvt.rn.f16.*?return y;': "return same_bits<u16>((_Float16)x);",
+    r'asm\("fma.rn.f32.*?\);': "x = fmaf(a, b, c);",
+    r'asm\("add.rn.f32.*?\);': "x = a + b;",
     r'float y;\s*asm\("ex2.approx.*?return y;': "return exp2f(x);",
     r'asm volatile\("cp.async.cg.*?\);': "memcpy(to, from, 16);",
     r'asm volatile\("cp.async.(?:commit|wait)_group.*?\);': ";",

@@ -1,23 +1,62 @@
-"""The short way through a search on a device: the kernels of `search`, and what can be asked before is."""
+"""The short way through a search on a device: fewer launches, and what can be asked before is."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from saapindex.backends.base import Lists
+from saapindex.backends.cuda.launch import SHARED_MOST, has_clusters, power_of_two
 from saapindex.backends.cuda.module import kernel
-from saapindex.backends.cuda.route import MOST_LISTS, THREADS, routing_shape
-from saapindex.backends.cuda.scan import MOST_RESULTS, scan_shape
+from saapindex.backends.cuda.route import ENTRY, MOST_LISTS, THREADS, routing_shape
+from saapindex.backends.cuda.scan import MOST_RESULTS, part_shape, scan_shape
 from saapindex.devices import current, get_cupy
 
-__all__ = ["DeviceSearch"]
+__all__ = ["CLUSTER", "DeviceSearch", "Few", "few_shape"]
 
 _KEPT = 64  # shapes of searches that are remembered
 _FLOAT = np.dtype(np.float32)
+CLUSTER = 8
+"""Blocks that work on a query where one launch does all."""
+_FEW, _FEW_RESULTS = 32, 256  # queries, and results of each, of which one launch is worth it
+_FEW_READ = 4 << 20, 32 << 20  # bytes that a query reads, and all of them do
+
+
+class Few(NamedTuple):
+    """Room for what is chosen, for results, and for keys on the way; shared memory of a block in bytes."""
+
+    chosen_room: int
+    room: int
+    capacity: int
+    shared: int
+
+
+def few_shape(q: int, p: int, k: int, nlist: int, d: int, read: int) -> Few | None:
+    """Return how ``search.cu`` is launched for `q` queries; None where many launches are faster.
+
+    Parameters
+    ----------
+    read
+        Bytes of the table and of the keys that a query reads.
+
+    Examples
+    --------
+    >>> few_shape(1, 24, 10, 512, 64, 200_000)
+    Few(chosen_room=32, room=16, capacity=2048, shared=37924)
+    >>> few_shape(1024, 24, 10, 512, 64, 200_000) is None
+    True
+    """
+    one, all_ = _FEW_READ
+    if q > _FEW or k > _FEW_RESULTS or read > one or q * read > all_:
+        return None
+    room, capacity = part_shape(k)
+    chosen = power_of_two(p)
+    fixed = 4 * (d + nlist + 2 * p + 1) + 8736  # of which a histogram is the largest part
+    found = Few(chosen, room, capacity, fixed + ENTRY * (chosen + (1 + CLUSTER) * room + capacity))
+    return found if found.shared <= SHARED_MOST else None
 
 
 class _Plan:
@@ -28,7 +67,7 @@ class _Plan:
     Parameters
     ----------
     constants
-        What never changes: pointers, and numbers.
+        What never changes: pointers, and numbers. Their cells follow each other, behind the ones of `counts`.
     counts
         Bytes of each array that it works in.
     launches
@@ -43,9 +82,8 @@ class _Plan:
         launches: list[tuple[Any, tuple[int, int], int, list[str]]],
     ) -> None:
         names = ["x", "best", "found", *counts, *constants]
-        ends = np.cumsum([-(-count // 256) * 256 for count in counts.values()])
-        self.nbytes = int(ends[-1])
-        self._places = np.array([0, *ends[:-1]], np.uint64)
+        *places, self.nbytes = np.cumsum([0, *(-(-count // 256) * 256 for count in counts.values())]).tolist()
+        self._places = np.array(places, np.uint64)
         self._cells = np.zeros(len(names), np.uint64)
         self._cells[3 + len(counts) :] = list(constants.values())
         self._own, self._work = self._cells[:3], self._cells[3 : 3 + len(counts)]
@@ -152,22 +190,31 @@ class DeviceSearch:
         plan.run(x, best, found, work.data.ptr, cupy.cuda.get_current_stream().ptr)
 
     def _planned(self, q: int, p: int, k: int) -> _Plan:
-        splits, room, capacity, shared, merging = scan_shape(q, p, self.lists, k)
-        score_grid, select_room, select_shared = routing_shape(q, self.nlist, p)
         held: Any = self.lists
-        macros = {"ELEMENT": 0 if held.vectors.dtype == np.float16 else 2, "D": self.d}
+        d, nlist, item = self.d, self.nlist, held.vectors.dtype.itemsize
+        macros = {"ELEMENT": 0 if item == 2 else 2, "D": d}
         arrays = {
             "table": self.table,
             "bias": self.bias,
             **{name: getattr(held, name) for name in ("vectors", "ids", "offsets", "sizes")},
         }
+        constants = {name: int(array.data.ptr) for name, array in arrays.items()}
+        sizes = {"nlist": nlist, "p": p, "k": k}
+        read = 4 * nlist * d + len(held.ids) * p // nlist * d * item
+        few = few_shape(q, p, k, nlist, d, read) if has_clusters(self.device) else None
+        if few:
+            rooms = {"chosen_room": few.chosen_room, "room": few.room, "capacity": few.capacity}
+            run = kernel(
+                "search", "search", shared=few.shared, CLUSTER=CLUSTER, DISTANCES=int(self.l2), **macros
+            )
+            # Its argument is a struct of all cells, in this order.
+            return _Plan({**constants, **sizes, **rooms}, {}, [(run, (q * CLUSTER, 1), few.shared, ["x"])])
+        splits, room, capacity, shared, merging = scan_shape(q, p, self.lists, k)
+        score_grid, select_room, select_shared = routing_shape(q, nlist, p)
         numbers = {
             "allowed": 0,
             "q": q,
-            "d": self.d,
-            "nlist": self.nlist,
-            "p": p,
-            "k": k,
+            "d": d,
             "select_room": select_room,
             "room": room,
             "capacity": capacity,
@@ -175,7 +222,7 @@ class DeviceSearch:
             "l2": int(self.l2),
         }
         counts = {
-            "scores": 4 * q * self.nlist,
+            "scores": 4 * q * nlist,
             "lists": 8 * q * p,
             "list_scores": 4 * q * p,
             "before": 4 * q * (p + 1),
@@ -197,5 +244,4 @@ class DeviceSearch:
         if splits > 1:
             merge = kernel("scan", "scan_merge", shared=merging, **macros)
             launches.append((merge, (q, 1), merging, [*some, "parts", "k", "room", "l2", "best", "found"]))
-        constants = {name: int(array.data.ptr) for name, array in arrays.items()} | numbers
-        return _Plan(constants, counts, launches)
+        return _Plan({**constants, **sizes, **numbers}, counts, launches)

@@ -15,7 +15,7 @@ from saapindex.backends.reference.scan import range_scan as range_scan_reference
 from saapindex.backends.reference.scan import scan as scan_reference
 from saapindex.devices import get_cupy
 
-__all__ = ["MOST_RESULTS", "best_of", "planned", "range_scan", "ready", "scan", "scan_shape"]
+__all__ = ["MOST_RESULTS", "best_of", "part_shape", "planned", "range_scan", "ready", "scan", "scan_shape"]
 
 _STEP = 512  # keys that a block of threads reads at once
 MOST_RESULTS = 2048
@@ -40,9 +40,14 @@ def scan_shape(q: int, p: int, lists: Lists, k: int) -> tuple[int, int, int, int
     -------
     splits, room, capacity, shared, merging : shared memory of a part, and of what merges them
     """
-    room, capacity = power_of_two(k), max(2048, k + 2 * _STEP)
+    room, capacity = part_shape(k)
     shared = (room + capacity) * ENTRY + 4 * lists.vectors.shape[1]
     return _splits(q, p, lists, k), room, capacity, shared, room * ENTRY
+
+
+def part_shape(k: int) -> tuple[int, int]:
+    """Return the entries that a part has room for: the best, a power of two, and those on the way."""
+    return power_of_two(k), max(2048, k + 2 * _STEP)
 
 
 def planned(lists: Lists, probes: Any, limits: Any) -> tuple[Any, Any]:

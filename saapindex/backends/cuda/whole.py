@@ -20,7 +20,7 @@ Array = Any  # cupy.ndarray
 _CLUSTERS = ((16, 20), (8, 12), (4, 12), (2, 0))
 # Lists in the bin of a cut, and pages that each of eight blocks gets before some get another, as in
 # cuda/attend_whole.cu.
-_OWN, _ROUNDS = 512, 5
+_OWN, _ROUNDS = 512, 4
 # Warps that choose and that attend, as many as there are registers and shared memory for.
 _WARPS = tuple((8, attending) for attending in (8, 7, 6, 5, 4, 3, 2))
 _FEW_WARPS = tuple((4, attending) for attending in (4, 3, 2))
