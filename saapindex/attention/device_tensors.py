@@ -15,6 +15,7 @@ from saapindex.errors import InvalidInputError
 __all__ = ["buffer", "placed", "raw", "refuse"]
 
 _EXPONENT = 0x7F80  # of bfloat16
+_STORED = {"torch.float16": np.float16, "torch.float32": np.float32, "torch.bfloat16": np.uint16}
 
 
 def placed(
@@ -81,12 +82,17 @@ def raw(value: ArrayLike) -> Any:
     cupy = get_cupy()
     if isinstance(value, cupy.ndarray):
         return value.view(np.uint16) if str(value.dtype) == "bfloat16" else value
-    value = value.detach()
-    if str(value.dtype) == "torch.bfloat16":
-        import torch
-
-        return cupy.asarray(value.view(torch.int16)).view(np.uint16)
-    return cupy.asarray(value)
+    kind = _STORED.get(str(value.dtype))
+    if kind is None:
+        return cupy.asarray(value.detach())
+    # A step does this for all that it is given and returns, so not by torch's slower description of an array.
+    shape, item = tuple(value.shape), value.element_size()
+    strides = tuple(item * step for step in value.stride())
+    extent = (
+        item + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if value.numel() else 0
+    )
+    memory = cupy.cuda.UnownedMemory(value.data_ptr(), extent, value, value.device.index)
+    return cupy.ndarray(shape, kind, cupy.cuda.MemoryPointer(memory, 0), strides)
 
 
 def _converted(array: Any, given: str, kind: str, xp: Any) -> Any:

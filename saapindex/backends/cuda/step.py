@@ -57,6 +57,7 @@ STEP = np.dtype(
     + [(name, np.int32) for name in _INTEGERS],
     align=True,
 )
+_MEMBERS = STEP.names or ()
 
 
 class DeviceCode(NamedTuple):
@@ -319,7 +320,8 @@ def step(
     }
     if not deciding:
         arrays["bits"] = None
-    numbers = {
+    values: dict[str, Any] = {name: _address(arrays[name]) for name in _POINTERS}
+    values |= {
         "budget": limits.budget,
         "share": limits.share,
         "scale": scaling.scale,
@@ -348,14 +350,10 @@ def step(
     if token is not None:
         item = token.keys.dtype.itemsize
         places = *token.keys.strides[:2], *token.values.strides[:2]
-        numbers |= {name: at // item for name, at in zip(_STRIDES, places, strict=True)}
-        numbers["version"] = token.version
-    made = np.zeros(1, STEP)
-    for name in _POINTERS:
-        made[name] = _address(arrays[name])
-    for name, value in numbers.items():
-        made[name] = value
-    return made
+        values |= {name: at // item for name, at in zip(_STRIDES, places, strict=True)}
+        values["version"] = token.version
+    # At once: to set one after another takes three times as long.
+    return np.array([tuple(values.get(name, 0) for name in _MEMBERS)], STEP)
 
 
 def _address(array: Array | None) -> int:
