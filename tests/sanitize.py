@@ -8,9 +8,9 @@
 
 With a backtrace of the host the tool keeps the frames of Python that launched something, and with them forks
 of an index that nobody holds any more: tests that count the holders of pages then fail. Without the other
-option initcheck also reports copies of pages that nothing was written to yet, when a pool grows; with it, those
-by CuPy of pages that are not full, when an index is forked. Memory comes straight from CUDA, so that what is
-read or written past the end of an array is seen.
+option initcheck also reports copies of pages that nothing was written to yet, when a pool grows; with it,
+those by CuPy of pages that are not full, when an index is forked. Memory comes straight from CUDA, so that
+what is read or written past the end of an array is seen.
 """
 
 from __future__ import annotations
