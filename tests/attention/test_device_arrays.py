@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from saapindex.attention import device_tensors
 from saapindex.attention.device_batch import DeviceBatch
 from saapindex.attention.device_book import DeviceBook
 from saapindex.attention.device_keeping import DeviceKeeping
@@ -134,3 +137,29 @@ def test_centroids_are_fitted_as_on_the_host(make_codebook, data, view):
     ops = get_ops("reference")
     want = codebook.adapt(codebook.view(keys, np.arange(5, 705), ops), 3, ops)
     np.testing.assert_allclose(DeviceBook(codebook, np).adapt(keys, 5, 3), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_tensors_are_viewed_where_they_are(monkeypatch, torch, dtype):
+    """With strides of any kind, and the tensor kept as long as the view is."""
+
+    def view(shape, kind, memory, strides):
+        (place, extent, owner, _), offset = memory
+        assert offset == 0
+        assert owner.data_ptr() == place
+        part = (ctypes.c_char * extent).from_address(place) if extent else b""
+        return np.ndarray(shape, kind, part, 0, strides)
+
+    class Array:
+        __new__ = staticmethod(lambda cls, *given: view(*given))
+
+    cuda = SimpleNamespace(UnownedMemory=lambda *given: given, MemoryPointer=lambda *given: given)
+    monkeypatch.setattr(device_tensors, "get_cupy", lambda: SimpleNamespace(ndarray=Array, cuda=cuda))
+    x = torch.arange(120).reshape(2, 5, 12).to(getattr(torch, dtype))
+    views = x, x.transpose(0, 2)[3:], x[:, ::2, 1::3], x[:, :1].expand(2, 7, 12), x[:0], x[1, 2, 3]
+    for tensor in views:
+        found = device_tensors.raw(tensor)
+        bits = found.astype(np.uint32) << 16 if dtype == "bfloat16" else found
+        known = tensor.float().numpy()
+        np.testing.assert_array_equal(bits.view(np.float32) if dtype == "bfloat16" else bits, known)

@@ -1,27 +1,71 @@
-"""The kernel that does a whole search, on the host, finds what the reference does."""
+"""A search in one launch, on the host: the short way plans it, its kernel finds what the reference does."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from saapindex.backends import get_ops
 from saapindex.backends.base import LANES, Lists, to_blocks
-from saapindex.backends.cuda.quick import few_shape
+from saapindex.backends.cuda import quick
 from saapindex.backends.cuda.route import THREADS
 
 SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent / "emulation.py")
 emulation = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(emulation)
 REFERENCE = get_ops("reference")
+ARGUMENT = 15 * 8
+
+
+class OnDevice(np.ndarray):
+    """An array of the host that says where it is as CuPy's do."""
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=0)
+
+
+def placed(array):
+    return np.ascontiguousarray(array).view(OnDevice)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def launches(folder, monkeypatch):
+    """Let the short way launch emulated kernels; what was launched."""
+    built, done = [], []
+
+    def kernel(file, name, *, shared, **macros):
+        built.append(emulation.build(folder, file, "Search", **macros))
+        return SimpleNamespace(kernel=SimpleNamespace(ptr=len(built) - 1))
+
+    def launch(number, grid, _y, _z, threads, _ty, _tz, shared, stream, parameters, extra):
+        place = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
+        argument = np.frombuffer((ctypes.c_char * ARGUMENT).from_address(place), np.uint64)
+        built[number](grid, threads, shared, argument)
+        done.append((grid, threads))
+
+    runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
+    cuda = SimpleNamespace(
+        runtime=runtime,
+        driver=SimpleNamespace(launchKernel=launch),
+        get_current_stream=lambda: SimpleNamespace(ptr=0),
+    )
+    empty = lambda shape, kind: placed(np.full(shape, 77, kind))  # noqa: E731
+    cupy = SimpleNamespace(ndarray=OnDevice, cuda=cuda, empty=empty)
+    monkeypatch.setattr(quick, "get_cupy", lambda: cupy)
+    monkeypatch.setattr(quick, "has_clusters", lambda device: True)
+    monkeypatch.setattr(quick, "kernel", kernel)
+    return done
 
 
 def drawn(rng, q, d, nlist, dtype, longest):
@@ -31,12 +75,8 @@ def drawn(rng, q, d, nlist, dtype, longest):
     bias = np.where(sizes, rng.integers(-2, 3, nlist), -np.inf).astype(np.float32)
     room = -(-sizes // LANES) * LANES
     keys = rng.integers(-2, 3, (room.sum() + LANES, d)).astype(dtype)
-    return (
-        queries,
-        to_blocks(table),
-        bias,
-        Lists(to_blocks(keys), rng.permutation(len(keys)), np.cumsum(room) - room, sizes),
-    )
+    lists = Lists(to_blocks(keys), rng.permutation(len(keys)), np.cumsum(room) - room, sizes)
+    return queries, to_blocks(table), bias, lists
 
 
 @pytest.mark.parametrize(("cluster", "l2"), [(8, False), (2, True)], ids=["products", "distances"])
@@ -50,17 +90,14 @@ def drawn(rng, q, d, nlist, dtype, longest):
         (1, 5, 700, 3, 250, "float32", 20),
     ],
 )
-def test_a_search_in_one_launch(folder, cluster, l2, q, d, nlist, p, k, dtype, longest):
+def test_a_search_in_one_launch(launches, monkeypatch, cluster, l2, q, d, nlist, p, k, dtype, longest):
+    monkeypatch.setattr(quick, "CLUSTER", cluster)
     queries, table, bias, lists = drawn(np.random.default_rng(q + d), q, d, nlist, dtype, longest)
-    macros = {"D": d, "ELEMENT": 0 if dtype == "float16" else 2, "DISTANCES": int(l2), "CLUSTER": cluster}
-    run = emulation.build(folder, "search", "Search", **macros)
-    best, found = np.full((q, k), np.nan, np.float32), np.full((q, k), -7, np.int64)
-    few = few_shape(q, p, k, nlist, d, 0)
-    arrays = queries, best, found, table, bias, lists.vectors, lists.ids, lists.offsets, lists.sizes
-    numbers = nlist, p, k, few.chosen_room, few.room, few.capacity
-    argument = np.array([*(array.ctypes.data for array in arrays), *numbers], np.uint64)
+    there = Lists(*(placed(part) for part in lists[:4]))
+    search = quick.DeviceSearch(placed(table), placed(bias), there, l2, 0)
+    known = REFERENCE.search(queries, queries, table, bias, p, lists, k, l2)
     for _ in range(2):
-        run(q * cluster, THREADS, few.shared, argument)
-        known = REFERENCE.search(queries, queries, table, bias, p, lists, k, l2)
+        best, found = search(placed(queries), p, k)
         np.testing.assert_array_equal(found, known[1])
         np.testing.assert_array_equal(best, known[0])
+    assert launches == 2 * [(q * cluster, THREADS)]
