@@ -53,12 +53,12 @@ def decode(results: Results = RESULTS) -> None:
     found = _read(results, "decode")
     steps = [step for step in found["steps"] if step["batch"] == 1]
     lengths = [step["context"] for step in steps]
+    best = np.array([min(step["dense"].values()) for step in steps])
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for name, (label, color) in DENSE.items():
         left.plot(lengths, [step["dense"][name] for step in steps], "-x", color=color, label=label)
     for name, (label, color, style) in WAYS.items():
         times = np.array([step["sparse"][name]["add and attend"] for step in steps])
-        best = np.array([min(step["dense"].values()) for step in steps])
         left.plot(lengths, times, style, color=color, label=label)
         right.plot(lengths, best / times, style, color=color, label=label)
     goals = [(n, times, WAYS[name][1]) for (n, name), times in GOALS.items()]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from saapindex.arrays import ArrayLike
-from saapindex.attention.tensors import STORED, element_type, stored
+from saapindex.attention.tensors import STORED, element_type, stored, type_name
 from saapindex.backends.cuda.finite import Finiteness
 from saapindex.devices import device_of, get_cupy
 from saapindex.errors import InvalidInputError
@@ -15,7 +15,6 @@ from saapindex.errors import InvalidInputError
 __all__ = ["buffer", "placed", "raw", "refuse"]
 
 _EXPONENT = 0x7F80  # of bfloat16
-_STORED = {"torch.float16": np.float16, "torch.float32": np.float32, "torch.bfloat16": np.uint16}
 
 
 def placed(
@@ -82,7 +81,7 @@ def raw(value: ArrayLike) -> Any:
     cupy = get_cupy()
     if isinstance(value, cupy.ndarray):
         return value.view(np.uint16) if str(value.dtype) == "bfloat16" else value
-    kind = _STORED.get(str(value.dtype))
+    kind = STORED.get(type_name(value))
     if kind is None:
         return cupy.asarray(value.detach())
     # A step does this for all that it is given and returns, so not by torch's slower description of an array.

@@ -13,7 +13,17 @@ from saapindex.arrays import ArrayLike, as_numpy, give_back, integers
 from saapindex.backends.attention_ops import AttentionOps
 from saapindex.errors import InvalidInputError
 
-__all__ = ["STORED", "all_finite", "element_type", "members", "of_heads", "queries", "returned", "stored"]
+__all__ = [
+    "STORED",
+    "all_finite",
+    "element_type",
+    "members",
+    "of_heads",
+    "queries",
+    "returned",
+    "stored",
+    "type_name",
+]
 
 STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -32,7 +42,7 @@ def _name(dtype: Hashable) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _kind(value: ArrayLike) -> str:
+def type_name(value: ArrayLike) -> str:
     """Name of the type of the elements; none for those of NumPy that are not stored as they are."""
     if isinstance(value, np.ndarray):
         return _NAMES.get(value.dtype, "")
@@ -47,7 +57,7 @@ def element_type(value: ArrayLike, name: str) -> str:
     InvalidInputError
         If `value` is no array of floats.
     """
-    kind = _kind(value)
+    kind = type_name(value)
     if kind in STORED:
         return kind
     dtype = as_numpy(value, name).dtype
@@ -178,7 +188,7 @@ def queries(
     InvalidInputError
         On another shape, a dtype that is not floating, and values that are not finite.
     """
-    kind = _kind(value)
+    kind = type_name(value)
     if kind not in STORED:
         return np.ascontiguousarray(stored(value, name, shape, "float32"))
     _check_shape(value, name, shape)
@@ -209,7 +219,7 @@ def _check_shape(value: ArrayLike, name: str, shape: tuple[int | None, ...]) -> 
 
 def returned(result: NDArray[Any], model: ArrayLike, *, own_precision: bool = False) -> ArrayLike:
     """Return `result` in the framework of `model`, and in its precision where `own_precision`."""
-    kind = _kind(model)
+    kind = type_name(model)
     if own_precision and kind == "float16":
         result = result.astype(np.float16)
     back = give_back(result, model)

@@ -61,17 +61,8 @@ route_select(const float* __restrict__ scores, i64* __restrict__ lists, float* _
     __shared__ Scratch scratch;
     u32* keys = (u32*)(ids + room);
     const i64 query = blockIdx.x;
-    const float* row = scores + query * nlist;
-    const int count = collect(nlist, p, keys, ids, scratch, [&](int i, u32& key, i64& id) {
-        const float score = row[i];
-        key = score > -INFINITE ? ordered(score) : 0;
-        id = i;
-    });
-    sort_entries(count, room, keys, ids);
-    for (int i = threadIdx.x; i < p; i += THREADS) {
-        lists[query * p + i] = i < count ? ids[i] : -1;
-        best[query * p + i] = i < count ? unordered(keys[i]) : -INFINITE;
-    }
+    const int count = choose_lists(scores + query * nlist, nlist, p, room, keys, ids, scratch);
+    write_best(count, p, false, keys, ids, best + query * p, lists + query * p);
     if (!sizes) return;
     __syncthreads();
     plan_query(lists + query * p, p, sizes, LAST_ID, before + query * (p + 1), takes + query * p, scratch);

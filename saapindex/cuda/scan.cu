@@ -35,11 +35,7 @@ __device__ void scan_split(const float* queries, const element* vectors, const i
     const int kept = scan_part<L2>(query, vectors, ids, offsets, allowed, probes, before, takes, p, first, end, k, room,
                                    best_keys, best_ids, capacity, some_keys, some_ids, scratch, blocks, count);
     const i64 out = (number * gridDim.y + blockIdx.y) * k;
-    for (int i = threadIdx.x; i < k; i += THREADS) {
-        const float score = i < kept ? unordered(best_keys[i]) : -INFINITE;
-        scores[out + i] = L2 ? -score : score;
-        found[out + i] = i < kept ? best_ids[i] : -1;
-    }
+    write_best(kept, k, L2, best_keys, best_ids, scores + out, found + out);
 }
 
 #define SCAN_ARGUMENTS                                                                                              \
@@ -71,11 +67,7 @@ scan_merge(const float* __restrict__ scores, const i64* __restrict__ found, int 
         key = id == -1 ? 0 : ordered(l2 ? -scores[i] : scores[i]);
     });
     sort_entries(count, room, keys, ids);
-    for (int i = threadIdx.x; i < k; i += THREADS) {
-        const float score = i < count ? unordered(keys[i]) : -INFINITE;
-        best[number * k + i] = l2 ? -score : score;
-        best_found[number * k + i] = i < count ? ids[i] : -1;
-    }
+    write_best(count, k, l2, keys, ids, best + number * k, best_found + number * k);
 }
 
 // Keys that score above `radius`: counts, (q, splits), or if `starts` is given the results from there on, in the

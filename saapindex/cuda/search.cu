@@ -88,12 +88,7 @@ search(const __grid_constant__ Search a) {
     await(&s.exchanges[SCORES]);
     __syncthreads();
 
-    const int chosen = collect(nlist, p, chosen_keys, chosen_ids, s.scratch, [&](int i, u32& key, i64& id) {
-        const float score = scores[i];
-        key = score > -INFINITE ? ordered(score) : 0;
-        id = i;
-    });
-    sort_entries(chosen, (int)a.chosen_room, chosen_keys, chosen_ids);
+    const int chosen = choose_lists(scores, nlist, p, (int)a.chosen_room, chosen_keys, chosen_ids, s.scratch);
     for (int i = chosen + thread; i < p; i += THREADS) chosen_ids[i] = -1;
     __syncthreads();
     plan_query(chosen_ids, p, a.sizes, LAST_ID, before, takes, s.scratch);
@@ -114,9 +109,5 @@ search(const __grid_constant__ Search a) {
         id = merged_ids[i];
     });
     sort_entries(kept, room, best_keys, best_ids);
-    for (int i = thread; i < k; i += THREADS) {
-        const float score = i < kept ? unordered(best_keys[i]) : -INFINITE;
-        a.best[number * k + i] = DISTANCES ? -score : score;
-        a.found[number * k + i] = i < kept ? best_ids[i] : -1;
-    }
+    write_best(kept, k, DISTANCES, best_keys, best_ids, a.best + number * k, a.found + number * k);
 }

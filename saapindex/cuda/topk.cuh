@@ -181,6 +181,26 @@ __device__ void sort_entries(int count, int room, u32* keys, i64* ids) {
     }
 }
 
+// Write the `k` best entries of `count` that are sorted, as scores and ids; of distances the scores are negative.
+__device__ __forceinline__ void write_best(int count, int k, bool l2, const u32* keys, const i64* ids, float* scores, i64* found) {
+    for (int i = threadIdx.x; i < k; i += THREADS) {
+        const float score = i < count ? unordered(keys[i]) : -INFINITE;
+        scores[i] = l2 ? -score : score;
+        found[i] = i < count ? ids[i] : -1;
+    }
+}
+
+// The `p` best of `nlist` lists by their scores, sorted; returns how many there are. There is room for `room`.
+__device__ __forceinline__ int choose_lists(const float* scores, int nlist, int p, int room, u32* keys, i64* ids, Scratch& scratch) {
+    const int count = collect(nlist, p, keys, ids, scratch, [&](int i, u32& key, i64& id) {
+        const float score = scores[i];
+        key = score > -INFINITE ? ordered(score) : 0;
+        id = i;
+    });
+    sort_entries(count, room, keys, ids);
+    return count;
+}
+
 // What a query reads of the lists that it probes: blocks of keys before each, and keys of each.
 __device__ void plan_query(const i64* probes, int p, const i64* sizes, i64 limit, int* before, int* takes, Scratch& scratch) {
     i64 keys = 0, blocks = 0, total;

@@ -10,11 +10,10 @@ import numpy as np
 from saapindex.backends.cuda.append_state import (
     STATES_MOST,
     THREADS,
-    address,
     flush_argument,
     shared_bytes,
 )
-from saapindex.backends.cuda.launch import by_value
+from saapindex.backends.cuda.launch import address, by_value
 from saapindex.backends.cuda.module import ELEMENTS, get_cupy, kernel
 
 __all__ = ["append_streams", "flush_streams", "load", "load_flush"]

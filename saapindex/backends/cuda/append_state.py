@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saapindex.backends.base import LANES
+from saapindex.backends.cuda.launch import address, packed
 from saapindex.backends.cuda.streams import Streams
 from saapindex.errors import InvalidInputError
 
@@ -20,7 +21,6 @@ __all__ = [
     "AppendSpace",
     "Forms",
     "PagesInPool",
-    "address",
     "argument",
     "flush_argument",
     "most_pages",
@@ -237,7 +237,7 @@ def argument(
     count, lists = streams.sizes.shape
     heads = len(forms.base)
     arrays: dict[str, Any] = {**streams._asdict(), **pool._asdict(), **forms._asdict(), **space._asdict()}
-    numbers = {
+    values = {name: address(arrays.get(name)) for name in _POINTERS} | {
         "batch": count // heads,
         "heads": heads,
         "lists": lists,
@@ -254,12 +254,7 @@ def argument(
         "tables": _tables(lists),
         "version": pool.version,
     }
-    made = np.zeros(1, APPEND)
-    for name in _POINTERS:
-        made[name] = address(arrays.get(name))
-    for name, value in numbers.items():
-        made[name] = value
-    return made
+    return packed(APPEND, values)
 
 
 def with_keys(
@@ -322,10 +317,3 @@ def shared_bytes(d: int, lists: int, coded: int, batch: int) -> int:
             f"the device, expected at most {_SHARED_MOST}"
         )
     return shared
-
-
-def address(array: Array | None) -> int:
-    """Return where an array begins, 0 for none."""
-    if array is None:
-        return 0
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)

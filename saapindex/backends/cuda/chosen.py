@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from saapindex.backends.base import LANES
 from saapindex.backends.cuda.attend import select_streams
-from saapindex.backends.cuda.launch import by_value
+from saapindex.backends.cuda.launch import address, by_value, packed
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.step import DeviceCode, Limits, Workspace
 from saapindex.backends.cuda.streams import Streams
@@ -99,7 +99,6 @@ def chosen_step(
     """Return the argument of the kernel that turns bits to rows."""
     count, width = bits.bits.shape
     parts = max(1, min(-(-width // _WORDS), 4 * multiprocessors // count))
-    made = np.zeros(1, _STEP)
     arrays = {
         **bits._asdict(),
         **out._asdict(),
@@ -108,13 +107,15 @@ def chosen_step(
         "lengths": streams.lengths,
         "first": streams.first,
     }
-    for name in _POINTERS:
-        array = arrays[name]
-        made[name] = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-    made["heads"], made["lists"] = count // len(streams.lengths), streams.anchors.shape[1]
-    made["width"], made["most"], made["blocks"] = width, out.ids.shape[1], parts + 1
-    made["everything"] = everything
-    return made
+    numbers = {
+        "heads": count // len(streams.lengths),
+        "lists": streams.anchors.shape[1],
+        "width": width,
+        "most": out.ids.shape[1],
+        "blocks": parts + 1,
+        "everything": everything,
+    }
+    return packed(_STEP, {name: address(arrays[name]) for name in _POINTERS} | numbers)
 
 
 def choose_streams(

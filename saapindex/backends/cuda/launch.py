@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from saapindex.errors import InvalidInputError
 
 __all__ = [
     "SHARED_MOST",
+    "address",
     "by_value",
     "element",
     "has_clusters",
@@ -21,6 +22,7 @@ __all__ = [
     "mapped",
     "multiprocessors",
     "on_device",
+    "packed",
     "power_of_two",
     "rows",
 ]
@@ -95,6 +97,32 @@ def rows(x: Any) -> Any:
     if x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
         return get_cupy().ascontiguousarray(x)
     return x
+
+
+def address(array: Any) -> int:
+    """Return where an array of CuPy or NumPy begins, 0 for None.
+
+    Examples
+    --------
+    >>> address(None)
+    0
+    """
+    if array is None:
+        return 0
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+
+
+def packed(struct: np.dtype[Any], values: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """Return a struct, (1,), with these members, and zero where there is none.
+
+    At once: to set one member after another takes three times as long.
+
+    Examples
+    --------
+    >>> packed(np.dtype([("count", np.int32), ("scale", np.float32)]), {"count": 3})["count"]
+    array([3], dtype=int32)
+    """
+    return np.array([tuple(values.get(name, 0) for name in struct.names or ())], struct)
 
 
 def by_value(struct: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -199,16 +199,20 @@ class DeviceSearch:
             **{name: getattr(held, name) for name in ("vectors", "ids", "offsets", "sizes")},
         }
         constants = {name: int(array.data.ptr) for name, array in arrays.items()}
-        sizes = {"nlist": nlist, "p": p, "k": k}
+        constants |= {"nlist": nlist, "p": p, "k": k}
         read = 4 * nlist * d + len(held.ids) * p // nlist * d * item
         few = few_shape(q, p, k, nlist, d, read) if has_clusters(self.device) else None
         if few:
-            rooms = {"chosen_room": few.chosen_room, "room": few.room, "capacity": few.capacity}
-            run = kernel(
-                "search", "search", shared=few.shared, CLUSTER=CLUSTER, DISTANCES=int(self.l2), **macros
-            )
+            rooms = {name: size for name, size in few._asdict().items() if name != "shared"}
+            macros |= {"CLUSTER": CLUSTER, "DISTANCES": int(self.l2)}
+            run = kernel("search", "search", shared=few.shared, **macros)
             # Its argument is a struct of all cells, in this order.
-            return _Plan({**constants, **sizes, **rooms}, {}, [(run, (q * CLUSTER, 1), few.shared, ["x"])])
+            return _Plan(constants | rooms, {}, [(run, (q * CLUSTER, 1), few.shared, ["x"])])
+        return self._in_several(q, p, k, constants, macros)
+
+    def _in_several(self, q: int, p: int, k: int, constants: dict[str, int], macros: dict[str, int]) -> _Plan:
+        """Plan routing, the choice of lists, the scan of their parts, and what merges these."""
+        d, nlist = self.d, self.nlist
         splits, room, capacity, shared, merging = scan_shape(q, p, self.lists, k)
         score_grid, select_room, select_shared = routing_shape(q, nlist, p)
         numbers = {
@@ -244,4 +248,4 @@ class DeviceSearch:
         if splits > 1:
             merge = kernel("scan", "scan_merge", shared=merging, **macros)
             launches.append((merge, (q, 1), merging, [*some, "parts", "k", "room", "l2", "best", "found"]))
-        return _Plan({**constants, **sizes, **numbers}, counts, launches)
+        return _Plan(constants | numbers, counts, launches)
