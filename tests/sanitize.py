@@ -23,7 +23,8 @@ SMALL = (
     "arrays_of_the_device or (every_output and not 65) or (tensor_cores_assign and 1000-600 and (128 or 80)) "
     "or (ties_to_the_lowest and 70-) or (sums and (257 or 5000)) or 16_bits_are_rotated "
     "or (long_lists and 3- and (10- or 300-)) or (many_lists and (100 or 4097)) or (encoding and cuda-64-3) "
-    "or (short_way and float16) or few_keys or (head_sizes and float16-64) or (few_pages and alone-bfloat16)"
+    "or (short_way and float16) or few_keys or a_search_on or (head_sizes and float16-64) "
+    "or (few_pages and alone-bfloat16)"
 )
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ route_select(const float* __restrict__ scores, i64* __restrict__ lists, float* _
     __shared__ Scratch scratch;
     u32* keys = (u32*)(ids + room);
     const i64 query = blockIdx.x;
-    const int count = choose_lists(scores + query * nlist, nlist, p, room, keys, ids, scratch);
-    write_best(count, p, false, keys, ids, best + query * p, lists + query * p);
+    choose_lists(scores + query * nlist, nlist, 0, p, room, keys, ids, scratch);
+    write_best(p, false, keys, ids, best + query * p, lists + query * p);
     if (!sizes) return;
     __syncthreads();
-    plan_query(lists + query * p, p, sizes, LAST_ID, before + query * (p + 1), takes + query * p, scratch);
+    plan_query<false>(lists + query * p, p, sizes, 0, before + query * (p + 1), takes + query * p, scratch);
 }

@@ -10,7 +10,7 @@ scan_plan(const i64* __restrict__ probes, const i64* __restrict__ sizes, const i
           int* __restrict__ before, int* __restrict__ takes) {
     __shared__ Scratch scratch;
     const i64 query = blockIdx.x;
-    plan_query(probes + query * p, p, sizes, limits[query], before + query * (p + 1), takes + query * p, scratch);
+    plan_query<true>(probes + query * p, p, sizes, limits[query], before + query * (p + 1), takes + query * p, scratch);
 }
 
 extern __shared__ i64 memory[];
@@ -32,10 +32,10 @@ __device__ void scan_split(const float* queries, const element* vectors, const i
     const i64 total = before[p];
     const int first = (int)(total * blockIdx.y / gridDim.y), end = (int)(total * (blockIdx.y + 1) / gridDim.y);
     for (int i = threadIdx.x; i < D; i += THREADS) query[i] = queries[number * D + i];
-    const int kept = scan_part<L2>(query, vectors, ids, offsets, allowed, probes, before, takes, p, first, end, k, room,
-                                   best_keys, best_ids, capacity, some_keys, some_ids, scratch, blocks, count);
+    scan_part<L2>(query, vectors, ids, offsets, allowed, probes, before, takes, p, first, end, k, room, best_keys, best_ids,
+                  capacity, some_keys, some_ids, scratch, blocks, count);
     const i64 out = (number * gridDim.y + blockIdx.y) * k;
-    write_best(kept, k, L2, best_keys, best_ids, scores + out, found + out);
+    write_best(k, L2, best_keys, best_ids, scores + out, found + out);
 }
 
 #define SCAN_ARGUMENTS                                                                                              \
@@ -62,12 +62,11 @@ scan_merge(const float* __restrict__ scores, const i64* __restrict__ found, int 
     u32* keys = (u32*)(ids + room);
     const i64 number = blockIdx.x;
     scores += number * n, found += number * n;
-    const int count = collect(n, k, keys, ids, scratch, [&](int i, u32& key, i64& id) {
+    best_of(n, k, room, keys, ids, scratch, [&](int i, u32& key, i64& id) {
         id = found[i];
         key = id == -1 ? 0 : ordered(l2 ? -scores[i] : scores[i]);
     });
-    sort_entries(count, room, keys, ids);
-    write_best(count, k, l2, keys, ids, best + number * k, best_found + number * k);
+    write_best(k, l2, keys, ids, best + number * k, best_found + number * k);
 }
 
 // Keys that score above `radius`: counts, (q, splits), or if `starts` is given the results from there on, in the

@@ -70,18 +70,17 @@ __device__ __forceinline__ float block_score(const element* __restrict__ vectors
     return L2 ? -sum : sum;
 }
 
-// Find the `k` best of the blocks of keys from number `first` up to `end` of what a query reads, and sort them: to
-// `best_keys` and `best_ids`, which have room for `room`. Returns how many there are. A block of threads does it, whose
-// query stands in shared memory, as may be written just before. `some_keys` and `some_ids` hold `capacity` on the way.
+// Find the `k` best of the blocks of keys from number `first` up to `end` of what a query reads, sorted, as `best_of`: to
+// `best_keys` and `best_ids`, which have room for `room`. A block of threads does it, whose query stands in shared memory, as
+// may be written just before. `some_keys` and `some_ids` hold `capacity` on the way.
 template <bool L2>
-__device__ int scan_part(const float* query, const element* vectors, const i64* ids, const i64* offsets, const u16* allowed,
-                         const i64* probes, const int* before, const int* takes, int p, int first, int end, int k, int room,
-                         u32* best_keys, i64* best_ids, int capacity, u32* some_keys, i64* some_ids, Scratch& scratch,
-                         Blocks& blocks, int& count) {
+__device__ void scan_part(const float* query, const element* vectors, const i64* ids, const i64* offsets, const u16* allowed,
+                          const i64* probes, const int* before, const int* takes, int p, int first, int end, int k, int room,
+                          u32* best_keys, i64* best_ids, int capacity, u32* some_keys, i64* some_ids, Scratch& scratch,
+                          Blocks& blocks, int& count) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (threadIdx.x == 0) count = 0;
     u32 threshold = 1;  // the least key that may be among the best
-    int kept;
     for (;; first += STEP) {
         find_blocks(first, end, probes, offsets, allowed, before, takes, p, blocks);
         __syncthreads();
@@ -92,10 +91,7 @@ __device__ int scan_part(const float* query, const element* vectors, const i64* 
             int key;
             const u32 score = ordered(block_score<L2>(vectors + start * D, query, lane, key));
             const bool wanted = !(lane & PARTS) && lanes >> key & 1 && score >= threshold;
-            const u32 all = __ballot_sync(FULL, wanted);
-            int place = 0;
-            if (lane == 0 && all) place = atomicAdd(&count, __popc(all));
-            place = __shfl_sync(FULL, place, 0) + __popc(all & ((1u << lane) - 1));
+            const int place = next_place(wanted, count);
             if (wanted) {
                 some_keys[place] = score;
                 some_ids[place] = ids[start + key];
@@ -103,13 +99,13 @@ __device__ int scan_part(const float* query, const element* vectors, const i64* 
         }
         __syncthreads();
         const int have = count;
-        const bool last = first + STEP >= end;
-        if (!last && have + STEP * LANES <= capacity) continue;
-        kept = collect(have, k, best_keys, best_ids, scratch, [&](int i, u32& key, i64& id) {
+        const auto entry = [&](int i, u32& key, i64& id) {
             key = some_keys[i];
             id = some_ids[i];
-        });
-        if (last) break;
+        };
+        if (first + STEP >= end) return best_of(have, k, room, best_keys, best_ids, scratch, entry);
+        if (have + STEP * LANES <= capacity) continue;
+        const int kept = collect(have, k, best_keys, best_ids, scratch, entry);
         if (threadIdx.x == 0) count = kept, scratch.least = 0xffffffffu;
         __syncthreads();
         u32 least = 0xffffffffu;
@@ -122,6 +118,4 @@ __device__ int scan_part(const float* query, const element* vectors, const i64* 
         __syncthreads();
         if (kept == k) threshold = max(1u, scratch.least);
     }
-    sort_entries(kept, room, best_keys, best_ids);
-    return kept;
 }

@@ -51,7 +51,9 @@ MACROS = {
     "route": [{}],
     "scan": [{"ELEMENT": e, "D": d} for e in (0, 2) for d in SIZES],
     "search": [
-        {"ELEMENT": e, "D": d, "DISTANCES": l2} for e in (0, 2) for d, l2 in ((64, 0), (128, 1), (200, 0))
+        {"ELEMENT": e, "D": d, "DISTANCES": l2, "CLUSTER": cluster}
+        for e in (0, 2)
+        for d, l2, cluster in ((64, 0, 8), (128, 1, 4), (200, 0, 2))
     ],
 }
 ANY = [{"ELEMENT": e, "D": d} for e, d in itertools.product(ELEMENTS, SIZES)]

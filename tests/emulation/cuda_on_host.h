@@ -47,7 +47,7 @@ struct Fiber {
 struct Block {
     std::vector<char> shared;
     unsigned waiting = 0, turn = 0;
-    bool any = false;
+    int count = 0;
 };
 struct Warp {
     uint64_t slots[32];
@@ -124,16 +124,17 @@ inline void meet_in_cluster() { meet(clusters[blockIdx.x / CLUSTER], threads_of_
 inline void __syncthreads() { meet(this_block(), threads_of_block); }
 inline void __syncwarp(unsigned = ~0u) { meet(this_warp(), 32); }
 inline void __threadfence() {}
-inline int __syncthreads_or(int x) {
+inline int __syncthreads_count(int x) {
     Block& block = this_block();
-    block.any |= x != 0;
+    block.count += x != 0;
     __syncthreads();
-    const bool any = block.any;
+    const int count = block.count;
     __syncthreads();
-    block.any = false;
+    block.count = 0;
     __syncthreads();
-    return any;
+    return count;
 }
+inline int __syncthreads_or(int x) { return __syncthreads_count(x) != 0; }
 
 template <typename T>
 inline T from_lane(T x, int lane) {

@@ -19,7 +19,7 @@ SPEC = importlib.util.spec_from_file_location("emulation", Path(__file__).parent
 emulation = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(emulation)
 REFERENCE = get_ops("reference")
-ARGUMENT = 15 * 8
+ARGUMENT = 16 * 8
 
 
 class OnDevice(np.ndarray):
@@ -64,6 +64,7 @@ def launches(folder, monkeypatch):
     cupy = SimpleNamespace(ndarray=OnDevice, cuda=cuda, empty=empty)
     monkeypatch.setattr(quick, "get_cupy", lambda: cupy)
     monkeypatch.setattr(quick, "has_clusters", lambda device: True)
+    monkeypatch.setattr(quick, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(quick, "kernel", kernel)
     return done
 
@@ -79,8 +80,7 @@ def drawn(rng, q, d, nlist, dtype, longest):
     return queries, to_blocks(table), bias, lists
 
 
-@pytest.mark.parametrize(("cluster", "l2"), [(8, False), (2, True)], ids=["products", "distances"])
-@pytest.mark.parametrize(
+CASES = pytest.mark.parametrize(
     ("q", "d", "nlist", "p", "k", "dtype", "longest"),
     [
         (3, 17, 40, 9, 5, "float16", 60),
@@ -88,10 +88,15 @@ def drawn(rng, q, d, nlist, dtype, longest):
         (2, 64, 1, 1, 1, "float16", 900),
         (1, 16, 12, 12, 100, "float16", 900),
         (1, 5, 700, 3, 250, "float32", 20),
+        (1, 1, 2, 2, 40, "float16", 9000),
     ],
 )
+
+
+@pytest.mark.parametrize(("cluster", "l2"), [(8, False), (2, True)], ids=["products", "distances"])
+@CASES
 def test_a_search_in_one_launch(launches, monkeypatch, cluster, l2, q, d, nlist, p, k, dtype, longest):
-    monkeypatch.setattr(quick, "CLUSTER", cluster)
+    monkeypatch.setattr(quick, "CLUSTERS", (cluster,))
     queries, table, bias, lists = drawn(np.random.default_rng(q + d), q, d, nlist, dtype, longest)
     there = Lists(*(placed(part) for part in lists[:4]))
     search = quick.DeviceSearch(placed(table), placed(bias), there, l2, 0)
@@ -101,3 +106,18 @@ def test_a_search_in_one_launch(launches, monkeypatch, cluster, l2, q, d, nlist,
         np.testing.assert_array_equal(found, known[1])
         np.testing.assert_array_equal(best, known[0])
     assert launches == 2 * [(q * cluster, THREADS)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("l2", [False, True], ids=["products", "distances"])
+@CASES
+def test_a_search_on_a_device(cupy, monkeypatch, l2, q, d, nlist, p, k, dtype, longest):
+    queries, table, bias, lists = drawn(np.random.default_rng(q + d), q, d, nlist, dtype, longest)
+    there = Lists(*map(cupy.asarray, lists[:4]))
+    known = REFERENCE.search(queries, queries, table, bias, p, lists, k, l2)
+    for clusters in ((8,), (4,), (2,), ()):  # in several launches in the end
+        monkeypatch.setattr(quick, "CLUSTERS", clusters)
+        search = quick.DeviceSearch(cupy.asarray(table), cupy.asarray(bias), there, l2, 0)
+        best, found = search(cupy.asarray(queries), p, k)
+        np.testing.assert_array_equal(found.get(), known[1])
+        np.testing.assert_array_equal(best.get(), known[0])

@@ -8,34 +8,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saapindex.backends.base import Lists
-from saapindex.backends.cuda.launch import SHARED_MOST, has_clusters, power_of_two
+from saapindex.backends.base import LANES, Lists
+from saapindex.backends.cuda.launch import SHARED_MOST, has_clusters, multiprocessors, power_of_two
 from saapindex.backends.cuda.module import kernel
 from saapindex.backends.cuda.route import ENTRY, MOST_LISTS, THREADS, routing_shape
 from saapindex.backends.cuda.scan import MOST_RESULTS, part_shape, scan_shape
 from saapindex.devices import current, get_cupy
 
-__all__ = ["CLUSTER", "DeviceSearch", "Few", "few_shape"]
+__all__ = ["CLUSTERS", "DeviceSearch", "Few", "few_shape"]
 
 _KEPT = 64  # shapes of searches that are remembered
 _FLOAT = np.dtype(np.float32)
-CLUSTER = 8
-"""Blocks that work on a query where one launch does all."""
-_FEW, _FEW_RESULTS = 32, 256  # queries, and results of each, of which one launch is worth it
-_FEW_READ = 4 << 20, 32 << 20  # bytes that a query reads, and all of them do
+CLUSTERS = 8, 4, 2
+"""Blocks that may work on a query where one launch does all."""
+_FEW_RESULTS, _FEW_READ = 256, 5 << 20  # up to which one launch is worth it; bytes that a query reads
 
 
 class Few(NamedTuple):
-    """Room for what is chosen, for results, and for keys on the way; shared memory of a block in bytes."""
+    """How many queries are searched for in one launch.
 
+    Attributes
+    ----------
+    cluster
+        Blocks of a query.
+    chosen_room, part_room, room, capacity
+        Of a block: for lists that are chosen, for those of a block, for results, and for keys on the way.
+    shared
+        Memory of a block in bytes.
+    """
+
+    cluster: int
     chosen_room: int
+    part_room: int
     room: int
     capacity: int
     shared: int
 
 
-def few_shape(q: int, p: int, k: int, nlist: int, d: int, read: int) -> Few | None:
-    """Return how ``search.cu`` is launched for `q` queries; None where many launches are faster.
+def few_shape(q: int, p: int, k: int, nlist: int, d: int, read: int, multiprocessors: int) -> Few | None:
+    """Return how ``search.cu`` is launched for `q` queries; None where several launches are faster.
+
+    Clusters are as large as there are multiprocessors for all queries at once.
 
     Parameters
     ----------
@@ -44,19 +57,20 @@ def few_shape(q: int, p: int, k: int, nlist: int, d: int, read: int) -> Few | No
 
     Examples
     --------
-    >>> few_shape(1, 24, 10, 512, 64, 200_000)
-    Few(chosen_room=32, room=16, capacity=2048, shared=37924)
-    >>> few_shape(1024, 24, 10, 512, 64, 200_000) is None
+    >>> few_shape(1, 24, 10, 512, 64, 200_000, 132)
+    Few(cluster=8, chosen_room=32, part_room=32, room=16, capacity=2048, shared=39396)
+    >>> few_shape(1024, 24, 10, 512, 64, 200_000, 132) is None
     True
     """
-    one, all_ = _FEW_READ
-    if q > _FEW or k > _FEW_RESULTS or read > one or q * read > all_:
+    cluster = next((c for c in CLUSTERS if q * c <= multiprocessors), None)
+    if cluster is None or k > _FEW_RESULTS or read > _FEW_READ:
         return None
     room, capacity = part_shape(k)
-    chosen = power_of_two(p)
-    fixed = 4 * (d + nlist + 2 * p + 1) + 8736  # of which a histogram is the largest part
-    found = Few(chosen, room, capacity, fixed + ENTRY * (chosen + (1 + CLUSTER) * room + capacity))
-    return found if found.shared <= SHARED_MOST else None
+    own = -(-(-(-nlist // LANES)) // cluster) * LANES  # lists of a block, at most
+    chosen, part = power_of_two(p), power_of_two(min(p, own))
+    entries = chosen + cluster * (part + room) + max(part, room) + capacity
+    shared = ENTRY * entries + 4 * (d + own + 2 * p + 1) + 8736  # of which a histogram is the largest part
+    return Few(cluster, chosen, part, room, capacity, shared) if shared <= SHARED_MOST else None
 
 
 class _Plan:
@@ -186,8 +200,9 @@ class DeviceSearch:
             if len(self._plans) >= _KEPT:
                 self._plans.clear()
             plan = self._plans[shape] = self._planned(*shape)
-        work = cupy.empty(plan.nbytes, np.uint8)
-        plan.run(x, best, found, work.data.ptr, cupy.cuda.get_current_stream().ptr)
+        work = cupy.empty(plan.nbytes, np.uint8).data if plan.nbytes else None
+        place = 0 if work is None else work.ptr
+        plan.run(x, best, found, place, cupy.cuda.get_current_stream().ptr)
 
     def _planned(self, q: int, p: int, k: int) -> _Plan:
         held: Any = self.lists
@@ -201,13 +216,15 @@ class DeviceSearch:
         constants = {name: int(array.data.ptr) for name, array in arrays.items()}
         constants |= {"nlist": nlist, "p": p, "k": k}
         read = 4 * nlist * d + len(held.ids) * p // nlist * d * item
-        few = few_shape(q, p, k, nlist, d, read) if has_clusters(self.device) else None
+        few = None
+        if has_clusters(self.device):
+            few = few_shape(q, p, k, nlist, d, read, multiprocessors(self.device))
         if few:
-            rooms = {name: size for name, size in few._asdict().items() if name != "shared"}
-            macros |= {"CLUSTER": CLUSTER, "DISTANCES": int(self.l2)}
+            rooms = {name: getattr(few, name) for name in ("chosen_room", "part_room", "room", "capacity")}
+            macros |= {"CLUSTER": few.cluster, "DISTANCES": int(self.l2)}
             run = kernel("search", "search", shared=few.shared, **macros)
             # Its argument is a struct of all cells, in this order.
-            return _Plan(constants | rooms, {}, [(run, (q * CLUSTER, 1), few.shared, ["x"])])
+            return _Plan(constants | rooms, {}, [(run, (q * few.cluster, 1), few.shared, ["x"])])
         return self._in_several(q, p, k, constants, macros)
 
     def _in_several(self, q: int, p: int, k: int, constants: dict[str, int], macros: dict[str, int]) -> _Plan:
