@@ -254,8 +254,7 @@ def searches(
     read = float(index.route(queries)[1].mean())
     routing = index._routing
     assert routing is not None
-    held, bias = index.ops.hold(index._state.lists.view), routing.bias(index.params.rank)  # type: ignore[attr-defined]
-    table, bias = cupy.asarray(routing.table), cupy.asarray(bias)
+    table, bias = cupy.asarray(routing.table), cupy.asarray(routing.bias(index.params.rank))
     found = recall(index.search(queries, 10)[1])
     setting = {
         "data": name,
@@ -269,7 +268,7 @@ def searches(
     rows, ops = [], get_ops("cuda")
     for k, batch in itertools.product((10, 100), (1, 32, 1024)):
         part = cupy.ascontiguousarray(queries[:batch])
-        replayed = microseconds(partial(ops.search, part, part, table, bias, index.nprobe, held, k, False))
+        replayed = microseconds(partial(index.search, part, k))
         routed = microseconds(partial(ops.route, part, table, bias, index.nprobe))
         brute = torch_microseconds(partial(brute_force, half_queries[:batch], half_keys, k))
         row: dict[str, Any] = {

@@ -69,11 +69,11 @@ search(const __grid_constant__ Search a) {
         for (int i = 0; i < EXCHANGES; ++i) begin_exchange(&s.exchanges[i]);
     arrive_in_cluster();
     for (int i = thread; i < D; i += THREADS) s.query[i] = a.queries[number * D + i];
+    __syncthreads();
     if (thread == 0) {
         expect(&s.exchanges[LISTS], 12 * CLUSTER * part_room);
         if (rank == 0) expect(&s.exchanges[RESULTS], 12 * CLUSTER * room);
     }
-    __syncthreads();
 
     const int blocks = (nlist + LANES - 1) / LANES, first_block = blocks * rank / CLUSTER;
     const int end_block = blocks * (rank + 1) / CLUSTER, first_list = first_block * LANES;
