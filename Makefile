@@ -8,7 +8,7 @@ demo: $(VENV)/installed-demo  ## compare IndexSAAP with Faiss on real attention,
 	$(RUN)/saapindex demo
 
 test: $(VENV)/installed-dev $(MODEL)  ## tests and doctests, the real small model among them
-	$(RUN)/python -m pytest -n 2 --dist loadfile
+	$(RUN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed-dev  ## style, types, layers, docs
 	$(RUN)/ruff check .

@@ -66,7 +66,8 @@ def few_shape(q: int, p: int, k: int, nlist: int, d: int, read: int, multiproces
     if cluster is None or k > _FEW_RESULTS or read > _FEW_READ:
         return None
     room, capacity = part_shape(k)
-    own = -(-(-(-nlist // LANES)) // cluster) * LANES  # lists of a block, at most
+    blocks = -(-nlist // LANES)
+    own = -(-blocks // cluster) * LANES  # lists of a block of threads, at most
     chosen, part = power_of_two(p), power_of_two(min(p, own))
     entries = chosen + cluster * (part + room) + max(part, room) + capacity
     shared = ENTRY * entries + 4 * (d + own + 2 * p + 1) + 8736  # of which a histogram is the largest part
