@@ -61,7 +61,7 @@ def test_answers_are_those_of_the_host(made, queries, dtype, metric, params):
 def test_the_short_way_answers_as_the_host(made, cupy, torch, dtype, metric):
     index, there = made(5000, metric, dtype=dtype)
     rng = np.random.default_rng(2)
-    for q in (1, 20, 50, 400):
+    for q in (1, 3, 20, 50, 400):
         x = whole(rng, q, D)
         for k, nprobe in ((1, 1), (10, 4), (600, NLIST), (2049, NLIST)):
             params = sx.SearchParameters(nprobe=nprobe)

@@ -151,10 +151,11 @@ def test_windows_of_all_layers(emulated, tmp_path):
     assert moved > 2
 
 
-def test_lists_of_few_pages_that_double(emulated):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_lists_of_few_pages_that_double(emulated, dtype):
     """Each page of a list that gets a new anchor has a block, but if a fork holds one of them too."""
     emulated.blocks = 14
-    index, device, draw = pair("bfloat16", 1, 16, 1, 8, 1)
+    index, device, draw = pair(dtype, 1, 16, 1, 8, 1)
     turns = [(index, device)]
     run((index, device, draw), (60,))
     for n in (40, 60, 90, 150, 200):
